@@ -1,0 +1,3 @@
+"""Train a text-to-image Diffusion Transformer on one GPU, with latents and text embeddings computed once."""
+
+__version__ = "0.1.0"

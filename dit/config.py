@@ -1,0 +1,265 @@
+"""params.yaml as frozen dataclasses, and one clear line for whatever is wrong with it.
+
+`load_config` is the only place that reads params.yaml. All three recipes are checked, so that switching to another one
+later holds no surprise.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from dit.errors import UserError
+
+VAE_FACTOR = 8  # pixels per latent, in each direction; every Stable Diffusion VAE since 2021
+
+PositiveInt = Annotated[int, Field(strict=True, ge=1)]
+NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Flag = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, Field(min_length=1)]
+Precision = Literal["fp32", "fp16", "bf16"]
+
+_settings = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+
+
+@_settings
+class ShapesData:
+    source: Literal["shapes"]
+    num_samples: Annotated[int, Field(strict=True, ge=10)]
+    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    image_size: Annotated[int, Field(strict=True, ge=16, le=1024)]
+    seed: NonNegativeInt
+
+
+@_settings
+class CocoData:
+    source: Literal["coco"]
+    split: Literal["train2017", "val2017"]
+    num_samples: Annotated[int, Field(strict=True, ge=2)]
+    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    base_url: Text
+    captions_per_image: PositiveInt
+    max_bad_fraction: Fraction
+    seed: NonNegativeInt
+
+
+@_settings
+class FolderData:
+    source: Literal["folder"]
+    paths: Annotated[tuple[Text, ...], Field(min_length=1)]
+    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    max_bad_fraction: Fraction
+    seed: NonNegativeInt
+
+
+@_settings
+class Encode:
+    image_size: PositiveInt
+    vae: Text
+    vae_revision: Text | None
+    vae_slicing: Flag
+    clip: Text
+    clip_revision: Text | None
+    batch_size: PositiveInt
+    precision: Precision
+
+
+@_settings
+class Model:
+    patch_size: Literal[1, 2, 4, 8]
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+
+
+@_settings
+class Schedule:
+    num_epochs: PositiveInt
+    learning_rate: PositiveFloat
+    compile_model: Flag
+
+
+@_settings
+class Recipe:
+    """What the three recipes have in common; each adds its own `data`."""
+
+    encode: Encode
+    model: Model
+    schedule: Schedule
+
+
+@_settings
+class ShapesRecipe(Recipe):
+    data: ShapesData
+
+
+@_settings
+class CocoRecipe(Recipe):
+    data: CocoData
+
+
+@_settings
+class FolderRecipe(Recipe):
+    data: FolderData
+
+
+@_settings
+class Train:
+    batch_size: PositiveInt
+    mixed_precision: Literal["no", "fp16", "bf16"]
+    objective: Literal["flow"]
+    gradient_accumulation_steps: PositiveInt
+    gradient_checkpointing: Flag
+    max_grad_norm: PositiveFloat
+    weight_decay: NonNegativeFloat
+    warmup_steps: NonNegativeInt
+    lr_scheduler: Literal["cosine", "linear", "constant"]
+    ema_decay: Fraction
+    caption_dropout: Fraction
+    horizontal_flip: Flag
+    seed: NonNegativeInt
+
+
+@_settings
+class Sample:
+    num_inference_steps: PositiveInt
+    guidance_scale: Annotated[float, Field(ge=1)]
+    scheduler: Literal["euler", "heun", "dpm++", "unipc"]
+    num_samples: PositiveInt
+    batch_size: PositiveInt
+    seed: NonNegativeInt
+
+
+@_settings
+class Evaluate:
+    confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    val_passes: PositiveInt
+
+
+@_settings
+class Runtime:
+    num_workers: NonNegativeInt
+    prefetch_factor: PositiveInt
+    num_processes: PositiveInt
+    sample_every: PositiveInt
+    validate_every: PositiveInt
+    log_every: PositiveInt
+    download_connections: PositiveInt
+    data_on_device: Literal["auto"] | Flag
+
+
+RECIPES = ("shapes", "coco", "folder")
+
+
+@_settings
+class Params:
+    """The whole of params.yaml."""
+
+    recipe: Literal["shapes", "coco", "folder"]
+    shapes: ShapesRecipe
+    coco: CocoRecipe
+    folder: FolderRecipe
+    train: Train
+    sample: Sample
+    evaluate: Evaluate
+    runtime: Runtime
+
+    @property
+    def active(self) -> ShapesRecipe | CocoRecipe | FolderRecipe:
+        """The block that `recipe` names."""
+        return getattr(self, self.recipe)
+
+
+def load_config(path: str | Path = "params.yaml") -> Params:
+    """Read and check params.yaml.
+
+    Raises:
+        UserError: one line that names the file, the key, the value and what would be right.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run from the project's folder") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected blocks of settings, found {type(values).__name__}")
+    return parse_config(values, path.name)
+
+
+def parse_config(values: dict[str, Any], name: str = "params.yaml") -> Params:
+    """Check settings that were read from `name`; raises `UserError` as `load_config` does."""
+    try:
+        params = TypeAdapter(Params).validate_python(values)
+    except ValidationError as error:
+        raise UserError(f"{name}: {_explain(error.errors()[0])}") from None
+    for recipe in RECIPES:
+        problem = _impossible(recipe, getattr(params, recipe))
+        if problem:
+            raise UserError(f"{name}: {problem}")
+    return params
+
+
+def _impossible(recipe: str, settings: Recipe) -> str | None:
+    """What is wrong with a combination of values, each of which is fine by itself."""
+    model, size = settings.model, settings.encode.image_size
+    if model.hidden_size % model.num_heads:
+        fits = _nearest(model.hidden_size, 4 * model.num_heads)
+        return (
+            f"{recipe}.model.hidden_size: {model.hidden_size} is not a multiple of num_heads ({model.num_heads}); "
+            f"{fits} would be right"
+        )
+    if (model.hidden_size // model.num_heads) % 4:
+        fits = _nearest(model.hidden_size, 4 * model.num_heads)
+        return (
+            f"{recipe}.model.hidden_size: {model.hidden_size} with num_heads {model.num_heads} makes heads of "
+            f"{model.hidden_size // model.num_heads}, which is not a multiple of 4 (2-D rotary positions); {fits} would be right"
+        )
+    cell = VAE_FACTOR * model.patch_size
+    if size % cell:
+        return (
+            f"{recipe}.encode.image_size: {size} is not a multiple of {cell} (VAE factor {VAE_FACTOR} x patch_size "
+            f"{model.patch_size}); {_nearest(size, cell)} would be right"
+        )
+    return None
+
+
+def _nearest(value: int, step: int) -> str:
+    below = value // step * step
+    return f"{below} or {below + step}" if below else f"{step}"
+
+
+def _explain(error: dict[str, Any]) -> str:
+    """One of pydantic's errors as `key: value is wrong; this would be right`."""
+    location = [str(part) for part in error["loc"]]
+    known = _keys(location[:-1])
+    while not known:  # pydantic goes on below our keys: into tuples, and into the members of a union
+        location.pop()
+        known = _keys(location[:-1])
+    key = ".".join(location)
+    if error["type"] == "unexpected_keyword_argument":
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        return f"{key}: unknown key; " + (f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}")
+    if error["type"] == "missing":
+        return f"{key}: missing; add it, or take the line from the params.yaml in git"
+    message = error["msg"].removeprefix("Input ").replace("'", "").replace("should be", "must be")
+    message = message.replace("a dictionary or an instance of", "a block of settings, see class")
+    return f"{key}: {error['input']!r}: {message}"
+
+
+def _keys(location: list[str]) -> list[str]:
+    """The keys that are known in the block at `location`; empty if there is no such block."""
+    block: Any = Params
+    for part in location:
+        block = get_type_hints(block).get(part) if is_dataclass(block) else None
+    return [field.name for field in fields(block)] if is_dataclass(block) else []

@@ -1,0 +1,89 @@
+"""Fit the small VAE in the box: a plain `AutoencoderKL`, 8x down to 4 channels, on drawn scenes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from tqdm import tqdm
+
+IMAGE_SIZE = 64
+
+
+def build_vae() -> AutoencoderKL:
+    """The architecture of Stable Diffusion's VAE, 0.98 M parameters instead of 84 M."""
+    channels = (16, 32, 64, 64)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+    )
+
+
+def fit_vae(
+    images: np.ndarray,
+    steps: int,
+    batch_size: int = 64,
+    learning_rate: float = 2e-3,
+    kl_weight: float = 1e-4,
+    seed: int = 0,
+) -> AutoencoderKL:
+    """Fit on `images`, (N, H, W, 3) uint8, each mirrored half the time; returns the VAE with its scaling factor set.
+
+    The loss is L1 + MSE + `kl_weight` x KL per latent number (Kingma and Welling 2014, with the small KL weight of
+    Rombach et al. 2022, section 3.1). One-cycle learning rate (Smith and Topin 2018).
+    """
+    torch.manual_seed(seed)
+    vae = build_vae()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    rng = np.random.default_rng(seed)
+    progress = tqdm(range(steps), desc="VAE", unit="step")
+    for step in progress:
+        x = to_tensor(images[rng.integers(len(images), size=batch_size)])
+        x = torch.where(torch.rand(batch_size, 1, 1, 1) < 0.5, x, x.flip(-1))
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            decoded = vae.decode(posterior.sample()).sample
+        mse = F.mse_loss(decoded.float(), x)
+        loss = F.l1_loss(decoded.float(), x) + mse + kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            progress.set_postfix(psnr=f"{psnr(mse.item()):.1f} dB", kl=f"{posterior.kl().mean().item():.0f}")
+    vae.eval()
+    with torch.no_grad():
+        latents = vae.encode(to_tensor(images[:1000])).latent_dist.mean
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    return vae
+
+
+def psnr(mse: float) -> float:
+    """Peak signal-to-noise ratio in dB of a mean squared error between images in [-1, 1]."""
+    return 10 * math.log10(4 / max(mse, 1e-12))
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: AutoencoderKL, images: np.ndarray, batch_size: int = 100) -> float:
+    """PSNR in dB, of the mean squared error over all `images`, (N, H, W, 3) uint8, decoded from posterior means."""
+    total = 0.0
+    for start in range(0, len(images), batch_size):
+        x = to_tensor(images[start : start + batch_size])
+        decoded = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
+        total += F.mse_loss(decoded, x).item() * len(x)
+    return psnr(total / len(images))
+
+
+def to_tensor(images: np.ndarray) -> torch.Tensor:
+    """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
