@@ -1,0 +1,106 @@
+"""The command line: `dit check`, `dit where`, `dit generate`. Heavy libraries are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dit.errors import UserError
+
+EXAMPLES = """\
+examples:
+  dit check                                         is params.yaml right, is everything there that the pipeline needs
+  dit where                                         where the pictures are, how to look at the runs
+  dit generate "a red circle above a blue star"     draw it with the trained model, into picture.png
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dit", description=__import__("dit").__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("check", help="check configuration, disk space, data source and weights before running")
+    commands.add_parser("where", help="say where the results are and how to open MLflow")
+    generate = commands.add_parser(
+        "generate",
+        help="draw captions with the trained model",
+        epilog='example: dit generate "a red circle" "a blue star" --seed 7 --output two.png',
+    )
+    generate.add_argument("prompts", nargs="+", metavar="CAPTION")
+    generate.add_argument("--model", type=Path, default=Path("models/dit"), help="default: %(default)s")
+    generate.add_argument("--output", type=Path, default=Path("picture.png"), help="default: %(default)s")
+    generate.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    generate.add_argument("--steps", type=int, default=30, help="default: %(default)s")
+    generate.add_argument("--guidance-scale", type=float, default=3.0, help="1 is without guidance; default: %(default)s")
+    generate.add_argument("--scheduler", choices=["euler", "heun", "dpm++", "unipc"], default="euler", help="default: %(default)s")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; a user's mistake is one line on standard error and exit code 1."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        if arguments.command == "check":
+            from dit.checks import check
+
+            check()
+        elif arguments.command == "where":
+            where()
+        else:
+            generate(arguments)
+    except UserError as error:
+        print(f"dit: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def where() -> None:
+    """Print what a run has left and where, and how to look at it."""
+    from dit.checks import read_json
+
+    results = read_json(Path("metrics/evaluate.json")) or {}
+    for name in ("prompt_accuracy", "prompt_accuracy_unseen", "clip_score", "val_loss"):
+        if name in results:
+            print(f"{name:24} {results[name]}")
+    for path, what in (
+        ("samples/grids", "grids of samples with their captions"),
+        ("samples/images", "all samples"),
+        ("samples/worst.png", "the worst ones, and what is wrong with them"),
+        ("samples/progress", "how the pictures became better during training"),
+        ("data/reconstructions.png", "originals above what the VAE keeps of them"),
+        ("models/dit", "the trained model"),
+    ):
+        if Path(path).exists():
+            print(f"{path:24} {what}")
+    import os
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    print("runs and curves:         " + (uri or "mlflow ui --backend-store-uri sqlite:///mlflow.db   then open http://127.0.0.1:5000"))
+    print('draw something:          dit generate "a red circle above a blue star"')
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Draw the captions given into one picture, with a label below each where there are several."""
+    import torch
+
+    from dit.images import labelled_grid
+    from dit.pipeline import DiTTextToImagePipeline, make_scheduler
+
+    pipeline = DiTTextToImagePipeline.from_pretrained(arguments.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.scheduler = make_scheduler(arguments.scheduler)
+    pictures = pipeline(
+        arguments.prompts,
+        num_inference_steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        generator=[torch.Generator().manual_seed(arguments.seed + k) for k in range(len(arguments.prompts))],
+    ).images
+    sheet = pictures[0] if len(pictures) == 1 else labelled_grid(pictures, arguments.prompts, columns=min(6, len(pictures)))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(arguments.output)
+    print(arguments.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Fit the small CLIP in the box: byte-level BPE tokenizer, text and image transformer, on drawn scenes and their captions."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from dit.encoders.alternatives import alternatives
+from dit.encoders.fit_vae import IMAGE_SIZE, to_tensor
+from dit.encoders.optimizers import muon_and_adamw, one_cycle
+from dit.sources.captions import describe
+from dit.sources.scene import Description
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+MERGES = 400
+HARD_NEGATIVES = 3  # captions per image that differ from its own in one attribute
+
+
+def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
+    """CLIP's tokenizer with merges learned from `captions`; any other text is spelled in bytes, so nothing is unknown."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = normalizers.Lowercase()
+    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    base = [*alphabet, *(letter + "</w>" for letter in alphabet)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(base) + MERGES, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    learner.train_from_iterator(captions, trainer)
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    pieces = list(dict.fromkeys([*base, *("".join(pair) for pair in merges), START, END]))
+    vocabulary = {piece: k for k, piece in enumerate(pieces)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+
+
+def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """The architecture of OpenAI's CLIP, 1.5 M parameters instead of 428 M."""
+    width = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
+    text = {**width, **special, "num_hidden_layers": 3, "vocab_size": len(tokenizer), "max_position_embeddings": 77}
+    vision = {**width, "num_hidden_layers": 4, "image_size": IMAGE_SIZE, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+
+
+def fit_clip(
+    images: np.ndarray,
+    descriptions: list[Description],
+    steps: int,
+    batch_size: int = 96,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+) -> tuple[CLIPModel, CLIPTokenizer]:
+    """Fit on `images`, (N, H, W, 3) uint8, and what they show, put into other words each time.
+
+    The loss is CLIP's (Radford et al. 2021, figure 3), where each image's candidates are the batch's captions and hard
+    negatives of them all: captions that differ in one attribute (as in Yuksekgonul et al. 2023).
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    tokenizer = build_tokenizer([describe(d, rng) for d in descriptions[:5000]])
+    clip = build_clip(tokenizer)
+    optimizers = muon_and_adamw(clip, learning_rate, outer=("embedding", "projection"))
+    schedules = one_cycle(optimizers, learning_rate, steps)
+    progress = tqdm(range(steps), desc="CLIP", unit="step")
+    for step in progress:
+        chosen = rng.integers(len(images), size=batch_size)
+        own, hard = [], []
+        for k in chosen:
+            words = int(rng.integers(2**31))
+            own.append(describe(descriptions[k], np.random.default_rng(words)))
+            others = alternatives(descriptions[k])
+            picked = rng.choice(len(others), size=HARD_NEGATIVES, replace=False)
+            hard += [describe(others[i], np.random.default_rng(words)) for i in picked]
+        with torch.autocast("cpu", torch.bfloat16):
+            image_vectors = embed_images(clip, images[chosen])
+            text_vectors = embed_texts(clip, tokenizer, own + hard)
+        logits = clip.logit_scale.exp().clamp(max=100) * image_vectors.float() @ text_vectors.float().T  # (B, B + 3B)
+        target = torch.arange(batch_size)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :batch_size].T, target)) / 2
+        clip.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}", right=f"{(logits.argmax(1) == target).float().mean().item():.0%}")
+    return clip.eval(), tokenizer
+
+
+def embed_images(clip: CLIPModel, images: np.ndarray) -> torch.Tensor:
+    """(N, H, W, 3) uint8 to unit vectors (N, P); pixels run from -1 to 1, as preprocessor_config.json says."""
+    vectors = clip.visual_projection(clip.vision_model(pixel_values=to_tensor(images)).pooler_output)
+    return F.normalize(vectors, dim=-1)
+
+
+def embed_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """Captions to unit vectors (N, P)."""
+    inputs = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+    return F.normalize(clip.text_projection(clip.text_model(**inputs).pooler_output), dim=-1)
+
+
+@torch.no_grad()
+def choice_accuracy(
+    clip: CLIPModel, tokenizer: CLIPTokenizer, images: np.ndarray, descriptions: list[Description], candidates: int = 32, seed: int = 0
+) -> tuple[float, int]:
+    """How often the right caption wins among `candidates` that differ from it in one attribute, and on how many images.
+
+    Images whose caption has fewer alternatives (mostly those of a single thing) are left out.
+    """
+    rng = np.random.default_rng(seed)
+    right = total = 0
+    for image, description in zip(images, descriptions, strict=True):
+        others = alternatives(description)
+        if len(others) < candidates - 1:
+            continue
+        words = int(rng.integers(2**31))
+        picked = rng.choice(len(others), size=candidates - 1, replace=False)
+        captions = [describe(d, np.random.default_rng(words)) for d in (description, *(others[i] for i in picked))]
+        similarity = embed_texts(clip, tokenizer, captions) @ embed_images(clip, image[None])[0]
+        right += int(similarity.argmax()) == 0
+        total += 1
+    return right / total, total

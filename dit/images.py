@@ -1,0 +1,72 @@
+"""Between picture files and tensors: orientation, crop, resize, grids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+
+def load_square(path: Path, image_size: int) -> Image.Image:
+    """Open a picture, turn it upright, make it RGB, cut the central square and resize it (Lanczos) to `image_size`."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.LANCZOS)
+
+
+def to_tensor(images: list[Image.Image]) -> torch.Tensor:
+    """RGB pictures of one size to (N, 3, H, W) float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (N, H, W, 3)
+    return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+
+def to_images(tensor: torch.Tensor) -> list[Image.Image]:
+    """(N, 3, H, W) in [-1, 1] to RGB pictures; values outside are clipped."""
+    pixels = ((tensor.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array) for array in pixels]
+
+
+def grid(images: list[Image.Image], columns: int, gap: int = 4, scale: int = 1) -> Image.Image:
+    """Lay pictures of one size out in rows of `columns`, `gap` pixels apart, each enlarged `scale` times."""
+    width, height = images[0].width * scale, images[0].height * scale
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for k, image in enumerate(images):
+        if scale > 1:
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+        sheet.paste(image, (gap + k % columns * (width + gap), gap + k // columns * (height + gap)))
+    return sheet
+
+
+def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], columns: int, cell: int = 160) -> Image.Image:
+    """Like `grid`, with each picture enlarged to about `cell` pixels and its label in small print below."""
+    font = ImageFont.load_default(size=12)
+    scale = max(1, cell // images[0].width)
+    width, height = images[0].width * scale, images[0].height * scale
+    texts = [_wrap(label, font, width) for label in labels]
+    below = 16 * max(len(lines) for lines in texts) + 4
+    tiles = []
+    for image, lines in zip(images, texts, strict=True):
+        tile = Image.new("RGB", (width, height + below), "white")
+        tile.paste(image.resize((width, height), Image.Resampling.LANCZOS))
+        ImageDraw.Draw(tile).multiline_text((2, height + 2), "\n".join(lines), fill=(60, 60, 60), font=font, spacing=2)
+        tiles.append(tile)
+    return grid(tiles, columns, gap=8)
+
+
+def _wrap(text: str, font, width: int, most: int = 5) -> list[str]:
+    """Break `text` into lines of at most `width` pixels; after `most` lines, the rest is left out."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width - 4 or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return [*lines[: most - 1], lines[most - 1] + " …"] if len(lines) > most else lines

@@ -1,0 +1,239 @@
+"""The Diffusion Transformer: patchify -> N blocks -> unpatchify, on VAE latents, conditioned on time and text.
+
+Shapes in comments: N images, C latent channels, H x W latents, T = (H / p)(W / p) image tokens of width D in h heads of
+size d, L text tokens of width E, P the width of the pooled text vector.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+ROTARY_BASE = 100.0  # longest wavelength about 600 patches: grids have 4 to 128 a side, text models' 10,000 would be wasted
+MLP_RATIO = 4
+FREQUENCIES = 256  # of the timestep embedding
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`x` (N, T, D) scaled by 1 + `scale` and shifted, each (N, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def rotary_table(height: int, width: int, head_size: int, device: torch.device | None = None) -> torch.Tensor:
+    """Angles' (cos, sin) for every patch of a `height` x `width` grid: (2, T, head_size / 2) float32.
+
+    The first half of the channel pairs turns with the row, the second with the column (Su et al. 2021, in two dimensions
+    as in Heo et al. 2024, arXiv:2403.13298). Positions are counted from the grid's centre, so that another height or
+    width at sampling time extends the picture on all sides.
+    """
+    pairs = head_size // 4
+    frequencies = ROTARY_BASE ** (-torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
+    rows = torch.arange(height, device=device) - (height - 1) / 2
+    columns = torch.arange(width, device=device) - (width - 1) / 2
+    angles = torch.cat(
+        [
+            (rows[:, None] * frequencies)[:, None].expand(height, width, pairs),
+            (columns[:, None] * frequencies)[None].expand(height, width, pairs),
+        ],
+        dim=-1,
+    ).reshape(height * width, 2 * pairs)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Turn the channel pairs of `x` (N, h, T, d) by the angles in `table` (2, T, d / 2)."""
+    cos, sin = table.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with RMS-normalised queries and keys (Henry et al. 2020) and 2-D rotary positions."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.norm_q = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
+        self.norm_k = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
+        self.out = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (N, h, T, d)
+        q = rotate(self.norm_q(q), rotary).to(v.dtype)
+        k = rotate(self.norm_k(k), rotary).to(v.dtype)
+        x = F.scaled_dot_product_attention(q, k, v)  # (N, h, T, d)
+        return self.out(x.transpose(1, 2).flatten(2))  # (N, T, D)
+
+
+class CrossAttention(nn.Module):
+    """Image tokens look at text tokens. The text's keys and values depend on nothing else, so they can be kept."""
+
+    def __init__(self, hidden_size: int, num_heads: int, text_size: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(hidden_size, hidden_size)
+        self.kv = nn.Linear(text_size, 2 * hidden_size)
+        self.norm_q = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
+        self.norm_k = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
+        self.out = nn.Linear(hidden_size, hidden_size)
+
+    def keys_values(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = self.kv(text).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (N, h, L, d)
+        return self.norm_k(k).to(v.dtype), v
+
+    def forward(self, x: torch.Tensor, keys_values: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+        k, v = keys_values
+        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, h, T, d)
+        x = F.scaled_dot_product_attention(self.norm_q(q).to(v.dtype), k, v, attn_mask=mask[:, None, None])  # (N, h, T, d)
+        return self.out(x.transpose(1, 2).flatten(2))  # (N, T, D)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, MLP; the first and the last under adaLN-Zero (Peebles and Xie 2023, section 3.2)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, text_size: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attention = SelfAttention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.cross_attention = CrossAttention(hidden_size, num_heads, text_size)
+        self.norm3 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_size, MLP_RATIO * hidden_size),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(MLP_RATIO * hidden_size, hidden_size),
+        )
+        self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
+
+    def forward(self, x, condition, keys_values, mask, rotary) -> torch.Tensor:
+        shift1, scale1, gate1, shift3, scale3, gate3 = self.modulation(condition).chunk(6, dim=-1)  # each (N, D)
+        x = x + gate1[:, None] * self.attention(modulate(self.norm1(x), shift1, scale1), rotary)  # (N, T, D)
+        x = x + self.cross_attention(self.norm2(x), keys_values, mask)  # (N, T, D)
+        return x + gate3[:, None] * self.mlp(modulate(self.norm3(x), shift3, scale3))  # (N, T, D)
+
+
+class DiT(ModelMixin, ConfigMixin):
+    """Text-to-image Diffusion Transformer.
+
+    Args:
+        in_channels: channels of the latents, 4 or 16.
+        patch_size: side of the square of latents that becomes one token.
+        hidden_size: width D; a multiple of 4 x num_heads.
+        num_layers: number of blocks.
+        num_heads: attention heads.
+        text_size: width E of the text tokens.
+        pooled_size: width P of the pooled text vector.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012 (diffusers reads a list)
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 4,
+        patch_size: int = 2,
+        hidden_size: int = 768,
+        num_layers: int = 16,
+        num_heads: int = 12,
+        text_size: int = 768,
+        pooled_size: int = 768,
+    ):
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.patch = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+        self.time = nn.Sequential(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.pooled = nn.Linear(pooled_size, hidden_size)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, text_size) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Linear(hidden_size, 2 * hidden_size)
+        self.unpatch = nn.Linear(hidden_size, patch_size * patch_size * in_channels)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Xavier for every matrix; zero for every adaLN and for what leaves the network, so that blocks start as identity."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.time[0].weight, std=0.02)
+        nn.init.normal_(self.time[2].weight, std=0.02)
+        for block in self.blocks:
+            nn.init.zeros_(block.modulation.weight)
+            nn.init.zeros_(block.cross_attention.out.weight)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.unpatch.weight)
+
+    def text_keys_values(self, text: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Every block's keys and values of `text` (N, L, E): compute once per prompt, reuse over all sampling steps."""
+        return [block.cross_attention.keys_values(text) for block in self.blocks]
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: torch.Tensor | None,
+        text_mask: torch.Tensor,
+        pooled: torch.Tensor,
+        keys_values: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> torch.Tensor:
+        """Predict the objective's target, by default the velocity noise - image.
+
+        Args:
+            latents: (N, C, H, W), noisy; H and W multiples of the patch size.
+            timesteps: (N,) in [0, 1], 1 is pure noise.
+            text: (N, L, E) text tokens; may be None where `keys_values` is given.
+            text_mask: (N, L) bool, True where there is a token.
+            pooled: (N, P) pooled text.
+            keys_values: what `text_keys_values(text)` returned.
+
+        Returns:
+            (N, C, H, W), float32.
+        """
+        _, _, height, width = latents.shape
+        p = self.config.patch_size
+        if height % p or width % p:
+            raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {p} x {p}")
+        height, width = height // p, width // p
+        if keys_values is None:
+            keys_values = self.text_keys_values(text)
+        x = self.patch(latents).flatten(2).transpose(1, 2)  # (N, T, D)
+        condition = F.silu(self.time(timestep_frequencies(timesteps)) + self.pooled(pooled))  # (N, D)
+        rotary = rotary_table(height, width, self.config.hidden_size // self.config.num_heads, x.device)  # (2, T, d / 2)
+        for block, kv in zip(self.blocks, keys_values, strict=True):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, condition, kv, text_mask, rotary)
+            else:
+                x = block(x, condition, kv, text_mask, rotary)  # (N, T, D)
+        shift, scale = self.modulation(condition).chunk(2, dim=-1)
+        x = self.unpatch(modulate(self.norm(x), shift, scale))  # (N, T, p * p * C)
+        x = x.unflatten(1, (height, width)).unflatten(-1, (p, p, -1))  # (N, H / p, W / p, p, p, C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).float()  # (N, C, H, W)
+
+
+def timestep_frequencies(timesteps: torch.Tensor) -> torch.Tensor:
+    """Sines and cosines of `timesteps` (N,) in [0, 1]: (N, FREQUENCIES) (Vaswani et al. 2017, section 3.5, of 1000 t)."""
+    half = FREQUENCIES // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=timesteps.device) / half)
+    angles = 1000 * timesteps[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def forward_flops(model: DiT, latent_size: tuple[int, int], text_tokens: int) -> int:
+    """Floating-point operations of one image's forward pass, matrix products only (a multiply-add counts as two).
+
+    A training step costs three times as much: once forward, twice backward.
+    """
+    c = model.config
+    d, tokens = c.hidden_size, latent_size[0] * latent_size[1] // c.patch_size**2
+    per_token = 4 * d * d + 2 * d * d + 2 * MLP_RATIO * d * d + 2 * tokens * d + 2 * text_tokens * d
+    per_block = tokens * per_token + text_tokens * 2 * c.text_size * d + 6 * d * d
+    patches = 2 * tokens * d * c.patch_size**2 * c.in_channels
+    once = FREQUENCIES * d + d * d + c.pooled_size * d + 2 * d * d
+    return 2 * (c.num_layers * per_block + patches + once)

@@ -1,0 +1,27 @@
+"""Stage 2: pictures and captions become latents and text embeddings, once, so that training touches neither encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dit.config import Params
+from dit.encoding import encode_dataset
+from dit.files import write_json
+from stages import run_stage
+
+METRICS = "metrics/encode.json"
+
+
+def main(params: Params) -> None:
+    metrics = encode_dataset(
+        raw=Path("data/raw"),
+        folder=Path("data/latents"),
+        settings=params.active.encode,
+        picture=Path("data/reconstructions.png"),
+    )
+    write_json(Path(METRICS), metrics)
+    print(f"reconstruction {metrics['reconstruction_psnr']} dB: see data/reconstructions.png", flush=True)
+
+
+if __name__ == "__main__":
+    run_stage("encode", main, metrics=[METRICS])
