@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dit.config import Evaluate
 from dit.encoders import EncoderSource, load_clip
-from dit.evaluation.detector import judge
+from dit.evaluation.judge import judge
 from dit.images import labelled_grid
 from dit.latents import LatentCache
 from dit.model import DiT

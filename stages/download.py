@@ -1,0 +1,22 @@
+"""Stage 1: images and captions into data/raw, the bytes as they come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dit.config import Params
+from dit.files import write_json
+from dit.sources import fetch
+from stages import run_stage
+
+METRICS = "metrics/download.json"
+
+
+def main(params: Params) -> None:
+    report = fetch(params.active.data, Path("data/raw"), params.runtime)
+    write_json(Path(METRICS), report.metrics())
+    print(f"{report.images} images, {report.captions} captions, {len(report.bad)} set aside", flush=True)
+
+
+if __name__ == "__main__":
+    run_stage("download", main, metrics=[METRICS])

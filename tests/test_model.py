@@ -1,0 +1,111 @@
+"""The transformer: shapes, what its output depends on, and numbers checked against other implementations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dit.model import DiT, SelfAttention, forward_flops, rotary_table, rotate
+
+
+def make(patch_size: int = 2, random: bool = True, **changes) -> DiT:
+    torch.manual_seed(0)
+    settings = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "text_size": 32, "pooled_size": 16} | changes
+    model = DiT(patch_size=patch_size, **settings).eval()
+    if random:  # adaLN-Zero starts as nothing at all, which would hide what depends on what
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def inputs(height: int = 8, width: int = 8, count: int = 2):
+    torch.manual_seed(1)
+    mask = torch.ones(count, 6, dtype=torch.bool)
+    mask[0, 4:] = False
+    return torch.randn(count, 4, height, width), torch.rand(count), torch.randn(count, 6, 32), mask, torch.randn(count, 16)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [(8, 8), (16, 8)])
+def test_the_output_has_the_shape_of_the_latents(patch_size, size):
+    assert make(patch_size)(*inputs(*size)).shape == (2, 4, *size)
+
+
+def test_latents_that_the_patches_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="6 x 8"):
+        make(4)(*inputs(6, 8))
+
+
+def test_a_new_model_predicts_nothing():
+    assert not make(random=False)(*inputs()).any()
+
+
+def test_the_output_depends_on_time_text_and_pooled_text_but_not_on_padding():
+    model, (latents, timesteps, text, mask, pooled) = make(), inputs()
+    with torch.no_grad():
+        base = model(latents, timesteps, text, mask, pooled)
+        assert not torch.allclose(base, model(latents, timesteps * 0.5, text, mask, pooled), atol=1e-3)
+        assert not torch.allclose(base, model(latents, timesteps, text.flip(1), mask, pooled), atol=1e-3)
+        assert not torch.allclose(base, model(latents, timesteps, text, mask, pooled * 0.5), atol=1e-3)
+        noisy = torch.where(mask[:, :, None], text, 100.0)
+        assert torch.allclose(base, model(latents, timesteps, noisy, mask, pooled), atol=1e-5)
+
+
+def test_kept_keys_and_values_change_nothing():
+    model, (latents, timesteps, text, mask, pooled) = make(), inputs()
+    with torch.no_grad():
+        kept = model.text_keys_values(text)
+        assert torch.equal(model(latents, timesteps, text, mask, pooled), model(latents, timesteps, None, mask, pooled, kept))
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        model = make().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model(*inputs()).square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_self_attention_agrees_with_torchs_own():
+    """At positions that do not turn and with norms that only rescale, it is torch's multi-head attention of normed q and k."""
+    torch.manual_seed(0)
+    ours = SelfAttention(32, 4)
+    x = torch.randn(2, 9, 32)
+    still = torch.stack([torch.ones(9, 4), torch.zeros(9, 4)])
+    q, k, v = ours.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+    q, k = (F.normalize(t, dim=-1) * 8**0.5 for t in (q, k))
+    weights = torch.softmax(q @ k.transpose(-1, -2) / 8**0.5, dim=-1)
+    expected = ours.out((weights @ v).transpose(1, 2).flatten(2))
+    assert torch.allclose(ours(x, still), expected, atol=1e-5)
+
+
+def test_rotary_products_depend_on_relative_positions_only():
+    torch.manual_seed(0)
+    table = rotary_table(5, 5, 16)
+    q, k = torch.randn(16), torch.randn(16)
+    turned_q = rotate(q.expand(1, 1, 25, 16), table)[0, 0].view(5, 5, 16)
+    turned_k = rotate(k.expand(1, 1, 25, 16), table)[0, 0].view(5, 5, 16)
+    assert torch.allclose((turned_q[0, 1] * turned_k[2, 2]).sum(), (turned_q[2, 3] * turned_k[4, 4]).sum(), atol=1e-5)
+    assert not torch.allclose((turned_q[0, 1] * turned_k[2, 2]).sum(), (turned_q[0, 1] * turned_k[1, 2]).sum(), atol=1e-3)
+
+
+def test_flops_by_hand_agree_with_torchs_counter():
+    model = make()
+    # torch's counter does not know the fused attention of CPUs, so it is shown the plain one
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(*inputs(count=1))
+    assert forward_flops(model, (8, 8), 6) == counter.get_total_flops()
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
+    with torch.no_grad():
+        assert torch.equal(model(*inputs()), DiT.from_pretrained(tmp_path)(*inputs()))
