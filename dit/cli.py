@@ -34,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     generate.add_argument("--steps", type=int, default=30, help="default: %(default)s")
     generate.add_argument("--guidance-scale", type=float, default=3.0, help="1 is without guidance; default: %(default)s")
-    generate.add_argument("--scheduler", choices=["euler", "heun", "dpm++", "unipc"], default="euler", help="default: %(default)s")
+    generate.add_argument(
+        "--scheduler", choices=["euler", "heun", "dpm++", "unipc"], default="euler", help="default: %(default)s"
+    )
     return parser
 
 
@@ -77,7 +79,10 @@ def where() -> None:
     import os
 
     uri = os.environ.get("MLFLOW_TRACKING_URI")
-    print("runs and curves:         " + (uri or "mlflow ui --backend-store-uri sqlite:///mlflow.db   then open http://127.0.0.1:5000"))
+    print(
+        "runs and curves:         "
+        + (uri or "mlflow ui --backend-store-uri sqlite:///mlflow.db   then open http://127.0.0.1:5000")
+    )
     print('draw something:          dit generate "a red circle above a blue star"')
 
 

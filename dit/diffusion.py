@@ -33,9 +33,7 @@ def loss(prediction: torch.Tensor, images: torch.Tensor, noise: torch.Tensor) ->
 
 
 @torch.no_grad()
-def integrate(
-    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], noise: torch.Tensor, steps: int
-) -> torch.Tensor:
+def integrate(predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], noise: torch.Tensor, steps: int) -> torch.Tensor:
     """Euler's method from `noise` (N, C, H, W) at t = 1 to images at t = 0.
 
     Args:

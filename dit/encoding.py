@@ -127,7 +127,9 @@ def measure_reconstruction(vae, raw: Path, images: list[list[Entry]], settings: 
     chosen = np.random.default_rng(0).permutation(len(images))[:SAMPLED]
     squared, shown = [], []
     for start in range(0, len(chosen), settings.batch_size):
-        originals = [load_square(raw / images[i][0].image, settings.image_size) for i in chosen[start : start + settings.batch_size]]
+        originals = [
+            load_square(raw / images[i][0].image, settings.image_size) for i in chosen[start : start + settings.batch_size]
+        ]
         pixels = to_tensor(originals)
         decoded = vae.decode(vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()).sample.float().cpu().clamp(-1, 1)
         squared.append((decoded - pixels).square().flatten(1).mean(1))
@@ -143,4 +145,3 @@ def _draw_pairs(pairs: list[tuple[Image.Image, Image.Image]], picture: Path) -> 
     sheet = grid([*originals, *decoded], columns=len(pairs), scale=scale)
     picture.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(picture)
-

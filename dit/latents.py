@@ -142,7 +142,9 @@ class LatentCache:
                 raise UserError(f"{self.folder}: a cache of format {self.index['format']}; run the encode stage again")
             self._shards = [self._open(shard) for shard in self.index["shards"]]
         except FileNotFoundError as error:
-            raise UserError(f"{self.folder}: not a whole latent cache, {error.filename} is missing; run `dvc repro encode`") from None
+            raise UserError(
+                f"{self.folder}: not a whole latent cache, {error.filename} is missing; run `dvc repro encode`"
+            ) from None
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"{self.folder}: not a readable latent cache ({error}); run `dvc repro encode`") from None
         self._first = np.cumsum([0] + [shard["images"] for shard in self.index["shards"]])
@@ -205,7 +207,9 @@ class LatentCache:
             moments.append(shard["moments"][i, int(mirror and not shard["sided"][caption])])
             first, last = shard["offsets"][caption : caption + 2].tolist()
             rows.append((shard["tokens"][first:last], shard["pooled"][caption]))
-        return Batch(torch.stack(moments), *pad([tokens for tokens, _ in rows], self.max_tokens), torch.stack([p for _, p in rows]))
+        return Batch(
+            torch.stack(moments), *pad([tokens for tokens, _ in rows], self.max_tokens), torch.stack([p for _, p in rows])
+        )
 
     def read_empty(self, count: int) -> Batch:
         """`count` rows of the caption ""; the moments are zeros."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROTARY_BASE = 100.0  # longest wavelength about 600 patches: grids have 4 to 128 a side, text models' 10,000 would be wasted
 MLP_RATIO = 4
@@ -52,6 +53,28 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention of `q` (N, h, T, d) to `k` and `v` (N, h, L, d), fused on a GPU.
+
+    On a CPU the fused backward pass took 2.4 times as long as the plain one (96 x 16 tokens, width 192, bf16, 2 cores).
+    """
+    if q.device.type == "cpu" and torch.is_grad_enabled():
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class HeadNorm(nn.Module):
+    """RMS norm over the last dimension in the dtype of its input, with a learned gain (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with RMS-normalised queries and keys (Henry et al. 2020) and 2-D rotary positions."""
 
@@ -59,15 +82,15 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.norm_q = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
-        self.norm_k = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
+        self.norm_q = HeadNorm(hidden_size // num_heads)
+        self.norm_k = HeadNorm(hidden_size // num_heads)
         self.out = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (N, h, T, d)
-        q = rotate(self.norm_q(q), rotary).to(v.dtype)
-        k = rotate(self.norm_k(k), rotary).to(v.dtype)
-        x = F.scaled_dot_product_attention(q, k, v)  # (N, h, T, d)
+        q = rotate(self.norm_q(q), rotary)
+        k = rotate(self.norm_k(k), rotary)
+        x = attend(q, k, v)  # (N, h, T, d)
         return self.out(x.transpose(1, 2).flatten(2))  # (N, T, D)
 
 
@@ -79,18 +102,18 @@ class CrossAttention(nn.Module):
         self.num_heads = num_heads
         self.q = nn.Linear(hidden_size, hidden_size)
         self.kv = nn.Linear(text_size, 2 * hidden_size)
-        self.norm_q = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
-        self.norm_k = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
+        self.norm_q = HeadNorm(hidden_size // num_heads)
+        self.norm_k = HeadNorm(hidden_size // num_heads)
         self.out = nn.Linear(hidden_size, hidden_size)
 
     def keys_values(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         k, v = self.kv(text).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (N, h, L, d)
-        return self.norm_k(k).to(v.dtype), v
+        return self.norm_k(k), v
 
     def forward(self, x: torch.Tensor, keys_values: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
         k, v = keys_values
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, h, T, d)
-        x = F.scaled_dot_product_attention(self.norm_q(q).to(v.dtype), k, v, attn_mask=mask[:, None, None])  # (N, h, T, d)
+        x = attend(self.norm_q(q), k, v, mask[:, None, None])  # (N, h, T, d)
         return self.out(x.transpose(1, 2).flatten(2))  # (N, T, D)
 
 

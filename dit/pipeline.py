@@ -33,7 +33,12 @@ def make_scheduler(name: str):
     DPM-Solver and UniPC are told that the model predicts a flow: made from another scheduler's config they would take
     it for a noise prediction.
     """
-    flow = {"num_train_timesteps": TRAINING_STEPS, "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
+    flow = {
+        "num_train_timesteps": TRAINING_STEPS,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": 1.0,
+    }
     if name == "euler":
         return FlowMatchEulerDiscreteScheduler(TRAINING_STEPS)
     if name == "heun":

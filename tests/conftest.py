@@ -35,7 +35,14 @@ def write_cache(folder: Path, images: int = 24, val: int = 6, shards: int = 2, s
         writer.add_shard(rows[start : start + step], None if start else (random(2, 32), random(16)))
     source_record = {"name": "builtin", "revision": None, "resolved": None}
     writer.close(
-        {"image_size": 8 * size, "vae_scaling": 0.5, "vae_shift": 0.0, "vae": source_record, "clip": source_record, "val_images": val}
+        {
+            "image_size": 8 * size,
+            "vae_scaling": 0.5,
+            "vae_shift": 0.0,
+            "vae": source_record,
+            "clip": source_record,
+            "val_images": val,
+        }
     )
     return LatentCache(folder)
 

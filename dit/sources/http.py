@@ -97,4 +97,6 @@ class Downloader:
         text = str(error).lower()
         reason = "refused" if "refused" in text else "unknown name" if "resolve" in text else type(error).__name__
         parts = urlsplit(url)
-        return UserError(f"{self.key}: cannot reach {parts.scheme}://{parts.netloc} ({reason}); check the address and your network")
+        return UserError(
+            f"{self.key}: cannot reach {parts.scheme}://{parts.netloc} ({reason}); check the address and your network"
+        )

@@ -106,8 +106,7 @@ def sample_description(rng: np.random.Generator, pairs=SEEN_PAIRS, must_have=())
         chosen[int(rng.integers(count))] = must_have[int(rng.integers(len(must_have)))]
     sizes = _sample_sizes(rng, count)
     things = tuple(
-        Thing(colour, shape, size if rng.random() < 0.5 else None)
-        for (colour, shape), size in zip(chosen, sizes, strict=True)
+        Thing(colour, shape, size if rng.random() < 0.5 else None) for (colour, shape), size in zip(chosen, sizes, strict=True)
     )
     relations: tuple[tuple[int, str, int], ...] = ()
     if count > 1 and rng.random() < 0.6:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dit import diffusion
 from dit.config import Model, Runtime, Schedule, Train
 from dit.errors import UserError
-from dit.latents import Batch, LatentCache, sample_posterior
+from dit.latents import LatentCache, sample_posterior
 from dit.model import DiT, forward_flops
 from dit.training.batches import draw_step, drop_captions, read_step
 from dit.training.preview import draw_preview
@@ -105,7 +105,9 @@ def train_transformer(
         network = torch.compile(network)
     empty = cache.read_empty(1).to(device)
     flops = 3 * forward_flops(transformer, cache.latent_shape[1:], cache.max_tokens)
-    peak = accelerator.num_processes * matmul_peak(device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32))
+    peak = accelerator.num_processes * matmul_peak(
+        device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    )
     watchers.log(f"{transformer.num_parameters() / 1e6:.1f} M parameters, {flops / 1e9:.2f} GFLOP per image and step")
 
     def backward(step: int, micro: int) -> torch.Tensor:
@@ -158,7 +160,9 @@ def train_transformer(
                 f"lr {rate:.2e} {values['images_per_second']:.0f} images/s MFU {values['mfu']:.1%}"
             )
             if values["skipped_steps"]:
-                watchers.log(f"{values['skipped_steps']:.0f} steps up to step {done} were skipped: their gradients were not finite")
+                watchers.log(
+                    f"{values['skipped_steps']:.0f} steps up to step {done} were skipped: their gradients were not finite"
+                )
         if accelerator.is_main_process and (done % runtime.validate_every == 0 or last):
             val_loss = validate()
             watchers.metrics(done, {"val_loss": val_loss})

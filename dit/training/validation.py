@@ -42,6 +42,8 @@ def validation_loss(model: DiT, cache: LatentCache, batch_size: int, passes: int
                 batch.moments, noise[0, rows].to(device), cache.index["vae_scaling"], cache.index["vae_shift"]
             )
             path_noise, t = noise[1, rows].to(device), timesteps[rows].to(device)
-            prediction = model(diffusion.add_noise(latents, path_noise, t), t, batch.tokens.float(), batch.mask, batch.pooled.float())
+            prediction = model(
+                diffusion.add_noise(latents, path_noise, t), t, batch.tokens.float(), batch.mask, batch.pooled.float()
+            )
             total += diffusion.loss(prediction, latents, path_noise).sum().item()
     return total / (count * passes)
