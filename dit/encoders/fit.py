@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import CLIPImageProcessorPil
 
 from dit.encoders import BUILTIN
 from dit.encoders.fit_clip import choice_accuracy, fit_clip
 from dit.encoders.fit_vae import IMAGE_SIZE, fit_vae, reconstruction_psnr
-from dit.sources.scene import Description, draw, sample_description, sample_scene
+from dit.sources.scene import Description, Scene, draw, sample_description, sample_scene
 
 FIT_STREAM, MEASURE_STREAM = 101, 102  # scenes of their own, see sources/shapes.py
 VAE_STEPS, CLIP_STEPS = 2000, 900
@@ -39,21 +40,22 @@ The weights are stored in fp16.
 """
 
 
-def draw_scenes(count: int, stream: int) -> tuple[np.ndarray, list[Description]]:
-    """`count` drawings (N, H, W, 3) uint8 without unseen pairs, and what they show."""
+def draw_scenes(count: int, stream: int) -> tuple[np.ndarray, list[Description], list[Scene]]:
+    """`count` drawings (N, H, W, 3) uint8 without unseen pairs, what to say about them, and all that they show."""
     images = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    descriptions = []
-    for k in range(count):
+    descriptions, scenes = [], []
+    for k in tqdm(range(count), desc="draw", unit="image"):
         rng = np.random.default_rng([stream, k])
         descriptions.append(sample_description(rng))
-        images[k] = draw(sample_scene(descriptions[-1], rng), IMAGE_SIZE)
-    return images, descriptions
+        scenes.append(sample_scene(descriptions[-1], rng))
+        images[k] = draw(scenes[-1], IMAGE_SIZE)
+    return images, descriptions, scenes
 
 
 def fit(folder: Path, drawings: int, measured: int, vae_steps: int, clip_steps: int) -> dict[str, float]:
     """Fit both encoders, write them to `folder` with a README, and return what was measured."""
-    images, descriptions = draw_scenes(drawings, FIT_STREAM)
-    fresh, meant = draw_scenes(measured, MEASURE_STREAM)
+    images, descriptions, scenes = draw_scenes(drawings, FIT_STREAM)
+    fresh, meant, _ = draw_scenes(measured, MEASURE_STREAM)
     start = time.perf_counter()
     vae = fit_vae(images, vae_steps).half()
     vae_minutes = (time.perf_counter() - start) / 60
@@ -61,7 +63,7 @@ def fit(folder: Path, drawings: int, measured: int, vae_steps: int, clip_steps: 
     psnr = reconstruction_psnr(vae.float(), fresh)
     print(f"VAE: {psnr:.2f} dB in {vae_minutes:.1f} minutes", flush=True)
     start = time.perf_counter()
-    clip, tokenizer = fit_clip(images, descriptions, clip_steps)
+    clip, tokenizer = fit_clip(images, descriptions, scenes, clip_steps)
     clip_minutes = (time.perf_counter() - start) / 60
     clip.half().save_pretrained(folder / "clip")
     tokenizer.save_pretrained(folder / "clip")

@@ -1,0 +1,126 @@
+"""Drawn scenes and their captions: the one says what the other shows, and some things are never shown."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dit.encoders.alternatives import alternatives
+from dit.sources.captions import describe, has_side, parse
+from dit.sources.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    GAP,
+    PAIRS,
+    RADII,
+    RELATIONS,
+    SEEN_PAIRS,
+    SHAPES,
+    UNSEEN_PAIRS,
+    Description,
+    Thing,
+    draw,
+    sample_description,
+    sample_scene,
+)
+from dit.sources.shapes import unseen_prompts
+
+
+def samples(count: int):
+    for k in range(count):
+        rng = np.random.default_rng([555, k])
+        yield sample_description(rng), rng
+
+
+def test_there_is_enough_to_draw():
+    assert len(COLOURS) >= 8 and len(SHAPES) >= 6 and len(RADII) == 2 and len(RELATIONS) == 4
+    counts = [len(description.things) for description, _ in samples(300)]
+    assert set(counts) == {1, 2, 3}
+
+
+def test_reading_a_caption_gives_back_what_it_was_written_from():
+    captions = set()
+    for description, rng in samples(2000):
+        caption = describe(description, rng)
+        assert parse(caption) == description, caption
+        captions.add(caption)
+    assert len(captions) > 1900
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("A large red circle.", Description((Thing("red", "circle", "large"),))),
+        ("an orange star under a blue heart", Description((Thing("orange", "star"), Thing("blue", "heart")), ((0, "below", 1),))),
+        ("a red cross on dark blue", Description((Thing("red", "cross"),), (), "dark blue")),
+        ("a man riding a wave on top of a surfboard", None),
+    ],
+)
+def test_captions_are_read_as_a_person_would(caption, expected):
+    assert parse(caption) == expected
+
+
+def test_scenes_keep_things_apart_and_relations_true():
+    for description, rng in samples(500):
+        scene = sample_scene(description, rng)
+        for i, (x, y) in enumerate(scene.positions):
+            r = scene.radii[i]
+            assert min(x, y) - r > 0 and max(x, y) + r < 1
+            for j in range(i):
+                apart = np.abs(np.subtract(scene.positions[i], scene.positions[j])).max()
+                assert apart >= r + scene.radii[j] + GAP - 1e-9
+        for i, relation, j in description.relations:
+            offset = np.subtract(scene.positions[i], scene.positions[j])
+            assert offset @ RELATIONS[relation] >= 0.2 - 1e-9
+        for said, shown in zip(description.things, scene.things, strict=True):
+            assert said.pair == shown.pair and said.size in (None, shown.size)
+        assert description.background in (None, scene.background)
+
+
+def test_the_same_seed_draws_the_same_pixels():
+    first, second = (sample_scene(*next(samples(1))) for _ in range(2))
+    assert np.array_equal(draw(first), draw(second))
+    others = [sample_scene(description, rng) for description, rng in samples(2)]
+    assert not np.array_equal(draw(others[0]), draw(others[1]))
+
+
+def test_every_shape_is_in_one_unseen_pair_and_every_colour_in_one_at_most():
+    assert sorted(shape for _, shape in UNSEEN_PAIRS) == sorted(SHAPES)
+    colours = [colour for colour, _ in UNSEEN_PAIRS]
+    assert len(set(colours)) == len(colours)
+    assert len(PAIRS) == len(SEEN_PAIRS) + len(UNSEEN_PAIRS)
+
+
+def test_training_never_shows_or_names_an_unseen_pair():
+    shown = {thing.pair for description, rng in samples(3000) for thing in parse(describe(description, rng)).things}
+    assert shown == set(SEEN_PAIRS)
+
+
+def test_unseen_prompts_are_different_and_each_names_one_unseen_pair():
+    prompts = unseen_prompts(300, seed=1)
+    assert len(set(prompts)) == 300 and prompts == unseen_prompts(300, seed=1)
+    named = [[thing.pair for thing in parse(prompt).things if thing.pair in UNSEEN_PAIRS] for prompt in prompts]
+    assert all(len(pairs) == 1 for pairs in named)
+    assert {pair for pairs in named for pair in pairs} == UNSEEN_PAIRS
+
+
+def test_alternatives_differ_in_one_attribute_and_never_name_an_unseen_pair():
+    for description, _ in samples(300):
+        for other in [other for same_attribute in alternatives(description).values() for other in same_attribute]:
+            differences = sum(a != b for a, b in zip(description.things, other.things, strict=True))
+            differences += description.relations != other.relations
+            differences += description.background != other.background
+            assert differences == 1
+            assert not {thing.pair for thing in other.things} & UNSEEN_PAIRS
+            assert describe(other, np.random.default_rng(3)) != describe(description, np.random.default_rng(3))
+
+
+def test_captions_with_a_side_are_recognised():
+    assert has_side("A dog to the LEFT of a cat") and has_side("turn right")
+    assert not has_side("a bright copyright sign") and not has_side("a red circle above a star")
+
+
+def test_every_background_can_be_told_from_every_colour():
+    for background in BACKGROUNDS.values():
+        for colour in COLOURS.values():
+            assert np.linalg.norm(np.subtract(background, colour)) > 100
