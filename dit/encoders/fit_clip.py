@@ -71,11 +71,12 @@ def fit_clip(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     tokenizer = build_tokenizer([describe(d, rng) for d in descriptions[:5000]])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     clip = build_clip(tokenizer)
     patches = IMAGE_SIZE // clip.config.vision_config.patch_size
     labels = torch.from_numpy(np.stack([patch_labels(scene, patches) for scene in scenes])).flatten(2)  # (N, 4, T)
     heads = PatchHeads(clip.config.vision_config.hidden_size)
-    both = torch.nn.ModuleDict({"clip": clip, "heads": heads})
+    both = torch.nn.ModuleDict({"clip": clip, "heads": heads}).to(device)
     optimizers = muon_and_adamw(both, learning_rate, outer=("embedding", "projection", "heads"))
     schedules = one_cycle(optimizers, learning_rate, steps)
     progress = tqdm(range(steps), desc="CLIP", unit="step")
@@ -90,13 +91,13 @@ def fit_clip(
                 same_attribute = others[rng.integers(len(others))]
                 other = same_attribute[rng.integers(len(same_attribute))]
                 hard.append(describe(other, np.random.default_rng(words)))
-        with torch.autocast("cpu", torch.bfloat16):
-            seen = clip.vision_model(pixel_values=to_tensor(images[chosen]))
+        with torch.autocast(device, torch.bfloat16):
+            seen = clip.vision_model(pixel_values=to_tensor(images[chosen]).to(device))
             image_vectors = F.normalize(clip.visual_projection(seen.pooler_output), dim=-1)
-            patch_loss = heads(seen.last_hidden_state[:, 1:], labels[chosen])
+            patch_loss = heads(seen.last_hidden_state[:, 1:], labels[chosen].to(device))
             text_vectors = embed_texts(clip, tokenizer, own + hard)
         logits = clip.logit_scale.exp().clamp(max=100) * image_vectors.float() @ text_vectors.float().T  # (B, B + 3B)
-        target = torch.arange(batch_size)
+        target = torch.arange(batch_size, device=device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :batch_size].T, target)) / 2
         both.zero_grad()
         (loss + patch_loss).backward()
@@ -106,19 +107,19 @@ def fit_clip(
             schedule.step()
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}", patches=f"{patch_loss.item():.3f}", right=f"{(logits.argmax(1) == target).float().mean().item():.0%}")
-    return clip.eval(), tokenizer
+    return clip.cpu().eval(), tokenizer
 
 
 def embed_images(clip: CLIPModel, images: np.ndarray) -> torch.Tensor:
     """(N, H, W, 3) uint8 to unit vectors (N, P); pixels run from -1 to 1, as preprocessor_config.json says."""
-    vectors = clip.visual_projection(clip.vision_model(pixel_values=to_tensor(images)).pooler_output)
+    vectors = clip.visual_projection(clip.vision_model(pixel_values=to_tensor(images).to(clip.device)).pooler_output)
     return F.normalize(vectors, dim=-1)
 
 
 def embed_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     """Captions to unit vectors (N, P). No mask is needed: attention is causal and the padding comes last."""
     tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt").input_ids
-    return F.normalize(clip.text_projection(clip.text_model(input_ids=tokens).pooler_output), dim=-1)
+    return F.normalize(clip.text_projection(clip.text_model(input_ids=tokens.to(clip.device)).pooler_output), dim=-1)
 
 
 @torch.no_grad()

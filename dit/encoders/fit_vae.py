@@ -43,7 +43,8 @@ def fit_vae(
     weight of Rombach et al. 2022, section 3.1); see optimizers.py for the rest.
     """
     torch.manual_seed(seed)
-    vae = build_vae()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vae = build_vae().to(device)
     with torch.no_grad():  # start with little posterior noise: at a variance of 1 it drowns what the encoder says
         vae.quant_conv.weight[4:] = 0
         vae.quant_conv.bias[4:] = -6
@@ -53,8 +54,8 @@ def fit_vae(
     progress = tqdm(range(steps), desc="VAE", unit="step")
     for step in progress:
         x = to_tensor(images[rng.integers(len(images), size=batch_size)])
-        x = torch.where(torch.rand(batch_size, 1, 1, 1) < 0.5, x, x.flip(-1))
-        with torch.autocast("cpu", torch.bfloat16):
+        x = torch.where(torch.rand(batch_size, 1, 1, 1) < 0.5, x, x.flip(-1)).to(device)
+        with torch.autocast(device, torch.bfloat16):
             posterior = vae.encode(x).latent_dist
             decoded = vae.decode(posterior.sample()).sample
         mse = F.mse_loss(decoded.float(), x)
@@ -67,7 +68,7 @@ def fit_vae(
             schedule.step()
         if step % 20 == 0:
             progress.set_postfix(psnr=f"{psnr(mse.item()):.1f} dB", kl=f"{posterior.kl().mean().item():.0f}")
-    vae.eval()
+    vae.cpu().eval()
     with torch.no_grad():
         latents = vae.encode(to_tensor(images[:1000])).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))

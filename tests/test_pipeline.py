@@ -1,0 +1,108 @@
+"""From text to pictures with the encoders in the box and a small random transformer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, write_cache
+
+from dit.config import Model, load_config
+from dit.encoders import EncoderSource
+from dit.errors import UserError
+from dit.latents import file_hash
+from dit.model import DiT
+from dit.pipeline import DiTTextToImagePipeline, make_scheduler
+from dit.training.export import save_model
+
+PARAMS = load_config(REPO / "params.yaml")
+SCHEDULERS = ["euler", "heun", "dpm++", "unipc"]
+
+
+def random_transformer() -> DiT:
+    torch.manual_seed(0)
+    transformer = DiT(hidden_size=32, num_layers=2, num_heads=2, text_size=128, pooled_size=128)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return transformer
+
+
+def save(folder) -> None:
+    cache = write_cache(folder / "latents")
+    model = Model(patch_size=2, hidden_size=32, num_layers=2, num_heads=2)
+    cache.index["clip"] = cache.index["vae"] = EncoderSource("builtin").to_dict()
+    save_model(folder / "dit", random_transformer(), cache, model, PARAMS.shapes.schedule, PARAMS.train)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> DiTTextToImagePipeline:
+    folder = tmp_path_factory.mktemp("model")
+    save(folder)
+    pipeline = DiTTextToImagePipeline.from_pretrained(folder / "dit")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline, prompts, seeds, **settings) -> list[np.ndarray]:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [np.asarray(image) for image in pipeline(prompts, generator=generators, num_inference_steps=4, **settings).images]
+
+
+def test_a_picture_depends_on_prompt_and_seed_and_not_on_its_neighbours(pipeline):
+    a, b, c = draw(pipeline, ["a red circle", "a red circle", "a blue star"], [1, 2, 1])
+    assert a.shape == (64, 64, 3)
+    assert not np.array_equal(a, b) and not np.array_equal(a, c)
+    (alone,) = draw(pipeline, ["a red circle"], [1])
+    assert np.abs(alone.astype(int) - a).max() <= 1  # the last bit of a matrix product may depend on the batch
+
+
+def test_other_sizes_can_be_drawn_if_the_patches_divide_them(pipeline):
+    assert draw(pipeline, ["a red circle"], [1], height=96, width=64)[0].shape == (96, 64, 3)
+    with pytest.raises(UserError, match="multiples of 16"):
+        draw(pipeline, ["a red circle"], [1], height=60)
+
+
+def test_guidance_changes_the_picture_and_one_is_without(pipeline):
+    with_guidance, without = (draw(pipeline, ["a red circle"], [1], guidance_scale=g)[0] for g in (4.0, 1.0))
+    assert not np.array_equal(with_guidance, without)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_solves_a_flow_that_is_known_in_closed_form(name):
+    """For images from N(m, s^2) the ideal velocity carries noise z to m + s z; a scheduler that took it for a noise prediction would not."""
+    mean, deviation = 2.0, 0.5
+    scheduler = make_scheduler(name)
+    scheduler.set_timesteps(60)
+    x = noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for timestep in scheduler.timesteps:
+        t = timestep / 1000
+        surprise = (x - (1 - t) * mean) / ((1 - t) ** 2 * deviation**2 + t**2)
+        x = scheduler.step(t * surprise - (mean + (1 - t) * deviation**2 * surprise), timestep, x, return_dict=False)[0]
+    assert (x - (mean + deviation * noise)).abs().max() < 0.12
+
+
+def test_an_unknown_scheduler_is_refused():
+    with pytest.raises(UserError, match="euler, heun"):
+        make_scheduler("ddim")
+
+
+def test_the_model_folder_holds_no_pickle_and_is_the_same_each_time(tmp_path):
+    for name in ("a", "b"):
+        save(tmp_path / name)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a" / "dit").rglob("*") if path.is_file())
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".md"}
+    for path in files:
+        assert file_hash(tmp_path / "a" / path) == file_hash(tmp_path / "b" / path)
+
+
+def test_a_folder_that_is_no_model_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="not a trained model"):
+        DiTTextToImagePipeline.from_pretrained(tmp_path)
+
+
+def test_the_pipeline_embeds_text_as_the_cache_does(pipeline):
+    from dit.encoding import TextEncoder
+
+    tokens, mask, pooled = pipeline.encode_prompt(["a red circle above a blue star"])
+    row, vector = TextEncoder(EncoderSource("builtin"), torch.float32, torch.device("cpu")).encode(["a red circle above a blue star"])[0]
+    assert torch.allclose(tokens[0][mask[0]].half(), row, atol=1e-3) and torch.allclose(pooled[0].half(), vector, atol=1e-3)

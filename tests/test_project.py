@@ -1,0 +1,174 @@
+"""The whole project as its users see it: a miniature of the pipeline through the real `dvc`, in a clean clone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPO
+from mlflow import MlflowClient
+
+SMALL = {
+    "data": {"num_samples": 60, "val_fraction": 0.2},
+    "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 2},
+    "schedule": {"num_epochs": 4},
+}
+
+
+def environment(root: Path) -> dict[str, str]:
+    """The environment of a user who has activated the one that runs this test."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "GIT_"))}
+    return kept | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "GIT_AUTHOR_NAME": "A",
+        "GIT_AUTHOR_EMAIL": "a@example.com",
+        "GIT_COMMITTER_NAME": "A",
+        "GIT_COMMITTER_EMAIL": "a@example.com",
+        "HOME": str(root.parent),
+    }
+
+
+class Clone:
+    """A clone of the working tree, committed, with small settings."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        listed = subprocess.run(
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=REPO, capture_output=True, check=True, text=True
+        )
+        for name in filter(None, listed.stdout.split("\0")):
+            if (REPO / name).is_file():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(REPO / name, root / name)
+        (root / "dvc.lock").unlink(missing_ok=True)
+        shutil.rmtree(root / "metrics", ignore_errors=True)
+        values = yaml.safe_load((root / "params.yaml").read_text())
+        for block, changes in SMALL.items():
+            values["shapes"][block].update(changes)
+        values["train"].update(batch_size=16, warmup_steps=2)
+        values["sample"].update(num_samples=16, num_inference_steps=4)
+        (root / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        for command in (["git", "init", "-q"], ["git", "add", "-A"], ["git", "commit", "-qm", "start"]):
+            self.run(*command)
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(command, cwd=self.root, env=environment(self.root), capture_output=True, text=True, check=False)
+        assert not check or done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def dvc(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return self.run(sys.executable, "-m", "dvc", *arguments, check=check)
+
+    def json(self, name: str):
+        return json.loads((self.root / name).read_text())
+
+    def store(self) -> MlflowClient:
+        return MlflowClient(f"sqlite:///{self.root / 'mlflow.db'}")
+
+    def parents(self) -> list:
+        experiment = self.store().get_experiment_by_name("dit")
+        runs = self.store().search_runs([experiment.experiment_id], order_by=["attribute.start_time"])
+        return [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Clone:
+    clone = Clone(tmp_path_factory.mktemp("project"))
+    clone.dvc("repro")
+    clone.run("git", "add", "-A")
+    clone.run("git", "commit", "-qm", "first run")
+    return clone
+
+
+def test_every_stage_leaves_what_the_readme_promises(clone):
+    for name in (
+        "data/raw/metadata.json",
+        "data/latents/index.json",
+        "data/reconstructions.png",
+        "models/dit/model_index.json",
+        "models/dit/README.md",
+        "models/train.log",
+        "samples/images/00015.png",
+        "samples/grids/val.png",
+        "samples/grids/unseen.png",
+        "samples/worst.png",
+    ):
+        assert (clone.root / name).is_file(), name
+    assert list((clone.root / "samples" / "progress").glob("*.png"))
+    results = clone.json("metrics/evaluate.json")
+    for name in ("prompt_accuracy", "prompt_accuracy_unseen"):
+        assert 0 <= results[f"{name}_low"] <= results[name] <= results[f"{name}_high"] <= 1
+        assert results[f"{name}_prompts"] == 8
+    assert results["val_loss"] > 0 and "clip_score" in results
+    assert clone.json("metrics/encode.json")["reconstruction_psnr"] >= 36
+    assert clone.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_mlflow_has_one_run_with_curves_and_one_child(clone):
+    (parent,) = clone.parents()
+    store = clone.store()
+    assert parent.info.run_id == clone.json("metrics/mlflow.json")["run_id"]
+    assert parent.data.params["model.hidden_size"] == "32" and parent.data.params["train.batch_size"] == "16"
+    assert parent.data.metrics["prompt_accuracy"] == clone.json("metrics/evaluate.json")["prompt_accuracy"]
+    assert store.get_metric_history(parent.info.run_id, "val_loss")
+    children = store.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert [child.data.params["sample.scheduler"] for child in children] == ["euler"]
+
+
+def test_a_second_run_has_nothing_to_do(clone):
+    assert "Running stage" not in clone.dvc("repro").stdout
+    assert "up to date" in clone.dvc("status").stdout
+
+
+def test_an_experiment_runs_only_what_it_changes_and_gets_its_own_rows(clone):
+    before = len(clone.parents())
+    output = clone.dvc("exp", "run", "-S", "train.batch_size=8").stdout
+    assert [stage for stage in ("download", "encode", "train", "sample", "evaluate") if f"Running stage '{stage}'" in output] == [
+        "train",
+        "sample",
+        "evaluate",
+    ]
+    rows = clone.dvc("exp", "show", "--csv").stdout
+    assert rows.count("\n") >= 4 and ",8," in rows
+    parents = clone.parents()
+    assert len(parents) == before + 1 and parents[-1].data.params["train.batch_size"] == "8"
+    assert "prompt_accuracy" in parents[-1].data.metrics
+    assert parents[-1].data.tags["dvc.exp_name"] == parents[-1].info.run_name
+    clone.run("git", "checkout", "-q", ".")
+    clone.dvc("checkout")
+
+
+def test_editing_the_sampler_does_not_train_again(clone):
+    path = clone.root / "dit" / "pipeline.py"
+    original = path.read_text()
+    path.write_text(original + "\n# edited\n")
+    try:
+        stale = set(json.loads(clone.dvc("status", "--json").stdout))
+    finally:
+        path.write_text(original)
+    assert stale == {"sample"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("shapes.model.num_heads=3", "params.yaml: shapes.model.hidden_size: 32 is not a multiple of num_heads (3)"),
+        ("shapes.encode.image_size=60", "params.yaml: shapes.encode.image_size: 60 is not a multiple of 16"),
+    ],
+)
+def test_a_failed_stage_is_one_clear_line_and_loses_nothing(clone, setting, says):
+    kept = {path: path.read_bytes() for name in ("metrics", "models", "samples", "data") for path in (clone.root / name).rglob("*.*")}
+    done = clone.dvc("exp", "run", "-S", setting, check=False)
+    assert done.returncode != 0
+    assert says in done.stderr and "dvc checkout" in done.stderr and "Traceback" not in done.stderr + done.stdout
+    clone.run("git", "checkout", "-q", "params.yaml")
+    clone.dvc("checkout")
+    assert all(path.is_file() and path.read_bytes() == content for path, content in kept.items())
+    assert "Running stage" not in clone.dvc("repro").stdout
