@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -21,16 +22,25 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str]) -> 
     kept = Path(os.environ.get("DVC_ROOT", ".")) / ".state" / "metrics" / name
     try:
         main(load_config())
-    except UserError as error:
+    except BaseException as error:
         _copy_all(metrics, kept, Path())
-        print(f"{name}: {error}", file=sys.stderr)
-        print(f"{name}: nothing is lost: `dvc checkout` brings the earlier outputs back", file=sys.stderr)
+        problem = _in_one_line(error)
+        if problem is None:
+            raise
+        print(f"{name}: {problem}\n{name}: `dvc checkout` brings the earlier outputs back", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        _copy_all(metrics, kept, Path())
-        print(f"{name}: stopped; `dvc checkout` brings the earlier outputs back", file=sys.stderr)
-        sys.exit(130)
     _copy_all(metrics, Path(), kept)
+
+
+def _in_one_line(error: BaseException) -> str | None:
+    """What a user can act on; None for what is a defect of ours and needs its stack trace."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full; free some (`dvc gc -w` drops what no commit uses) and run again"
+    return None
 
 
 def _copy_all(names: list[str], source: Path, target: Path) -> None:

@@ -44,7 +44,10 @@ def test_the_default_settings_pass_the_check(project, capsys):
         ({"train": {"batchsize": 3}}, "params.yaml: train.batchsize: unknown key; did you mean batch_size?"),
         ({"shapes": {"model": {"hidden_size": 100}}}, "shapes.model.hidden_size: 100"),
         ({"shapes": {"encode": {"image_size": 60}}}, "shapes.encode.image_size: 60"),
-        ({"recipe": "coco", "coco": {"data": {"base_url": "http://127.0.0.1:9"}}}, "coco.data.base_url: cannot reach http://127.0.0.1:9"),
+        (
+            {"recipe": "coco", "coco": {"data": {"base_url": "http://127.0.0.1:9"}}},
+            "coco.data.base_url: cannot reach http://127.0.0.1:9",
+        ),
         ({"recipe": "folder", "folder": {"data": {"paths": ["."]}}}, "folder.data.paths: no picture with a .txt beside it in ."),
         ({"recipe": "folder", "folder": {"data": {"paths": ["nowhere"]}}}, "folder.data.paths: nowhere is not a folder"),
         ({"shapes": {"data": {"num_samples": 10**12}}}, "disk: about"),

@@ -84,7 +84,9 @@ def test_a_number_written_the_way_yaml_takes_for_text_is_understood():
     assert parse_config(changed("shapes.schedule.learning_rate", "1e-4")).active.schedule.learning_rate == 1e-4
 
 
-@pytest.mark.parametrize(("text", "says"), [("a: [", "not valid YAML"), ("- 1", "expected blocks of settings"), (None, "no such file")])
+@pytest.mark.parametrize(
+    ("text", "says"), [("a: [", "not valid YAML"), ("- 1", "expected blocks of settings"), (None, "no such file")]
+)
 def test_a_file_that_is_no_settings_file_is_named(tmp_path, text, says):
     path = tmp_path / "params.yaml"
     if text is not None:

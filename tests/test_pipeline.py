@@ -104,5 +104,7 @@ def test_the_pipeline_embeds_text_as_the_cache_does(pipeline):
     from dit.encoding import TextEncoder
 
     tokens, mask, pooled = pipeline.encode_prompt(["a red circle above a blue star"])
-    row, vector = TextEncoder(EncoderSource("builtin"), torch.float32, torch.device("cpu")).encode(["a red circle above a blue star"])[0]
+    row, vector = TextEncoder(EncoderSource("builtin"), torch.float32, torch.device("cpu")).encode(
+        ["a red circle above a blue star"]
+    )[0]
     assert torch.allclose(tokens[0][mask[0]].half(), row, atol=1e-3) and torch.allclose(pooled[0].half(), vector, atol=1e-3)

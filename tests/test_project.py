@@ -41,7 +41,11 @@ class Clone:
     def __init__(self, root: Path):
         self.root = root
         listed = subprocess.run(
-            ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=REPO, capture_output=True, check=True, text=True
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+            cwd=REPO,
+            capture_output=True,
+            check=True,
+            text=True,
         )
         for name in filter(None, listed.stdout.split("\0")):
             if (REPO / name).is_file():
@@ -164,7 +168,9 @@ def test_editing_the_sampler_does_not_train_again(clone):
     ],
 )
 def test_a_failed_stage_is_one_clear_line_and_loses_nothing(clone, setting, says):
-    kept = {path: path.read_bytes() for name in ("metrics", "models", "samples", "data") for path in (clone.root / name).rglob("*.*")}
+    kept = {
+        path: path.read_bytes() for name in ("metrics", "models", "samples", "data") for path in (clone.root / name).rglob("*.*")
+    }
     done = clone.dvc("exp", "run", "-S", setting, check=False)
     assert done.returncode != 0
     assert says in done.stderr and "dvc checkout" in done.stderr and "Traceback" not in done.stderr + done.stdout

@@ -268,7 +268,10 @@ def test_too_many_coco_images_wanted_is_one_clear_line(serve, tmp_path):
 
 def test_an_unreachable_host_is_one_clear_line(monkeypatch, tmp_path):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    for attempt in (lambda: coco.check_host("http://127.0.0.1:9"), lambda: fetch(coco_data("http://127.0.0.1:9", 2), tmp_path, RUNTIME)):
+    for attempt in (
+        lambda: coco.check_host("http://127.0.0.1:9"),
+        lambda: fetch(coco_data("http://127.0.0.1:9", 2), tmp_path, RUNTIME),
+    ):
         with pytest.raises(UserError, match=r"coco.data.base_url: cannot reach http://127.0.0.1:9 \(refused\)"):
             attempt()
 
@@ -286,7 +289,9 @@ def test_real_coco_files(serve, tmp_path):
     assert all(texts and all(text == text.strip() for text in texts) for texts in captions_of(tmp_path / "out").values())
 
 
-@pytest.mark.skipif(not (SHARED / "captioned-folder").is_dir(), reason="the folder of real captioned images is not beside this repository")
+@pytest.mark.skipif(
+    not (SHARED / "captioned-folder").is_dir(), reason="the folder of real captioned images is not beside this repository"
+)
 def test_a_real_captioned_folder(tmp_path):
     shutil.copytree(SHARED / "captioned-folder", tmp_path / "mine")
     report = fetch(folder_data(tmp_path / "mine"), tmp_path / "out", RUNTIME)

@@ -58,7 +58,9 @@ def test_a_step_depends_on_seed_and_step_alone(cache):
     torch.manual_seed(6)
     everything(3, 8)
     assert all(torch.equal(a, b) for a, b in zip(first, everything(3, 7), strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(first[:2] + first[4:7], (everything(3, 8)[:2] + everything(3, 8)[4:7]), strict=True))
+    assert not any(
+        torch.equal(a, b) for a, b in zip(first[:2] + first[4:7], (everything(3, 8)[:2] + everything(3, 8)[4:7]), strict=True)
+    )
 
 
 def test_the_parts_of_processes_make_up_the_global_batch(cache):
@@ -103,7 +105,10 @@ def test_eight_images_are_learned_by_heart(tmp_path):
     metrics: dict = {}
     run(cache, 150, {"caption_dropout": 0.0, "horizontal_flip": False, "ema_decay": 0.9}, watch(metrics), rate=3e-3)
     steps = sorted(metrics)
-    start, end = metrics[steps[0]]["train_loss"], np.mean([metrics[s]["train_loss"] for s in steps[-10:] if "train_loss" in metrics[s]])
+    start, end = (
+        metrics[steps[0]]["train_loss"],
+        np.mean([metrics[s]["train_loss"] for s in steps[-10:] if "train_loss" in metrics[s]]),
+    )
     assert end < 0.5 * start
 
 

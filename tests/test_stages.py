@@ -1,0 +1,52 @@
+"""A stage that fails says why in one line and keeps its metrics; a defect of ours keeps its stack trace."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+
+import pytest
+from conftest import REPO
+
+from dit.errors import UserError
+from stages import run_stage
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    shutil.copy(REPO / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    (tmp_path / "metrics").mkdir()
+    return tmp_path
+
+
+def succeed(project) -> None:
+    run_stage("train", lambda params: (project / "metrics" / "train.json").write_text("{}") and None, ["metrics/train.json"])
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (UserError("train.batch_size: too large"), "train: train.batch_size: too large"),
+        (KeyboardInterrupt(), "train: stopped"),
+        (OSError(errno.ENOSPC, "No space left on device"), "train: the disk is full"),
+    ],
+)
+def test_a_failure_is_one_line_and_the_metrics_of_before_are_back(project, capsys, error, says):
+    succeed(project)
+
+    def fail(_params) -> None:
+        raise error
+
+    (project / "metrics" / "train.json").unlink()  # as DVC does before it starts a stage
+    with pytest.raises(SystemExit) as end:
+        run_stage("train", fail, ["metrics/train.json"])
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 1 and lines[0].startswith(says) and "dvc checkout" in lines[1] and len(lines) == 2
+    assert (project / "metrics" / "train.json").read_text() == "{}"
+
+
+def test_a_defect_keeps_its_stack_trace(project):
+    with pytest.raises(ZeroDivisionError):
+        run_stage("train", lambda params: 1 // 0, [])
