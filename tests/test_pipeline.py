@@ -69,7 +69,7 @@ def test_guidance_changes_the_picture_and_one_is_without(pipeline):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_solves_a_flow_that_is_known_in_closed_form(name):
-    """For images from N(m, s^2) the ideal velocity carries noise z to m + s z; a scheduler that took it for a noise prediction would not."""
+    """Images from N(m, s^2): the ideal velocity carries noise z to m + s z, unless it is taken for a noise prediction."""
     mean, deviation = 2.0, 0.5
     scheduler = make_scheduler(name)
     scheduler.set_timesteps(60)

@@ -8,7 +8,7 @@ from dit.sources.scene import BACKGROUNDS, COLOURS, OPPOSITE, RELATIONS, SHAPES,
 
 
 def alternatives(description: Description) -> dict[str, list[Description]]:
-    """Every description that differs from `description` in one attribute, by attribute: colour, shape, size, relation, background.
+    """Every description that differs from `description` in one attribute, listed by attribute.
 
     Only what the description states is changed, so each reads differently. Pairs that training never shows are left
     out, and so is naming the same thing twice.
