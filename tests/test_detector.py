@@ -7,6 +7,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import ndimage
 
 from dit.encoders import EncoderSource, load_vae
@@ -99,14 +100,34 @@ def test_each_kind_of_mistake_is_found(caption, problem):
     assert problem is None or verdict.problem.startswith(problem)
 
 
-def test_a_thing_cut_in_half_or_of_two_colours_is_not_accepted():
-    pixels = np.asarray(draw(scene(BLUE))).copy()
-    halved = pixels.copy()
-    halved[:, : int(0.3 * 64)] = pixels[0, 0]
-    assert not judge(halved, parse("a blue star")).correct
-    two_colours = np.where((np.asarray(draw(scene(BLUE))) != pixels[0, 0]).any(-1, keepdims=True), pixels, pixels)
-    two_colours[:20][pixels[:20, :, 2] - pixels[:20, :, 0].astype(int) > 100] = (214, 48, 49)
-    assert not judge(two_colours, parse("a blue star")).correct
+def large(colour: str, shape: str) -> np.ndarray:
+    return np.asarray(draw(Scene((Thing(colour, shape, "large"),), ((0.5, 0.5),), (0.2,), "white"))).copy()
+
+
+@pytest.mark.parametrize(("colour", "shape"), [("blue", "star"), ("pink", "square"), ("red", "circle"), ("teal", "heart")])
+def test_a_whole_thing_is_accepted_and_a_damaged_one_is_not(colour, shape):
+    caption = parse(f"a {colour} {shape}")
+    pixels = large(colour, shape)
+    assert judge(pixels, caption).correct
+
+    half = pixels.copy()
+    half[:, :32] = pixels[:, :1]
+    assert not judge(half, caption).correct
+
+    squashed = np.broadcast_to(pixels[:, :1], pixels.shape).copy()
+    squashed[:48] = np.asarray(Image.fromarray(pixels).resize((64, 48)))
+    assert not judge(squashed, caption).correct
+
+    two_colours = pixels.copy()
+    other = large("orange", shape)
+    two_colours[:32] = other[:32]
+    assert not judge(two_colours, caption).correct
+
+
+def test_a_square_that_lost_a_quarter_is_no_square():
+    pixels = large("green", "square")
+    pixels[:, : round(64 * (0.32 + 0.09))] = pixels[:, :1]
+    assert not judge(pixels, parse("a green square")).correct
 
 
 def test_an_empty_picture_shows_nothing_and_noise_shows_nothing_right():

@@ -46,7 +46,9 @@ def load_vae(source: EncoderSource, dtype: torch.dtype = torch.float32, device: 
 def load_text_encoder(source: EncoderSource, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
     """Load a CLIP text model with its projection, and its tokenizer; returns both and the resolved `EncoderSource`."""
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # that the image side's weights are not needed here is no news
     model, resolved = _load(CLIPTextModelWithProjection, "clip", source, dtype, device)
     tokenizer = CLIPTokenizer.from_pretrained(**_where("clip", resolved))
     return model, tokenizer, resolved
@@ -75,8 +77,8 @@ def _load(model_class, kind: str, source: EncoderSource, dtype: torch.dtype, dev
     folder = Path(where["pretrained_model_name_or_path"])
     try:
         model = model_class.from_pretrained(**where, torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        # Both libraries report a missing repository, a missing file and a failed connection as OSError or ValueError.
+    except (OSError, ValueError, RuntimeError) as error:
+        # Both libraries report missing repositories, files and connections, and weights of another shape, as one of these.
         first = " ".join(str(error).split())[:200]
         hint = "check the folder" if folder.is_dir() else "check the id and your network, or set it to a local folder"
         raise UserError(f"encode.{kind}: cannot load {source.name!r} as {model_class.__name__}: {first} ({hint})") from None

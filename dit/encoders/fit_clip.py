@@ -14,10 +14,11 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from dit.encoders.alternatives import alternatives
 from dit.encoders.fit_vae import IMAGE_SIZE, to_tensor
 from dit.encoders.optimizers import muon_and_adamw, one_cycle
-from dit.encoders.visual_labels import VisualHeads, patch_labels, summary_labels
+from dit.encoders.scene_labels import SceneHeads, patch_labels, summary_labels
 from dit.sources.captions import describe
 from dit.sources.scene import Description, Scene
 
+SUMMARY_WEIGHT = 10
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = 400
 HARD_NEGATIVES = 3  # captions per image that differ from its own in one attribute
@@ -43,7 +44,7 @@ def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     """The architecture of OpenAI's CLIP, 1.5 M parameters instead of 428 M."""
-    width = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
+    width = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "projection_dim": 128}
     end = tokenizer.eos_token_id
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end, "pad_token_id": end}
     text = {**width, **special, "num_hidden_layers": 3, "vocab_size": len(tokenizer), "max_position_embeddings": 77}
@@ -65,8 +66,8 @@ def fit_clip(
     """Fit on `images`, (N, H, W, 3) uint8, and what they show, put into other words each time.
 
     The loss is CLIP's (Radford et al. 2021, figure 3), where each image's candidates are the batch's captions and hard
-    negatives of them all: captions that differ in one attribute (as in Yuksekgonul et al. 2023). Added to it is what the
-    image side should know of the scene, see visual_labels.py.
+    negatives of them all: captions that differ in one attribute (as in Yuksekgonul et al. 2023). Added to it is what both
+    sides should know of the scene, see scene_labels.py.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -76,7 +77,7 @@ def fit_clip(
     patches = IMAGE_SIZE // clip.config.vision_config.patch_size
     patch_targets = torch.from_numpy(np.stack([patch_labels(scene, patches) for scene in scenes])).flatten(2)  # (N, 4, T)
     summaries = torch.from_numpy(np.stack([summary_labels(scene) for scene in scenes]))  # (N, 2, rows, 4)
-    heads = VisualHeads(clip.config.vision_config.hidden_size, clip.config.projection_dim)
+    heads = SceneHeads(clip.config.vision_config.hidden_size, clip.config.projection_dim)
     both = torch.nn.ModuleDict({"clip": clip, "heads": heads}).to(device)
     optimizers = muon_and_adamw(both, learning_rate, outer=("token_embedding", "position_embedding", "projection", "heads"))
     schedules = one_cycle(optimizers, learning_rate, steps)
@@ -95,15 +96,16 @@ def fit_clip(
         with torch.autocast(device, torch.bfloat16):
             seen = clip.vision_model(pixel_values=to_tensor(images[chosen]).to(device))
             projected = clip.visual_projection(seen.pooler_output)
-            image_vectors = F.normalize(projected, dim=-1)
-            targets = patch_targets[chosen].to(device), summaries[chosen].to(device)
-            seen_loss = heads(seen.last_hidden_state[:, 1:], projected, *targets)
-            text_vectors = embed_texts(clip, tokenizer, own + hard)
-        logits = clip.logit_scale.exp().clamp(max=100) * image_vectors.float() @ text_vectors.float().T  # (B, B + 3B)
+            said = project_texts(clip, tokenizer, own + hard)
+            patch_loss = heads.patch_loss(seen.last_hidden_state[:, 1:], patch_targets[chosen].to(device))
+            summary = summaries[chosen].to(device)
+            summary_loss = heads.summary_loss(projected, summary) + heads.summary_loss(said[:batch_size], summary)
+        image_vectors, text_vectors = F.normalize(projected.float(), dim=-1), F.normalize(said.float(), dim=-1)
+        logits = clip.logit_scale.exp().clamp(max=100) * image_vectors @ text_vectors.T  # (B, B + 3B)
         target = torch.arange(batch_size, device=device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :batch_size].T, target)) / 2
         both.zero_grad()
-        (loss + seen_loss).backward()
+        (loss + patch_loss + SUMMARY_WEIGHT * summary_loss).backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
@@ -111,7 +113,7 @@ def fit_clip(
         if step % 20 == 0:
             progress.set_postfix(
                 loss=f"{loss.item():.3f}",
-                seen=f"{seen_loss.item():.3f}",
+                scene=f"{summary_loss.item():.3f}",
                 right=f"{(logits.argmax(1) == target).float().mean().item():.0%}",
             )
     return clip.cpu().eval(), tokenizer
@@ -124,9 +126,14 @@ def embed_images(clip: CLIPModel, images: np.ndarray) -> torch.Tensor:
 
 
 def embed_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """Captions to unit vectors (N, P). No mask is needed: attention is causal and the padding comes last."""
+    """Captions to unit vectors (N, P)."""
+    return F.normalize(project_texts(clip, tokenizer, captions), dim=-1)
+
+
+def project_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """Captions to vectors (N, P). No mask is needed: attention is causal and the padding comes last."""
     tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt").input_ids
-    return F.normalize(clip.text_projection(clip.text_model(input_ids=tokens.to(clip.device)).pooler_output), dim=-1)
+    return clip.text_projection(clip.text_model(input_ids=tokens.to(clip.device)).pooler_output)
 
 
 @torch.no_grad()

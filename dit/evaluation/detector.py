@@ -22,10 +22,11 @@ BORDER = 0.03  # of the width; scene.MARGIN keeps it free
 CONTRAST = 45.0  # RGB distance that makes foreground; the least between a colour and a background is 106 (pink on cream)
 SPECK = 0.004  # of the area: less is noise; the smallest star covers 1.7 %
 COLOUR_REACH = 70.0  # RGB distance beyond which a thing has none of our colours; the nearest two of them are 83 apart
-PURITY = 0.65  # of a thing's inside that must be nearest to its colour; blurred edges of small stars come near other colours
+FOREIGN = 0.12  # share of a thing's inside that may be clearly of another colour: half of the least palette distance from it
 # Overlap on 1,000 drawings and on as many blurred and noisy ones: 0.86 or more with the right template, 0.83 at most
 # with the best wrong one, and always 0.12 more with the right one than with any other.
 OVERLAP = 0.80
+STRETCH = 0.08  # log of how far from its template's width : height a thing may be, for free; small drawings reach 0.05
 BOX = 24  # side of the box in which shapes are compared
 BETWEEN_SIZES = (RADII["small"][1] + RADII["large"][0]) / 2
 
@@ -78,7 +79,7 @@ def _describe(pixels: np.ndarray, background: np.ndarray, inside: np.ndarray, wi
     core = core if core.sum() >= 6 else inside
     paint = np.median(pixels[core], axis=0)
     colour, distance = _nearest(paint, COLOURS)
-    if distance > COLOUR_REACH or _purity(pixels[core], colour) < PURITY:
+    if distance > COLOUR_REACH or _foreign(pixels[core], colour) > FOREIGN:
         colour = "unclear"
     # How far each pixel is on the way from the background to the paint: coverage, with soft edges.
     way = paint - background
@@ -93,8 +94,8 @@ def _describe(pixels: np.ndarray, background: np.ndarray, inside: np.ndarray, wi
     for shape in SHAPES:
         template, aspect = _template(shape, round(radius * 64))
         overlap = np.minimum(stretched, template).sum() / np.maximum(stretched, template).sum()
-        misfit = abs(np.log((right - left) / (bottom - top) / aspect))  # a stretched circle is no circle
-        overlaps[shape] = float(overlap) - max(0.0, misfit - 0.15)
+        stretch = abs(np.log((right - left) / (bottom - top) / aspect))  # a squashed circle is no circle
+        overlaps[shape] = float(overlap) - 2 * max(0.0, stretch - STRETCH)
     shape = max(overlaps, key=overlaps.get)
     best = overlaps[shape]
     return Found(
@@ -114,11 +115,11 @@ def _nearest(value: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> tup
     return name, distances[name]
 
 
-def _purity(values: np.ndarray, colour: str) -> float:
-    """Share of `values` (K, 3) whose nearest palette colour is `colour`."""
+def _foreign(values: np.ndarray, colour: str) -> float:
+    """Share of `values` (K, 3) that are near to another palette colour than `colour`; blends at an edge are near to none."""
     palette = np.float32(list(COLOURS.values()))
-    nearest = np.linalg.norm(values[:, None] - palette, axis=2).argmin(axis=1)
-    return float((nearest == list(COLOURS).index(colour)).mean())
+    distances = np.linalg.norm(values[:, None] - palette, axis=2)
+    return float(((distances.argmin(axis=1) != list(COLOURS).index(colour)) & (distances.min(axis=1) < 42)).mean())
 
 
 def _extent(profile: np.ndarray) -> tuple[float, float]:
