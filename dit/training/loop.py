@@ -126,8 +126,7 @@ def train_transformer(
 
     def validate() -> float:
         ema.copy_to(ema_transformer.parameters())
-        with accelerator.autocast():
-            return validation_loss(ema_transformer, cache, train.batch_size, limit=VALIDATION_IMAGES)
+        return validation_loss(ema_transformer, cache, train.batch_size, limit=VALIDATION_IMAGES, autocast=accelerator.autocast)
 
     window = Window(device)
     values: dict[str, float] = {}
@@ -170,8 +169,8 @@ def train_transformer(
             window.restart()
         if accelerator.is_main_process and (done % runtime.sample_every == 0 or last):
             ema.copy_to(ema_transformer.parameters())
-            with accelerator.autocast():
-                watchers.preview(done, draw_preview(ema_transformer, cache, PREVIEW_IMAGES, watchers.decode))
+            picture = draw_preview(ema_transformer, cache, PREVIEW_IMAGES, watchers.decode, accelerator.autocast)
+            watchers.preview(done, picture)
             window.restart()
     seconds = time.perf_counter() - started
     ema.copy_to(ema_transformer.parameters())

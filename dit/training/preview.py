@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -20,7 +21,13 @@ SEED = 30_000
 
 
 @torch.no_grad()
-def draw_preview(model: DiT, cache: LatentCache, count: int, decode: Callable[[torch.Tensor], list[Image.Image]]) -> Image.Image:
+def draw_preview(
+    model: DiT,
+    cache: LatentCache,
+    count: int,
+    decode: Callable[[torch.Tensor], list[Image.Image]],
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> Image.Image:
     """A grid of the first `count` validation captions; the noise is the same at every step and in every run."""
     device = next(model.parameters()).device
     images = cache.val[:count]
@@ -30,10 +37,12 @@ def draw_preview(model: DiT, cache: LatentCache, count: int, decode: Callable[[t
     tokens = torch.cat([batch.tokens, empty.tokens]).float()
     mask = torch.cat([batch.mask, empty.mask])
     pooled = torch.cat([batch.pooled, empty.pooled]).float()
-    keys_values = model.text_keys_values(tokens)
+    with autocast():
+        keys_values = model.text_keys_values(tokens)
 
     def predict(latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        both = model(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), None, mask, pooled, keys_values)
+        with autocast():
+            both = model(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), None, mask, pooled, keys_values)
         return diffusion.guide(*both.chunk(2), GUIDANCE_SCALE)
 
     noise = torch.randn(count, *cache.latent_shape, generator=generator(torch.device("cpu"), SEED, VALIDATION)).to(device)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import torch
 
@@ -14,15 +17,23 @@ SEED = 20_000  # its own, so that runs of different train.seed are measured at t
 
 
 @torch.no_grad()
-def validation_loss(model: DiT, cache: LatentCache, batch_size: int, passes: int = 1, limit: int | None = None) -> float:
+def validation_loss(
+    model: DiT,
+    cache: LatentCache,
+    batch_size: int,
+    passes: int = 1,
+    limit: int | None = None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> float:
     """Mean loss over the validation images, at timesteps spread evenly over the logit-normal distribution.
 
     Args:
-        model: any weights; used as they are, under the caller's autocast.
+        model: any weights; used as they are.
         cache: where the validation images are.
         batch_size: images at once.
         passes: how often each image is measured, each time at another timestep.
         limit: only so many validation images.
+        autocast: makes the context in which the model runs.
     """
     device = next(model.parameters()).device
     images = cache.val[:limit]
@@ -42,8 +53,9 @@ def validation_loss(model: DiT, cache: LatentCache, batch_size: int, passes: int
                 batch.moments, noise[0, rows].to(device), cache.index["vae_scaling"], cache.index["vae_shift"]
             )
             path_noise, t = noise[1, rows].to(device), timesteps[rows].to(device)
-            prediction = model(
-                diffusion.add_noise(latents, path_noise, t), t, batch.tokens.float(), batch.mask, batch.pooled.float()
-            )
+            with autocast():
+                prediction = model(
+                    diffusion.add_noise(latents, path_noise, t), t, batch.tokens.float(), batch.mask, batch.pooled.float()
+                )
             total += diffusion.loss(prediction, latents, path_noise).sum().item()
     return total / (count * passes)
