@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+import yaml
 
 from dit.config import Params, load_config
 from dit.errors import UserError
@@ -17,19 +20,31 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str]) -> 
     """Run `main` on params.yaml as stage `name`; on a `UserError`, say it in one line and exit with 1.
 
     DVC deletes a stage's outs before it starts it. `dvc checkout` brings those in its cache back; `metrics`, the outs
-    that live in git instead, are brought back here from the copy that the last good run left in .state/.
+    that live in git instead, are brought back here: every good run leaves a copy in .state/metrics/ under its hash.
     """
-    kept = Path(os.environ.get("DVC_ROOT", ".")) / ".state" / "metrics" / name
+    kept = Path(os.environ.get("DVC_ROOT", ".")) / ".state" / "metrics"
     try:
         main(load_config())
     except BaseException as error:
-        _copy_all(metrics, kept, Path())
+        _restore(name, metrics, kept)
         problem = _in_one_line(error)
         if problem is None:
             raise
         print(f"{name}: {problem}\n{name}: `dvc checkout` brings the earlier outputs back", file=sys.stderr)
         sys.exit(1)
-    _copy_all(metrics, Path(), kept)
+    kept.mkdir(parents=True, exist_ok=True)
+    for path in metrics:
+        shutil.copyfile(path, kept / hashlib.md5(Path(path).read_bytes()).hexdigest())
+
+
+def _restore(stage: str, metrics: list[str], kept: Path) -> None:
+    """Put back the files that dvc.lock records for `stage`, as far as there are copies of them."""
+    lock = Path("dvc.lock")
+    stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {}) if lock.exists() else {}
+    for out in stages.get(stage, {}).get("outs", []):
+        if out["path"] in metrics and (kept / out["md5"]).exists():
+            Path(out["path"]).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(kept / out["md5"], out["path"])
 
 
 def _in_one_line(error: BaseException) -> str | None:
@@ -41,10 +56,3 @@ def _in_one_line(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full; free some (`dvc gc -w` drops what no commit uses) and run again"
     return None
-
-
-def _copy_all(names: list[str], source: Path, target: Path) -> None:
-    for name in names:
-        if (source / name).exists():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, target / name)

@@ -72,7 +72,8 @@ def test_text_is_ragged_and_does_not_depend_on_its_neighbours():
     encoder = TextEncoder(EncoderSource("builtin"), torch.float32, torch.device("cpu"))
     alone = encoder.encode(["a red circle"])[0]
     among = encoder.encode(["a red circle", "a small blue star to the left of a large green cross"])
-    assert torch.equal(alone[0], among[0][0]) and torch.equal(alone[1], among[0][1])
+    for a, b in zip(alone, among[0], strict=True):  # other batch sizes, other last digits
+        assert a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=2e-3)
     assert len(among[0][0]) < len(among[1][0]) < 77
     assert len(encoder.encode(["word " * 200])[0][0]) == 77
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import shutil
 
 import pytest
+import yaml
 from conftest import REPO
 
 from dit.errors import UserError
@@ -21,8 +23,14 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def succeed(project) -> None:
-    run_stage("train", lambda params: (project / "metrics" / "train.json").write_text("{}") and None, ["metrics/train.json"])
+def succeed(project, content: str) -> None:
+    run_stage("train", lambda params: (project / "metrics" / "train.json").write_text(content) and None, ["metrics/train.json"])
+
+
+def lock(project, content: str) -> None:
+    """What DVC writes after a good run."""
+    out = {"path": "metrics/train.json", "md5": hashlib.md5(content.encode()).hexdigest()}
+    (project / "dvc.lock").write_text(yaml.safe_dump({"stages": {"train": {"outs": [out]}}}))
 
 
 @pytest.mark.parametrize(
@@ -34,7 +42,9 @@ def succeed(project) -> None:
     ],
 )
 def test_a_failure_is_one_line_and_the_metrics_of_before_are_back(project, capsys, error, says):
-    succeed(project)
+    succeed(project, "{}")
+    lock(project, "{}")
+    succeed(project, '{"an": "experiment"}')  # of which the lock that was checked out since knows nothing
 
     def fail(_params) -> None:
         raise error
