@@ -91,10 +91,9 @@ def generate(arguments: argparse.Namespace) -> None:
     import torch
 
     from dit.images import labelled_grid
-    from dit.pipeline import DiTTextToImagePipeline, make_scheduler
+    from dit.pipeline import load_pipeline
 
-    pipeline = DiTTextToImagePipeline.from_pretrained(arguments.model).to("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline.scheduler = make_scheduler(arguments.scheduler)
+    pipeline = load_pipeline(arguments.model, arguments.scheduler)
     pictures = pipeline(
         arguments.prompts,
         num_inference_steps=arguments.steps,

@@ -42,7 +42,6 @@ def encode_dataset(raw: Path, folder: Path, settings: Encode, picture: Path) -> 
     text = TextEncoder(EncoderSource(settings.clip, settings.clip_revision), dtype, device)
     images = _by_image(read_metadata(raw))
     writer = CacheWriter(folder)
-    (empty,) = text.encode([""])
     shard: list[dict] = []
     limit = None
     progress = tqdm(total=len(images), desc="encode", unit="image")
@@ -56,12 +55,13 @@ def encode_dataset(raw: Path, folder: Path, settings: Encode, picture: Path) -> 
             shard.append({"image": entries[0].image, "val": entries[0].split == "val", "moments": both, "captions": texts})
         limit = limit or max(1, SHARD_BYTES // _bytes(shard[0]))
         if len(shard) >= limit:
-            writer.add_shard(shard, None if writer.shards else empty)
+            writer.add_shard(shard)
             shard = []
         progress.update(len(chunk))
     if shard:
-        writer.add_shard(shard, None if writer.shards else empty)
+        writer.add_shard(shard)
     progress.close()
+    (empty,) = text.encode([""])
     writer.close(
         {
             "image_size": settings.image_size,
@@ -71,7 +71,8 @@ def encode_dataset(raw: Path, folder: Path, settings: Encode, picture: Path) -> 
             "vae_shift": vae.config.shift_factor or 0.0,
             "clip": text.source.to_dict(),
             "val_images": sum(entries[0].split == "val" for entries in images),
-        }
+        },
+        empty,
     )
     quality = measure_reconstruction(vae, raw, images, settings, picture)
     return {"reconstruction_psnr": quality, "images": len(images), "captions": sum(map(len, images))}

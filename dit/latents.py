@@ -11,8 +11,9 @@ and K text tokens in all holds
     sided     (M,)             bool   the caption says left or right, so the mirror image would contradict it
     val       (N,)             bool   the image belongs to the validation set
 
-and `index.json` what made it, the sizes, and the SHA-256 of every file. The first shard also holds `empty_tokens` (L, E)
-and `empty_pooled` (P,) of the caption "".
+and `index.json` what made it, the sizes, and the SHA-256 of every shard. `text.safetensors` holds `empty_tokens` (L, E) fp16
+and `empty_pooled` (P,) fp16 of the caption "", and over all captions the mean and standard deviation of every channel of the
+tokens and of the pooled vectors, float32: `tokens_mean`, `tokens_std` (E,), `pooled_mean`, `pooled_std` (P,).
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dit.errors import UserError
 from dit.files import write_json
 
 FORMAT = 1
+TEXT = "text.safetensors"
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,14 @@ class CacheWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.shards: list[dict] = []
         self._captions = (self.folder / "captions.jsonl.part").open("w", encoding="utf-8", newline="\n")
+        self._tokens, self._pooled = Statistics(), Statistics()
 
-    def add_shard(self, images: list[dict], empty: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
+    def add_shard(self, images: list[dict]) -> None:
         """Write one shard.
 
         Args:
             images: for each image `image` (name), `val`, `moments` (2, 2C, H, W) and `captions`: a list of
                 (text, tokens (L, E), pooled (P,), sided).
-            empty: tokens and pooled vector of the caption "", with the first shard.
         """
         captions = [caption for image in images for caption in image["captions"]]
         tensors = {
@@ -76,19 +78,16 @@ class CacheWriter:
             "sided": torch.tensor([sided for _, _, _, sided in captions]),
             "val": torch.tensor([image["val"] for image in images]),
         }
-        if empty:
-            tensors |= {"empty_tokens": empty[0].half(), "empty_pooled": empty[1].half()}
+        self._tokens.add(tensors["tokens"])
+        self._pooled.add(tensors["pooled"])
         name = f"shard-{len(self.shards):05d}.safetensors"
-        part = self.folder / f"{name}.part"
-        save_file(tensors, part)
-        part.replace(self.folder / name)
+        self._save(tensors, name)
         for image in images:
             split = "val" if image["val"] else "train"
             for text, *_ in image["captions"]:
                 row = {"image": image["image"], "text": text, "split": split}
                 self._captions.write(json.dumps(row, ensure_ascii=False) + "\n")
         longest = int((tensors["offsets"][1:] - tensors["offsets"][:-1]).max())
-        longest = max(longest, len(empty[0]) if empty else 0)
         self.shards.append(
             {
                 "file": name,
@@ -99,8 +98,22 @@ class CacheWriter:
             }
         )
 
-    def close(self, about: dict) -> None:
-        """Write `index.json`: the sizes of everything, and `about`, what made the cache."""
+    def _save(self, tensors: dict[str, torch.Tensor], name: str) -> None:
+        part = self.folder / f"{name}.part"
+        save_file(tensors, part)
+        part.replace(self.folder / name)
+
+    def close(self, about: dict, empty: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Write what holds for all shards.
+
+        Args:
+            about: what made the cache.
+            empty: tokens (L, E) and pooled vector (P,) of the caption "".
+        """
+        tensors = {"empty_tokens": empty[0].half().contiguous(), "empty_pooled": empty[1].half()}
+        for name, statistics in (("tokens", self._tokens), ("pooled", self._pooled)):
+            tensors[f"{name}_mean"], tensors[f"{name}_std"] = statistics.mean_std()
+        self._save(tensors, TEXT)
         self._captions.close()
         Path(self._captions.name).replace(self.folder / "captions.jsonl")
         index = {
@@ -108,11 +121,31 @@ class CacheWriter:
             **about,
             "images": sum(shard["images"] for shard in self.shards),
             "captions": sum(shard["captions"] for shard in self.shards),
-            "longest_caption": max(shard["longest_caption"] for shard in self.shards),
+            "longest_caption": max(len(empty[0]), *(shard["longest_caption"] for shard in self.shards)),
             "captions_sha256": file_hash(self.folder / "captions.jsonl"),
             "shards": self.shards,
         }
         write_json(self.folder / "index.json", index)
+
+
+class Statistics:
+    """Mean and standard deviation of every channel, of rows that come a few at a time."""
+
+    def __init__(self):
+        self.count, self.sum, self.squares = 0, 0.0, 0.0
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Take in `rows` (N, channels)."""
+        rows = rows.double()
+        self.count += len(rows)
+        self.sum = self.sum + rows.sum(0)
+        self.squares = self.squares + rows.square().sum(0)
+
+    def mean_std(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both (channels,) float32; a channel that never changes has the deviation 1."""
+        mean = self.sum / self.count
+        std = (self.squares / self.count - mean.square()).clamp(min=0).sqrt()
+        return mean.float(), torch.where(std > 1e-6, std, 1.0).float()
 
 
 def _starts(lengths: list[int]) -> torch.Tensor:
@@ -132,6 +165,7 @@ class LatentCache:
         index: the content of index.json.
         train, val: numbers of the images of each split, int64 arrays.
         empty: (tokens (L, E), pooled (P,)) of the caption "".
+        text_statistics: `tokens_mean`, `tokens_std` (E,), `pooled_mean` and `pooled_std` (P,), float32.
     """
 
     def __init__(self, folder: str | Path):
@@ -141,6 +175,7 @@ class LatentCache:
             if self.index["format"] != FORMAT:
                 raise UserError(f"{self.folder}: a cache of format {self.index['format']}; run the encode stage again")
             self._shards = [self._open(shard) for shard in self.index["shards"]]
+            text = load_file(self.folder / TEXT)
         except FileNotFoundError as error:
             raise UserError(
                 f"{self.folder}: not a whole latent cache, {error.filename} is missing; run `dvc repro encode`"
@@ -150,7 +185,8 @@ class LatentCache:
         self._first = np.cumsum([0] + [shard["images"] for shard in self.index["shards"]])
         is_val = np.concatenate([shard["val"].numpy() for shard in self._shards])
         self.train, self.val = np.flatnonzero(~is_val), np.flatnonzero(is_val)
-        self.empty = (self._shards[0]["empty_tokens"], self._shards[0]["empty_pooled"])
+        self.empty = (text.pop("empty_tokens"), text.pop("empty_pooled"))
+        self.text_statistics = text
 
     def _open(self, shard: dict) -> dict[str, torch.Tensor]:
         with safe_open(self.folder / shard["file"], framework="pt") as file:

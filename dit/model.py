@@ -18,11 +18,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROTARY_BASE = 100.0  # longest wavelength about 600 patches: grids have 4 to 128 a side, text models' 10,000 would be wasted
 MLP_RATIO = 4
 FREQUENCIES = 256  # of the timestep embedding
+OCTAVES = 4  # of the place in the picture: wavelengths from twice its width down to a quarter of it
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """`x` (N, T, D) scaled by 1 + `scale` and shifted, each (N, D)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+
+def places(height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
+    """Where in the picture each patch of a `height` x `width` grid is: (T, 4 OCTAVES) sines and cosines, float32.
+
+    Rotary positions say how far apart two patches are; next to nothing says where the border is. Without this the
+    validation loss after 400 steps of the default recipe was 1.10 instead of 1.01.
+    """
+    octaves = math.pi * 2.0 ** torch.arange(OCTAVES, device=device)
+    sides = []
+    for count in (height, width):
+        angles = ((2 * torch.arange(count, device=device) + 1) / count - 1)[:, None] * octaves  # centres, from -1 to 1
+        sides.append(torch.cat([angles.sin(), angles.cos()], dim=-1))  # (count, 2 OCTAVES)
+    rows, columns = sides[0][:, None].expand(-1, width, -1), sides[1][None].expand(height, -1, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
 def rotary_table(height: int, width: int, head_size: int, device: torch.device | None = None) -> torch.Tensor:
@@ -56,32 +72,39 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Attention of `q` (N, h, T, d) to `k` and `v` (N, h, L, d), fused on a GPU.
 
-    On a CPU the fused backward pass took 2.4 times as long as the plain one (96 x 16 tokens, width 192, bf16, 2 cores).
+    On a CPU the fused backward pass took 2.4 times as long as the plain one (96 x 16 tokens, width 192, bf16, 2 cores); and
+    the plain one, unless told otherwise, computes bf16 in fp32, which adds 10 % to a whole step.
     """
     if q.device.type == "cpu" and torch.is_grad_enabled():
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # it holds for CPUs, too
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class HeadNorm(nn.Module):
-    """RMS norm over the last dimension in the dtype of its input, with a learned gain (Zhang and Sennrich 2019)."""
+    """Layer norm of queries or keys over each head, without bias (Dehghani et al. 2023, arXiv:2302.05442, section 2.2).
+
+    It stays in its input's dtype: autocast would go to fp32 and back. RMS norm is not fused on CPUs, and a whole training
+    step took 14 % longer with it.
+    """
 
     def __init__(self, size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with RMS-normalised queries and keys (Henry et al. 2020) and 2-D rotary positions."""
+    """Multi-head self-attention with normalised queries and keys and 2-D rotary positions."""
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.norm_q = HeadNorm(hidden_size // num_heads)
         self.norm_k = HeadNorm(hidden_size // num_heads)
         self.out = nn.Linear(hidden_size, hidden_size)
@@ -100,8 +123,8 @@ class CrossAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, text_size: int):
         super().__init__()
         self.num_heads = num_heads
-        self.q = nn.Linear(hidden_size, hidden_size)
-        self.kv = nn.Linear(text_size, 2 * hidden_size)
+        self.q = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.kv = nn.Linear(text_size, 2 * hidden_size, bias=False)
         self.norm_q = HeadNorm(hidden_size // num_heads)
         self.norm_k = HeadNorm(hidden_size // num_heads)
         self.out = nn.Linear(hidden_size, hidden_size)
@@ -136,9 +159,9 @@ class Block(nn.Module):
 
     def forward(self, x, condition, keys_values, mask, rotary) -> torch.Tensor:
         shift1, scale1, gate1, shift3, scale3, gate3 = self.modulation(condition).chunk(6, dim=-1)  # each (N, D)
-        x = x + gate1[:, None] * self.attention(modulate(self.norm1(x), shift1, scale1), rotary)  # (N, T, D)
+        x = torch.addcmul(x, gate1[:, None], self.attention(modulate(self.norm1(x), shift1, scale1), rotary))  # (N, T, D)
         x = x + self.cross_attention(self.norm2(x), keys_values, mask)  # (N, T, D)
-        return x + gate3[:, None] * self.mlp(modulate(self.norm3(x), shift3, scale3))  # (N, T, D)
+        return torch.addcmul(x, gate3[:, None], self.mlp(modulate(self.norm3(x), shift3, scale3)))  # (N, T, D)
 
 
 class DiT(ModelMixin, ConfigMixin):
@@ -156,6 +179,7 @@ class DiT(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012 (diffusers reads a list)
+    _keep_in_fp32_modules = ["tokens_mean", "tokens_std", "pooled_mean", "pooled_std"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -171,8 +195,12 @@ class DiT(ModelMixin, ConfigMixin):
         super().__init__()
         self.gradient_checkpointing = False
         self.patch = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+        self.place = nn.Linear(4 * OCTAVES, hidden_size)
         self.time = nn.Sequential(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
         self.pooled = nn.Linear(pooled_size, hidden_size)
+        for name, size in (("tokens", text_size), ("pooled", pooled_size)):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, text_size) for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(hidden_size, 2 * hidden_size)
@@ -184,17 +212,35 @@ class DiT(ModelMixin, ConfigMixin):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
-                nn.init.zeros_(module.bias)
-        nn.init.normal_(self.time[0].weight, std=0.02)
-        nn.init.normal_(self.time[2].weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for embedding in (self.time[0], self.time[2], self.pooled):
+            nn.init.normal_(embedding.weight, std=0.02)
         for block in self.blocks:
             nn.init.zeros_(block.modulation.weight)
             nn.init.zeros_(block.cross_attention.out.weight)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.unpatch.weight)
 
+    def set_text_statistics(
+        self, tokens_mean: torch.Tensor, tokens_std: torch.Tensor, pooled_mean: torch.Tensor, pooled_std: torch.Tensor
+    ) -> None:
+        """Mean and standard deviation of every channel of the text, (E,) and (P,), by which it is standardised from now on.
+
+        They are saved with the weights. What all tokens of a CLIP have in common is most of their length, 95 % in the small
+        one in the box: as they are, all keys look alike, and cross-attention does not learn to choose among them.
+        """
+        for name, value in (
+            ("tokens_mean", tokens_mean),
+            ("tokens_std", tokens_std),
+            ("pooled_mean", pooled_mean),
+            ("pooled_std", pooled_std),
+        ):
+            getattr(self, name).copy_(value)
+
     def text_keys_values(self, text: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Every block's keys and values of `text` (N, L, E): compute once per prompt, reuse over all sampling steps."""
+        text = ((text - self.tokens_mean) / self.tokens_std).to(self.dtype)
         return [block.cross_attention.keys_values(text) for block in self.blocks]
 
     def forward(
@@ -209,7 +255,7 @@ class DiT(ModelMixin, ConfigMixin):
         """Predict the objective's target, by default the velocity noise - image.
 
         Args:
-            latents: (N, C, H, W), noisy; H and W multiples of the patch size.
+            latents: (N, C, H, W), noisy; H and W multiples of the patch size. All inputs are cast to the weights' dtype.
             timesteps: (N,) in [0, 1], 1 is pure noise.
             text: (N, L, E) text tokens; may be None where `keys_values` is given.
             text_mask: (N, L) bool, True where there is a token.
@@ -226,8 +272,11 @@ class DiT(ModelMixin, ConfigMixin):
         height, width = height // p, width // p
         if keys_values is None:
             keys_values = self.text_keys_values(text)
-        x = self.patch(latents).flatten(2).transpose(1, 2)  # (N, T, D)
-        condition = F.silu(self.time(timestep_frequencies(timesteps)) + self.pooled(pooled))  # (N, D)
+        x = self.patch(latents.to(self.dtype)).flatten(2).transpose(1, 2)  # (N, T, D)
+        x = x + self.place(places(height, width, x.device).to(self.dtype))
+        time = self.time(timestep_frequencies(timesteps).to(self.dtype))
+        pooled = ((pooled - self.pooled_mean) / self.pooled_std).to(self.dtype)
+        condition = F.silu(time + self.pooled(pooled))  # (N, D)
         rotary = rotary_table(height, width, self.config.hidden_size // self.config.num_heads, x.device)  # (2, T, d / 2)
         for block, kv in zip(self.blocks, keys_values, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -257,6 +306,6 @@ def forward_flops(model: DiT, latent_size: tuple[int, int], text_tokens: int) ->
     d, tokens = c.hidden_size, latent_size[0] * latent_size[1] // c.patch_size**2
     per_token = 4 * d * d + 2 * d * d + 2 * MLP_RATIO * d * d + 2 * tokens * d + 2 * text_tokens * d
     per_block = tokens * per_token + text_tokens * 2 * c.text_size * d + 6 * d * d
-    patches = 2 * tokens * d * c.patch_size**2 * c.in_channels
+    patches = 2 * tokens * d * c.patch_size**2 * c.in_channels + tokens * 4 * OCTAVES * d
     once = FREQUENCIES * d + d * d + c.pooled_size * d + 2 * d * d
     return 2 * (c.num_layers * per_block + patches + once)

@@ -23,6 +23,7 @@ from dit.errors import UserError
 from dit.images import to_images
 from dit.latents import pad
 from dit.model import DiT
+from dit.precision import has_bf16
 
 TRAINING_STEPS = 1000  # diffusers counts timesteps from 0 to 1000; the transformer from 0 to 1
 
@@ -77,8 +78,15 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         )
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32) -> DiTTextToImagePipeline:
+    def from_pretrained(
+        cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32, transformer_dtype: torch.dtype | None = None
+    ) -> DiTTextToImagePipeline:
         """Load what the train stage wrote, and the encoders that it names.
+
+        Args:
+            folder: `models/dit`, or a copy of it.
+            torch_dtype: of everything.
+            transformer_dtype: of the transformer, where it should differ.
 
         The base class would look the transformer up in diffusers' own module of the name `dit`.
 
@@ -90,7 +98,7 @@ class DiTTextToImagePipeline(DiffusionPipeline):
             index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
             encoders = index["encoders"]
             vae_source, clip_source = EncoderSource(**encoders["vae"]), EncoderSource(**encoders["clip"])
-            transformer = DiT.from_pretrained(folder, subfolder="transformer", torch_dtype=torch_dtype)
+            transformer = DiT.from_pretrained(folder, subfolder="transformer", torch_dtype=transformer_dtype or torch_dtype)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: not a trained model ({' '.join(str(error).split())[:120]}); run `dvc repro`") from None
         vae, _ = load_vae(vae_source, torch_dtype)
@@ -140,7 +148,7 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         tokens, mask, pooled = self.encode_prompt([*prompts, *([""] * len(prompts) if guided else [])])
         keys_values = self.transformer.text_keys_values(tokens)
         shape = (1, self.transformer.config.in_channels, height // factor, width // factor)
-        latents = self._noise(shape, len(prompts), generator).to(self.device, tokens.dtype)
+        latents = self._noise(shape, len(prompts), generator).to(self.device)  # fp32 all the way, whatever the networks are
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
         for t in self.progress_bar(self.scheduler.timesteps):
             inputs = latents.repeat(2, 1, 1, 1) if guided else latents
@@ -152,7 +160,7 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         if output_type == "latent":
             return PipelineOutput(images=latents)
         scaling, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
-        return PipelineOutput(images=to_images(self.vae.decode(latents / scaling + shift).sample))
+        return PipelineOutput(images=to_images(self.vae.decode((latents / scaling + shift).to(self.vae.dtype)).sample))
 
     @staticmethod
     def _noise(shape: tuple[int, ...], count: int, generator) -> torch.Tensor:
@@ -160,3 +168,13 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         if isinstance(generator, list):
             return torch.cat([torch.randn(shape, generator=one) for one in generator])
         return torch.randn((count, *shape[1:]), generator=generator)
+
+
+def load_pipeline(folder: str | Path, scheduler: str) -> DiTTextToImagePipeline:
+    """The pipeline as `sample` and `dit generate` use it: on the GPU if there is one, the transformer in bf16 where that is
+    fast (30 steps on 2 cores take a third of the time), the encoders in fp32."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fast = torch.bfloat16 if has_bf16(device) else torch.float32
+    pipeline = DiTTextToImagePipeline.from_pretrained(folder, transformer_dtype=fast).to(device)
+    pipeline.scheduler = make_scheduler(scheduler)
+    return pipeline

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from dit.config import Sample
 from dit.files import write_json
 from dit.images import labelled_grid
-from dit.pipeline import DiTTextToImagePipeline, make_scheduler
+from dit.pipeline import load_pipeline
 from dit.sources.dataset import read_metadata
 from dit.sources.shapes import unseen_prompts
 
@@ -50,8 +50,7 @@ def choose_prompts(raw: Path, recipe: str, count: int, seed: int) -> list[Prompt
 
 def draw_prompts(model: Path, prompts: list[Prompt], settings: Sample, images: Path, grids: Path) -> None:
     """Draw every prompt into `images` (with `prompts.json` beside the pictures), and the first of each group into `grids`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = DiTTextToImagePipeline.from_pretrained(model).to(device)
+    pipeline = load_pipeline(model, settings.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     images.mkdir(parents=True, exist_ok=True)
     grids.mkdir(parents=True, exist_ok=True)
@@ -59,7 +58,6 @@ def draw_prompts(model: Path, prompts: list[Prompt], settings: Sample, images: P
     progress = tqdm(total=len(prompts), desc="sample", unit="image")
     for start in range(0, len(prompts), settings.batch_size):
         chunk = prompts[start : start + settings.batch_size]
-        pipeline.scheduler = make_scheduler(settings.scheduler)
         pictures = pipeline(
             [prompt.text for prompt in chunk],
             num_inference_steps=settings.num_inference_steps,

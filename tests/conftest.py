@@ -33,7 +33,7 @@ def write_cache(folder: Path, images: int = 24, val: int = 6, shards: int = 2, s
         rows.append({"image": f"images/{i}.png", "val": i < val, "moments": moments, "captions": texts})
     step = -(-images // shards)
     for start in range(0, images, step):
-        writer.add_shard(rows[start : start + step], None if start else (random(2, 32), random(16)))
+        writer.add_shard(rows[start : start + step])
     source_record = {"name": "builtin", "revision": None, "resolved": None}
     writer.close(
         {
@@ -43,7 +43,8 @@ def write_cache(folder: Path, images: int = 24, val: int = 6, shards: int = 2, s
             "vae": source_record,
             "clip": source_record,
             "val_images": val,
-        }
+        },
+        (random(2, 32), random(16)),
     )
     return LatentCache(folder)
 

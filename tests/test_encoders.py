@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from dit.encoders import BUILTIN, EncoderSource, load_clip, load_text_encoder, load_vae
 from dit.encoders.alternatives import alternatives
 from dit.encoders.fit import CLIP_STREAM, MEASURE_STREAM, VAE_STREAM, draw_scenes
-from dit.encoders.fit_clip import embed_images, embed_texts
+from dit.encoders.fit_clip import choice_accuracy, embed_images, embed_texts
 from dit.encoders.fit_vae import reconstruction_psnr
 from dit.encoding import TextEncoder, encode_moments
 from dit.errors import UserError
@@ -36,9 +36,15 @@ def test_the_vae_in_the_box_is_a_plain_one_and_reconstructs_unseen_drawings(fres
     assert reconstruction_psnr(vae, fresh[0]) >= 36
 
 
+def test_the_clip_in_the_box_picks_the_right_caption_among_32_that_differ_in_one_attribute():
+    images, descriptions, _ = draw_scenes(600, 4343)
+    clip, processor = load_clip(EncoderSource("builtin"))
+    share, count = choice_accuracy(clip, processor.tokenizer, images, descriptions)
+    assert count > 100 and share >= 0.75  # the aim is 0.85; the README beside the weights has the measured figure
+
+
 @torch.no_grad()
-def test_the_clip_in_the_box_tells_captions_apart_that_differ_in_one_attribute():
-    """All but those that differ in a relation: of these it knows nothing yet, see the README beside the weights."""
+def test_the_clip_in_the_box_knows_every_attribute():
     images, descriptions, _ = draw_scenes(200, 4343)
     clip, processor = load_clip(EncoderSource("builtin"))
     right: dict[str, list[float]] = {}
@@ -47,9 +53,9 @@ def test_the_clip_in_the_box_tells_captions_apart_that_differ_in_one_attribute()
             captions = [describe(other, np.random.default_rng(0)) for other in (description, *others)]
             own, *similar = (embed_texts(clip, processor.tokenizer, captions) @ embed_images(clip, image[None])[0]).tolist()
             right.setdefault(attribute, []).extend(own > other for other in similar)
-    shares = {attribute: np.mean(values) for attribute, values in right.items() if attribute != "relation"}
-    assert set(shares) == {"colour", "shape", "size", "background"}
-    assert all(share >= 0.96 for share in shares.values()), shares
+    shares = {attribute: np.mean(values) for attribute, values in right.items()}
+    assert set(shares) == {"colour", "shape", "size", "background", "relation"}
+    assert all(share >= 0.95 for share in shares.values()), shares
 
 
 def test_nothing_unseen_is_in_what_the_encoders_were_fitted_on():

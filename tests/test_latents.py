@@ -10,7 +10,7 @@ import torch
 from conftest import write_cache
 
 from dit.errors import UserError
-from dit.latents import LatentCache, sample_posterior
+from dit.latents import LatentCache, Statistics, sample_posterior
 
 
 def test_images_are_numbered_through_all_shards_and_split(cache):
@@ -48,13 +48,27 @@ def test_reading_is_the_same_however_images_are_sharded(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_the_texts_statistics_are_those_of_all_captions_in_all_shards(cache):
+    for name in ("tokens", "pooled"):
+        rows = torch.cat([shard[name] for shard in cache._shards]).float()
+        assert torch.allclose(cache.text_statistics[f"{name}_mean"], rows.mean(0), atol=1e-5)
+        assert torch.allclose(cache.text_statistics[f"{name}_std"], rows.std(0, correction=0), atol=1e-5)
+
+
+def test_a_channel_that_never_changes_is_not_divided_by_nothing():
+    statistics = Statistics()
+    statistics.add(torch.full((5, 2), 3.0))
+    mean, std = statistics.mean_std()
+    assert mean.tolist() == [3, 3] and std.tolist() == [1, 1]
+
+
 def test_the_posterior_is_sampled_scaled_and_shifted():
     moments = torch.cat([torch.full((1, 4, 2, 2), 3.0), torch.full((1, 4, 2, 2), 2 * float(np.log(0.5)))], dim=1)
     latents = sample_posterior(moments, torch.ones(1, 4, 2, 2), scaling=2.0, shift=1.0)
     assert torch.allclose(latents, torch.full((1, 4, 2, 2), (3 + 0.5 - 1) * 2.0))
 
 
-@pytest.mark.parametrize("damage", ["index", "no index", "shard", "no shard"])
+@pytest.mark.parametrize("damage", ["index", "no index", "shard", "no shard", "no text"])
 def test_a_damaged_cache_is_named_in_one_line(tmp_path, damage):
     write_cache(tmp_path)
     shard, index = tmp_path / "shard-00001.safetensors", tmp_path / "index.json"
@@ -62,6 +76,8 @@ def test_a_damaged_cache_is_named_in_one_line(tmp_path, damage):
         index.write_text("{")
     elif damage == "no index":
         index.unlink()
+    elif damage == "no text":
+        (tmp_path / "text.safetensors").unlink()
     elif damage == "shard":
         shard.write_bytes(shard.read_bytes()[:1000])
     else:

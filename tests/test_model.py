@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dit.model import DiT, SelfAttention, forward_flops, rotary_table, rotate
+from dit.model import DiT, SelfAttention, forward_flops, places, rotary_table, rotate
 
 
 def make(patch_size: int = 2, random: bool = True, **changes) -> DiT:
@@ -54,6 +54,37 @@ def test_the_output_depends_on_time_text_and_pooled_text_but_not_on_padding():
         assert torch.allclose(base, model(latents, timesteps, noisy, mask, pooled), atol=1e-5)
 
 
+def test_text_is_standardised_by_the_statistics_that_are_saved_with_the_weights(tmp_path):
+    model, (latents, timesteps, text, mask, pooled) = make(), inputs()
+    with torch.no_grad():
+        plain = model(latents, timesteps, text, mask, pooled)
+        model.set_text_statistics(torch.full((32,), 2.0), torch.full((32,), 3.0), torch.full((16,), 4.0), torch.full((16,), 5.0))
+        model.save_pretrained(tmp_path)
+        again = DiT.from_pretrained(tmp_path)
+        assert torch.allclose(plain, again(latents, timesteps, 3 * text + 2, mask, 5 * pooled + 4), atol=1e-4)
+
+
+def test_text_statistics_stay_exact_in_a_bf16_model(tmp_path):
+    model = make()
+    model.tokens_mean.fill_(30.01)
+    model.save_pretrained(tmp_path)
+    half = DiT.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert half.patch.weight.dtype == torch.bfloat16
+    assert half.tokens_mean.dtype == torch.float32 and torch.equal(half.tokens_mean, model.tokens_mean)
+    with torch.no_grad():
+        assert torch.isfinite(half(*inputs())).all()
+
+
+def test_where_a_patch_is_does_matter():
+    """Rotary positions alone cannot tell the corners of a picture that is the same everywhere apart."""
+    model, (_, timesteps, text, mask, pooled) = make(), inputs()
+    with torch.no_grad():
+        out = model(torch.ones(2, 4, 8, 8), timesteps, text, mask, pooled).unflatten(3, (4, 2)).unflatten(2, (4, 2))
+    corners = [out[:, :, i, :, j] for i in (0, 3) for j in (0, 3)]
+    assert all(not torch.allclose(corners[0], other, atol=1e-3) for other in corners[1:])
+    assert torch.allclose(places(3, 5)[7, [0, 8]], torch.zeros(2), atol=1e-6)  # sin of the middle patch of both sides
+
+
 def test_kept_keys_and_values_change_nothing():
     model, (latents, timesteps, text, mask, pooled) = make(), inputs()
     with torch.no_grad():
@@ -79,7 +110,7 @@ def test_self_attention_agrees_with_torchs_own():
     x = torch.randn(2, 9, 32)
     still = torch.stack([torch.ones(9, 4), torch.zeros(9, 4)])
     q, k, v = ours.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
-    q, k = (F.normalize(t, dim=-1) * 8**0.5 for t in (q, k))
+    q, k = (F.layer_norm(t, (8,), eps=1e-6) for t in (q, k))
     weights = torch.softmax(q @ k.transpose(-1, -2) / 8**0.5, dim=-1)
     expected = ours.out((weights @ v).transpose(1, 2).flatten(2))
     assert torch.allclose(ours(x, still), expected, atol=1e-5)

@@ -103,7 +103,7 @@ def test_training_reports_curves_previews_and_a_log(cache):
 
 
 def test_mixed_precision_trains_validates_and_draws_close_to_what_fp32_does(cache, monkeypatch):
-    monkeypatch.setattr(loop, "cpu_has_bf16", lambda: True)  # emulated where it is not there: slow, and the same numbers
+    monkeypatch.setattr(loop, "has_bf16", lambda device: True)  # emulated where it is not there: slow, and the same numbers
     curves: list[dict] = [{}, {}]
     for precision, curve in zip(("no", "bf16"), curves, strict=True):
         run(cache, train={"mixed_precision": precision}, watchers=watch(curve))
@@ -156,5 +156,5 @@ def test_a_precision_that_the_machine_cannot_do_is_refused_or_replaced(monkeypat
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         choose_precision("fp16", print)
     lines: list[str] = []
-    monkeypatch.setattr(loop, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(loop, "has_bf16", lambda device: False)
     assert choose_precision("bf16", lines.append) == "no" and "no bf16 instructions" in lines[0]

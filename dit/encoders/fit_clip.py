@@ -14,9 +14,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from dit.encoders.alternatives import alternatives
 from dit.encoders.fit_vae import IMAGE_SIZE, to_tensor
 from dit.encoders.optimizers import muon_and_adamw, one_cycle
-from dit.encoders.scene_labels import SceneHeads, patch_labels, summary_labels
+from dit.encoders.scene_labels import SceneHeads, caption_labels, patch_labels, summary_labels
 from dit.sources.captions import describe
-from dit.sources.scene import Description, Scene
+from dit.sources.scene import SHAPES, Description, Scene
 
 SUMMARY_WEIGHT = 10
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -60,63 +60,82 @@ def fit_clip(
     scenes: list[Scene],
     steps: int,
     batch_size: int = 32,
-    learning_rate: float = 4e-3,
+    learning_rate: float = 3e-3,
     seed: int = 0,
 ) -> tuple[CLIPModel, CLIPTokenizer]:
     """Fit on `images`, (N, H, W, 3) uint8, and what they show, put into other words each time.
 
-    The loss is CLIP's (Radford et al. 2021, figure 3), where each image's candidates are the batch's captions and hard
-    negatives of them all: captions that differ in one attribute (as in Yuksekgonul et al. 2023). Added to it is what both
-    sides should know of the scene, see scene_labels.py.
+    All along, each side learns what a drawing shows or a caption says, see scene_labels.py: of captions also at each
+    thing's last word, what was said so far. In the last third comes CLIP's loss (Radford et al. 2021, figure 3), where
+    each image's candidates are the batch's captions and hard negatives of them all: captions that differ in one
+    attribute (as in Yuksekgonul et al. 2023). The other way round, relations stayed at chance.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     tokenizer = build_tokenizer([describe(d, rng) for d in descriptions[:5000]])
+    shape_words = torch.tensor([tokenizer(shape).input_ids[-2] for shape in SHAPES])
+    related = np.flatnonzero([bool(d.relations) for d in descriptions])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     clip = build_clip(tokenizer)
     patches = IMAGE_SIZE // clip.config.vision_config.patch_size
     patch_targets = torch.from_numpy(np.stack([patch_labels(scene, patches) for scene in scenes])).flatten(2)  # (N, 4, T)
-    summaries = torch.from_numpy(np.stack([summary_labels(scene) for scene in scenes]))  # (N, 2, rows, 4)
+    summaries = torch.from_numpy(np.stack([summary_labels(scene) for scene in scenes]))  # (N, 2, SUMMARY)
     heads = SceneHeads(clip.config.vision_config.hidden_size, clip.config.projection_dim)
     both = torch.nn.ModuleDict({"clip": clip, "heads": heads}).to(device)
     optimizers = muon_and_adamw(both, learning_rate, outer=("token_embedding", "position_embedding", "projection", "heads"))
     schedules = one_cycle(optimizers, learning_rate, steps)
+    target = torch.arange(batch_size, device=device)
     progress = tqdm(range(steps), desc="CLIP", unit="step")
     for step in progress:
-        chosen = rng.integers(len(images), size=batch_size)
-        own, hard = [], []
-        for k in chosen:
-            words = int(rng.integers(2**31))
-            own.append(describe(descriptions[k], np.random.default_rng(words)))
-            others = list(alternatives(descriptions[k]).values())
-            for _ in range(HARD_NEGATIVES):  # each attribute equally often, however many values it has
-                same_attribute = others[rng.integers(len(others))]
-                other = same_attribute[rng.integers(len(same_attribute))]
-                hard.append(describe(other, np.random.default_rng(words)))
+        contrast = step >= steps * 2 // 3
+        # Half of the batch states a relation: that is the hardest to learn.
+        chosen = np.concatenate([rng.choice(related, batch_size // 2), rng.integers(len(images), size=batch_size // 2)])
+        means, captions = _captions([descriptions[k] for k in chosen], HARD_NEGATIVES if contrast else 1, rng)
+        ids = tokenizer(captions, padding=True, return_tensors="pt").input_ids
+        caption, word = torch.isin(ids, shape_words).nonzero(as_tuple=True)
+        said_there = torch.from_numpy(np.stack([caption_labels(d, k + 1) for d in means for k in range(len(d.things))]))
+        said_in_all = torch.from_numpy(np.stack([caption_labels(d, len(d.things), True) for d in means]))
         with torch.autocast(device, torch.bfloat16):
             seen = clip.vision_model(pixel_values=to_tensor(images[chosen]).to(device))
             projected = clip.visual_projection(seen.pooler_output)
-            said = project_texts(clip, tokenizer, own + hard)
-            patch_loss = heads.patch_loss(seen.last_hidden_state[:, 1:], patch_targets[chosen].to(device))
-            summary = summaries[chosen].to(device)
-            summary_loss = heads.summary_loss(projected, summary) + heads.summary_loss(said[:batch_size], summary)
-        image_vectors, text_vectors = F.normalize(projected.float(), dim=-1), F.normalize(said.float(), dim=-1)
-        logits = clip.logit_scale.exp().clamp(max=100) * image_vectors @ text_vectors.T  # (B, B + 3B)
-        target = torch.arange(batch_size, device=device)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :batch_size].T, target)) / 2
+            read = clip.text_model(input_ids=ids.to(device))
+            said = clip.text_projection(read.pooler_output)
+            loss = heads.patch_loss(seen.last_hidden_state[:, 1:], patch_targets[chosen].to(device))
+            facts = (
+                heads.summary_loss(projected, summaries[chosen].to(device))
+                + heads.summary_loss(said, said_in_all.to(device))
+                + heads.summary_loss(clip.text_projection(read.last_hidden_state[caption, word]), said_there.to(device))
+            )
+        loss = loss + SUMMARY_WEIGHT * facts
+        report = {"scene": f"{facts.item():.4f}"} if step % 20 == 0 else {}
+        if contrast:
+            image_vectors, text_vectors = F.normalize(projected.float(), dim=-1), F.normalize(said.float(), dim=-1)
+            logits = clip.logit_scale.exp().clamp(max=100) * image_vectors @ text_vectors.T  # (B, B + 3B)
+            loss = loss + (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :batch_size].T, target)) / 2
+            report["right"] = f"{(logits.argmax(1) == target).float().mean().item():.0%}"
         both.zero_grad()
-        (loss + patch_loss + SUMMARY_WEIGHT * summary_loss).backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
         if step % 20 == 0:
-            progress.set_postfix(
-                loss=f"{loss.item():.3f}",
-                scene=f"{summary_loss.item():.3f}",
-                right=f"{(logits.argmax(1) == target).float().mean().item():.0%}",
-            )
+            progress.set_postfix(report)
     return clip.cpu().eval(), tokenizer
+
+
+def _captions(descriptions: list[Description], negatives: int, rng: np.random.Generator) -> tuple[list[Description], list[str]]:
+    """The descriptions, then `negatives` of each that differ in one attribute, and captions of them all."""
+    hard = []
+    words = rng.integers(2**31, size=len(descriptions))
+    for description in descriptions:
+        others = list(alternatives(description).values())
+        for _ in range(negatives):  # each attribute equally often, however many values it has
+            same_attribute = others[rng.integers(len(others))]
+            hard.append(same_attribute[rng.integers(len(same_attribute))])
+    means = [*descriptions, *hard]
+    seeds = [*words, *np.repeat(words, negatives)]  # a negative is put as its original is
+    return means, [describe(d, np.random.default_rng(int(seed))) for d, seed in zip(means, seeds, strict=True)]
 
 
 def embed_images(clip: CLIPModel, images: np.ndarray) -> torch.Tensor:

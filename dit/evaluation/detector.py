@@ -20,7 +20,7 @@ from dit.sources.scene import BACKGROUNDS, COLOURS, RADII, SHADING, SHAPES, draw
 
 BORDER = 0.03  # of the width; scene.MARGIN keeps it free
 CONTRAST = 45.0  # RGB distance that makes foreground; the least between a colour and a background is 106 (pink on cream)
-SPECK = 0.004  # of the area: less is noise; the smallest star covers 1.7 %
+SPECK = 0.004  # of the area: less is noise; the smallest star covers 2.4 %
 COLOUR_REACH = 70.0  # RGB distance beyond which a thing has none of our colours; the nearest two of them are 83 apart
 FOREIGN = 0.12  # share of a thing's inside that may be clearly of another colour: half of the least palette distance from it
 # Overlap on 1,000 drawings and on as many blurred and noisy ones: 0.86 or more with the right template, 0.83 at most

@@ -30,7 +30,7 @@ BACKGROUNDS = {
     "black": (18, 18, 22),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-RADII = {"small": (0.115, 0.130), "large": (0.190, 0.210)}  # half the bounding box, as a fraction of the image's width
+RADII = {"small": (0.135, 0.150), "large": (0.195, 0.210)}  # half the bounding box, as a fraction of the image's width
 RELATIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}  # where the first is, seen from the second
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
@@ -99,7 +99,7 @@ def sample_description(rng: np.random.Generator, pairs=SEEN_PAIRS, must_have=())
         pairs: (colour, shape) pairs to choose from.
         must_have: pairs of which exactly one is among the things; empty for no such wish.
     """
-    count = int(rng.choice([1, 2, 3], p=[0.25, 0.45, 0.30]))
+    count = int(rng.choice([1, 2, 3], p=[0.30, 0.45, 0.25]))
     candidates = [pair for pair in pairs if pair not in must_have]
     chosen = [candidates[k] for k in rng.choice(len(candidates), size=count, replace=False)]
     if must_have:

@@ -17,10 +17,11 @@ from dit.config import Model, Runtime, Schedule, Train
 from dit.errors import UserError
 from dit.latents import LatentCache, sample_posterior
 from dit.model import DiT, forward_flops
+from dit.precision import has_bf16
 from dit.training.batches import draw_step, drop_captions, read_step
 from dit.training.preview import draw_preview
 from dit.training.schedule import learning_rate_factor
-from dit.training.throughput import cpu_has_bf16, matmul_peak
+from dit.training.throughput import matmul_peak
 from dit.training.validation import validation_loss
 
 ADAM_BETAS = (0.9, 0.99)  # a shorter memory than 0.999 suits runs of some thousand steps
@@ -51,7 +52,7 @@ def choose_precision(wanted: str, log: Callable[[str], None]) -> str:
         return wanted
     if wanted == "fp16":
         raise UserError("train.mixed_precision: fp16 needs a GPU; bf16 or no would be right on this machine")
-    if wanted == "bf16" and not cpu_has_bf16():
+    if wanted == "bf16" and not has_bf16(torch.device("cpu")):
         log("this processor has no bf16 instructions: training in fp32, which takes about three times as long")
         return "no"
     return wanted
@@ -60,7 +61,7 @@ def choose_precision(wanted: str, log: Callable[[str], None]) -> str:
 def build_model(cache: LatentCache, model: Model, seed: int) -> DiT:
     """A freshly initialised transformer that fits the cache; the same seed gives the same weights."""
     torch.manual_seed(seed)
-    return DiT(
+    transformer = DiT(
         in_channels=cache.latent_shape[0],
         patch_size=model.patch_size,
         hidden_size=model.hidden_size,
@@ -69,6 +70,8 @@ def build_model(cache: LatentCache, model: Model, seed: int) -> DiT:
         text_size=cache.text_size,
         pooled_size=cache.pooled_size,
     )
+    transformer.set_text_statistics(**cache.text_statistics)
+    return transformer
 
 
 def train_transformer(

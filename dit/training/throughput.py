@@ -25,10 +25,3 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = Non
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bf16 in hardware; without it bf16 is emulated and slower than fp32."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
