@@ -28,7 +28,7 @@ FOREIGN = 0.12  # share of a thing's inside that may be clearly of another colou
 OVERLAP = 0.80
 STRETCH = 0.08  # log of how far from its template's width : height a thing may be, for free; small drawings reach 0.05
 BOX = 24  # side of the box in which shapes are compared
-BETWEEN_SIZES = (RADII["small"][1] + RADII["large"][0]) / 2
+BETWEEN_SIZES = (RADII["small"] + RADII["large"]) / 2
 
 
 @dataclass(frozen=True)

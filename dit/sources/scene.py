@@ -30,7 +30,7 @@ BACKGROUNDS = {
     "black": (18, 18, 22),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-RADII = {"small": (0.135, 0.150), "large": (0.195, 0.210)}  # half the bounding box, as a fraction of the image's width
+RADII = {"small": 0.1425, "large": 0.2025}  # half the bounding box, as a fraction of the image's width
 RELATIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}  # where the first is, seen from the second
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
@@ -49,6 +49,7 @@ UNSEEN_PAIRS = frozenset(
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 SEEN_PAIRS = tuple(pair for pair in PAIRS if pair not in UNSEEN_PAIRS)
 
+GRID = 16  # centres lie on sixteenths of the width, so that a small model learns what things look like in minutes
 GAP = 0.05  # at least this much background between two bounding boxes
 MARGIN = 0.03  # and between a bounding box and the image's border
 STEP_ASIDE = 0.2  # a stated relation means at least this distance along its axis, and no more across it
@@ -136,16 +137,16 @@ def sample_scene(description: Description, rng: np.random.Generator) -> Scene:
         large += thing.size is None and size == "large"
         things.append(Thing(thing.colour, thing.shape, size))
     background = description.background or str(rng.choice(list(BACKGROUNDS)))
-    radii = np.array([rng.uniform(*RADII[thing.size]) for thing in things])
+    radii = np.array([RADII[thing.size] for thing in things])
     positions = _place(radii, description.relations, rng)
     return Scene(tuple(things), tuple(map(tuple, positions.tolist())), tuple(radii.tolist()), background)
 
 
 def _place(radii: np.ndarray, relations, rng: np.random.Generator, tries: int = 64) -> np.ndarray:
     """Centres (N, 2) such that nothing touches and every relation holds; rejection sampling, `tries` at a time."""
-    low, high = radii + MARGIN, 1 - radii - MARGIN
+    low = np.ceil((radii + MARGIN) * GRID)[:, None]
     while True:
-        centres = rng.uniform(low[:, None], high[:, None], size=(tries, len(radii), 2))  # (T, N, 2)
+        centres = rng.integers(low, GRID - low, size=(tries, len(radii), 2), endpoint=True) / GRID  # (T, N, 2)
         fits = np.ones(tries, dtype=bool)
         for i in range(len(radii)):
             for j in range(i):
