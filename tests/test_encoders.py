@@ -36,11 +36,12 @@ def test_the_vae_in_the_box_is_a_plain_one_and_reconstructs_unseen_drawings(fres
     assert reconstruction_psnr(vae, fresh[0]) >= 36
 
 
+@pytest.mark.xfail(strict=True, reason="81.1 % so far, see the README beside the weights; fails here as soon as it is reached")
 def test_the_clip_in_the_box_picks_the_right_caption_among_32_that_differ_in_one_attribute():
-    images, descriptions, _ = draw_scenes(600, 4343)
+    images, descriptions, _ = draw_scenes(1000, 4343)
     clip, processor = load_clip(EncoderSource("builtin"))
     share, count = choice_accuracy(clip, processor.tokenizer, images, descriptions)
-    assert count > 100 and share >= 0.75  # the aim is 0.85; the README beside the weights has the measured figure
+    assert count >= 150 and share >= 0.85
 
 
 @torch.no_grad()
@@ -55,7 +56,7 @@ def test_the_clip_in_the_box_knows_every_attribute():
             right.setdefault(attribute, []).extend(own > other for other in similar)
     shares = {attribute: np.mean(values) for attribute, values in right.items()}
     assert set(shares) == {"colour", "shape", "size", "background", "relation"}
-    assert all(share >= 0.95 for share in shares.values()), shares
+    assert all(share >= 0.96 for share in shares.values()), shares
 
 
 def test_nothing_unseen_is_in_what_the_encoders_were_fitted_on():
@@ -76,10 +77,9 @@ def test_any_text_can_be_tokenised():
 
 def test_text_is_ragged_and_does_not_depend_on_its_neighbours():
     encoder = TextEncoder(EncoderSource("builtin"), torch.float32, torch.device("cpu"))
-    alone = encoder.encode(["a red circle"])[0]
+    short = encoder.encode(["a red circle", "a star"])[0]
     among = encoder.encode(["a red circle", "a small blue star to the left of a large green cross"])
-    for a, b in zip(alone, among[0], strict=True):  # other batch sizes, other last digits
-        assert a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=2e-3)
+    assert torch.equal(short[0], among[0][0]) and torch.equal(short[1], among[0][1])  # in batches of one size
     assert len(among[0][0]) < len(among[1][0]) < 77
     assert len(encoder.encode(["word " * 200])[0][0]) == 77
 

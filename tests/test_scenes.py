@@ -39,12 +39,13 @@ def test_there_is_enough_to_draw():
 
 
 def test_reading_a_caption_gives_back_what_it_was_written_from():
-    captions = set()
+    single, several = [], []
     for description, rng in samples(2000):
         caption = describe(description, rng)
         assert parse(caption) == description, caption
-        captions.add(caption)
-    assert len(captions) > 1800
+        (several if len(description.things) > 1 else single).append(caption)
+    assert len(set(several)) > 0.99 * len(several)
+    assert len(set(single)) > 0.8 * len(single)
 
 
 @pytest.mark.parametrize(
