@@ -85,6 +85,7 @@ class Model:
 class Schedule:
     num_epochs: PositiveInt
     learning_rate: PositiveFloat
+    logit_mean: Annotated[float, Field(ge=-3, le=3)]
     compile_model: Flag
 
 

@@ -11,9 +11,12 @@ from collections.abc import Callable
 import torch
 
 
-def sample_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Logit-normal timesteps, (count,) float32 in (0, 1), on the generator's device."""
-    return torch.sigmoid(torch.randn(count, generator=generator, device=generator.device))
+def sample_timesteps(count: int, generator: torch.Generator, logit_mean: float = 0.0) -> torch.Tensor:
+    """Logit-normal timesteps, (count,) float32 in (0, 1), on the generator's device.
+
+    A larger `logit_mean` (m in Esser et al.) spends more of the training on noisy images, where it is decided what goes where.
+    """
+    return torch.sigmoid(logit_mean + torch.randn(count, generator=generator, device=generator.device))
 
 
 def add_noise(images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

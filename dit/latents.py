@@ -234,18 +234,25 @@ class LatentCache:
             caption_choice: (B,) float in [0, 1): which of an image's captions, as a fraction of their number.
             mirrored: (B,) bool: take the mirror image, unless the chosen caption says left or right.
         """
-        moments, rows = [], []
-        for image, choice, mirror in zip(images, caption_choice, mirrored, strict=True):
-            number = int(np.searchsorted(self._first, image, side="right")) - 1
-            shard, i = self._shards[number], int(image - self._first[number])
-            start, end = shard["captions"][i : i + 2].tolist()
-            caption = start + int(choice * (end - start))
-            moments.append(shard["moments"][i, int(mirror and not shard["sided"][caption])])
-            first, last = shard["offsets"][caption : caption + 2].tolist()
-            rows.append((shard["tokens"][first:last], shard["pooled"][caption]))
-        return Batch(
-            torch.stack(moments), *pad([tokens for tokens, _ in rows], self.max_tokens), torch.stack([p for _, p in rows])
-        )
+        numbers = np.searchsorted(self._first, images, side="right") - 1  # of the shards
+        channels, height, width = self.latent_shape
+        moments = torch.empty(len(images), 2 * channels, height, width, dtype=torch.float16)
+        tokens = torch.empty(len(images), self.max_tokens, self.text_size, dtype=torch.float16)
+        mask = torch.empty(len(images), self.max_tokens, dtype=torch.bool)
+        pooled = torch.empty(len(images), self.pooled_size, dtype=torch.float16)
+        for number in np.unique(numbers):
+            shard, rows = self._shards[number], np.flatnonzero(numbers == number)
+            i = torch.from_numpy(images[rows] - self._first[number])
+            start, end = shard["captions"][i], shard["captions"][i + 1]
+            caption = start + (torch.from_numpy(caption_choice[rows]) * (end - start)).long()
+            mirror = torch.from_numpy(mirrored[rows]) & ~shard["sided"][caption]
+            place = shard["offsets"][caption][:, None] + torch.arange(self.max_tokens)  # (rows, L)
+            there = place < shard["offsets"][caption + 1][:, None]
+            moments[rows] = shard["moments"][i, mirror.long()]
+            tokens[rows] = shard["tokens"][place.clamp(max=len(shard["tokens"]) - 1)] * there[:, :, None]
+            mask[rows] = there
+            pooled[rows] = shard["pooled"][caption]
+        return Batch(moments, tokens, mask, pooled)
 
     def read_empty(self, count: int) -> Batch:
         """`count` rows of the caption ""; the moments are zeros."""

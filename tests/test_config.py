@@ -43,7 +43,7 @@ def test_settings_cannot_be_changed_by_accident():
         ("coco.data.bogus", 3, "coco.data.bogus: unknown key; known here: source, split"),
         ("shapes.model.hidden_size", 100, "hidden_size: 100 is not a multiple of num_heads (3); 96 or 108 would be right"),
         ("shapes.model.hidden_size", 18, "makes heads of 6, which is not a multiple of 4"),
-        ("shapes.encode.image_size", 60, "60 is not a multiple of 16 (VAE factor 8 x patch_size 2); 48 or 64 would be right"),
+        ("shapes.encode.image_size", 60, "60 is not a multiple of 32 (VAE factor 8 x patch_size 4); 32 or 64 would be right"),
         ("train.batch_size", "many", "train.batch_size: 'many': must be a valid integer"),
         ("train.batch_size", 0, "train.batch_size: 0: must be greater than or equal to 1"),
         ("train.batch_size", True, "train.batch_size: True: must be a valid integer"),

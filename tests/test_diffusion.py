@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from dit import diffusion
@@ -21,11 +22,12 @@ def test_the_loss_is_zero_for_the_right_velocity_alone():
     assert torch.allclose(diffusion.loss(noise - image + 2, image, noise), torch.full((3,), 4.0), atol=1e-4)
 
 
-def test_timesteps_are_logit_normal():
-    t = diffusion.sample_timesteps(20_000, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("mean", [0.0, 0.8])
+def test_timesteps_are_logit_normal(mean):
+    t = diffusion.sample_timesteps(20_000, torch.Generator().manual_seed(0), mean)
     logits = torch.logit(t)
     assert t.min() > 0 and t.max() < 1
-    assert abs(logits.mean()) < 0.03 and abs(logits.std() - 1) < 0.03
+    assert abs(logits.mean() - mean) < 0.03 and abs(logits.std() - 1) < 0.03
 
 
 def test_the_integrator_carries_noise_to_a_gaussian_that_is_known_in_closed_form():

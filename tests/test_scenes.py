@@ -10,7 +10,7 @@ from dit.sources.captions import describe, has_side, parse
 from dit.sources.scene import (
     BACKGROUNDS,
     COLOURS,
-    GAP,
+    MARGIN,
     PAIRS,
     RADII,
     RELATIONS,
@@ -69,7 +69,7 @@ def test_scenes_keep_things_apart_and_relations_true():
             assert min(x, y) - r > 0 and max(x, y) + r < 1
             for j in range(i):
                 apart = np.abs(np.subtract(scene.positions[i], scene.positions[j])).max()
-                assert apart >= r + scene.radii[j] + GAP - 1e-9
+                assert apart >= r + scene.radii[j] + 2 * MARGIN - 1e-9
         for i, relation, j in description.relations:
             offset = np.subtract(scene.positions[i], scene.positions[j])
             assert offset @ RELATIONS[relation] >= 0.2 - 1e-9

@@ -35,7 +35,7 @@ def watch(metrics: dict | None = None, lines: list | None = None, previews: dict
 
 def run(cache, epochs: int = 3, train: dict | None = None, watchers: Watchers | None = None, rate: float = 1e-3):
     settings = replace(PARAMS.train, **{"batch_size": 6, "warmup_steps": 2, "mixed_precision": "no"} | (train or {}))
-    schedule = Schedule(num_epochs=epochs, learning_rate=rate, compile_model=False)
+    schedule = Schedule(num_epochs=epochs, learning_rate=rate, logit_mean=0.0, compile_model=False)
     runtime = replace(PARAMS.runtime, log_every=2, validate_every=4, sample_every=4)
     AcceleratorState._reset_state()  # accelerate keeps the precision of a process's first training
     return train_transformer(cache, MODEL, schedule, settings, runtime, watchers or watch())
@@ -52,7 +52,7 @@ def test_every_epoch_shows_every_image_once_in_another_order():
 
 def test_a_step_depends_on_seed_and_step_alone(cache):
     def everything(seed: int, step: int):
-        chance = draw_step(cache.latent_shape, seed, step, 8, 0.5, CPU)
+        chance = draw_step(cache.latent_shape, seed, step, 8, 0.5, 0.0, CPU)
         return [*vars(read_step(cache, seed, step, 8, True, slice(0, 8))).values(), *vars(chance).values()]
 
     torch.manual_seed(5)
@@ -123,7 +123,7 @@ def test_accumulating_gradients_trains_as_one_larger_batch_does(cache):
     whole = run(cache, train={"batch_size": 6})[0]
     assert whole is not None
     parts = replace(PARAMS.train, batch_size=3, gradient_accumulation_steps=2, warmup_steps=2, mixed_precision="no")
-    schedule = Schedule(num_epochs=3, learning_rate=1e-3, compile_model=False)
+    schedule = Schedule(num_epochs=3, learning_rate=1e-3, logit_mean=0.0, compile_model=False)
     runtime = replace(PARAMS.runtime, log_every=2, validate_every=100, sample_every=100)
     split, _ = train_transformer(cache, MODEL, schedule, parts, runtime, watch())
     for a, b in zip(whole.parameters(), split.parameters(), strict=True):

@@ -21,7 +21,7 @@ from dit.encoders.fit_vae import IMAGE_SIZE, fit_vae, reconstruction_psnr
 from dit.sources.scene import Description, Scene, draw, sample_description, sample_scene
 
 CLIP_STREAM, MEASURE_STREAM, VAE_STREAM = 101, 102, 7001  # scenes of their own, see sources/shapes.py
-VAE_STEPS, CLIP_STEPS = 1500, 2000
+VAE_STEPS, CLIP_STEPS = 1400, 2000
 
 README = """\
 # The encoders in the box

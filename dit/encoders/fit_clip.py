@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from dit.encoders.alternatives import alternatives
 from dit.encoders.fit_vae import IMAGE_SIZE, to_tensor
 from dit.encoders.optimizers import muon_and_adamw, one_cycle
-from dit.encoders.scene_labels import SceneHeads, caption_labels, patch_labels, summary_labels
+from dit.encoders.scene_labels import SceneHeads, caption_labels, patch_labels, summary_labels, thing_labels
 from dit.sources.captions import describe
 from dit.sources.scene import SHAPES, Description, Scene
 
@@ -66,9 +66,9 @@ def fit_clip(
     """Fit on `images`, (N, H, W, 3) uint8, and what they show, put into other words each time.
 
     All along, each side learns what a drawing shows or a caption says, see scene_labels.py: of captions also at each
-    thing's last word, what was said so far. In the last third comes CLIP's loss (Radford et al. 2021, figure 3), where
-    each image's candidates are the batch's captions and hard negatives of them all: captions that differ in one
-    attribute (as in Yuksekgonul et al. 2023). The other way round, relations stayed at chance.
+    thing's last word, what that thing is and what was said so far. In the second half comes CLIP's loss (Radford et al.
+    2021, figure 3), where each image's candidates are the batch's captions and hard negatives of them all: captions that
+    differ in one attribute (as in Yuksekgonul et al. 2023). The other way round, relations stayed at chance.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -87,24 +87,27 @@ def fit_clip(
     target = torch.arange(batch_size, device=device)
     progress = tqdm(range(steps), desc="CLIP", unit="step")
     for step in progress:
-        contrast = step >= steps * 2 // 3
+        contrast = step >= steps // 2
         # Half of the batch states a relation: that is the hardest to learn.
         chosen = np.concatenate([rng.choice(related, batch_size // 2), rng.integers(len(images), size=batch_size // 2)])
         means, captions = _captions([descriptions[k] for k in chosen], HARD_NEGATIVES if contrast else 1, rng)
         ids = tokenizer(captions, padding=True, return_tensors="pt").input_ids
         caption, word = torch.isin(ids, shape_words).nonzero(as_tuple=True)
         said_there = torch.from_numpy(np.stack([caption_labels(d, k + 1) for d in means for k in range(len(d.things))]))
+        named_there = torch.from_numpy(np.concatenate([thing_labels(d) for d in means]))
         said_in_all = torch.from_numpy(np.stack([caption_labels(d, len(d.things), True) for d in means]))
         with torch.autocast(device, torch.bfloat16):
             seen = clip.vision_model(pixel_values=to_tensor(images[chosen]).to(device))
             projected = clip.visual_projection(seen.pooler_output)
             read = clip.text_model(input_ids=ids.to(device))
             said = clip.text_projection(read.pooler_output)
+            at_thing = read.last_hidden_state[caption, word]
             loss = heads.patch_loss(seen.last_hidden_state[:, 1:], patch_targets[chosen].to(device))
+            loss = loss + heads.thing_loss(at_thing, named_there.to(device))
             facts = (
                 heads.summary_loss(projected, summaries[chosen].to(device))
                 + heads.summary_loss(said, said_in_all.to(device))
-                + heads.summary_loss(clip.text_projection(read.last_hidden_state[caption, word]), said_there.to(device))
+                + heads.summary_loss(clip.text_projection(at_thing), said_there.to(device))
             )
         loss = loss + SUMMARY_WEIGHT * facts
         report = {"scene": f"{facts.item():.4f}"} if step % 20 == 0 else {}

@@ -14,10 +14,13 @@ from dit.sources.scene import BACKGROUNDS, COLOURS, RADII, RELATIONS, SHAPES, De
 
 # Classes of a patch: colour, shape and size of the thing on it (0 for none), and the background.
 PATCH_CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1, len(RADII) + 1, len(BACKGROUNDS))
+# Classes of a thing in a caption: colour, shape, size (0 for none stated), whether it is named first, second or third, and
+# what relation to it was stated of those before (0 for none).
+THING_CLASSES = (len(COLOURS), len(SHAPES), len(RADII) + 1, 3, len(RELATIONS) + 1)
 # Of each colour and each shape: is it there, where (x, y), is it large. The last three count where exactly one thing has it.
 ROWS, FACTS = len(COLOURS) + len(SHAPES), 4
 SUMMARY = ROWS * FACTS + len(BACKGROUNDS)  # and of each background: is it this one
-ASIDE = 0.4  # about how far from the middle a thing is of which a relation is stated
+ASIDE = 0.5  # how far from the middle a thing is of which a relation is stated
 
 
 def patch_labels(scene: Scene, patches: int) -> np.ndarray:
@@ -30,6 +33,17 @@ def patch_labels(scene: Scene, patches: int) -> np.ndarray:
         for row, (names, name) in enumerate(((COLOURS, thing.colour), (SHAPES, thing.shape), (RADII, thing.size))):
             labels[row, covered] = 1 + list(names).index(name)
     return labels
+
+
+def thing_labels(description: Description) -> np.ndarray:
+    """Classes of every thing that `description` names: (things, 5) int64, in the order of THING_CLASSES."""
+    sizes, relations = [None, *RADII], [None, *RELATIONS]
+    stated = {j: relation for _, relation, j in description.relations}
+    rows = [
+        (list(COLOURS).index(t.colour), SHAPES.index(t.shape), sizes.index(t.size), k, relations.index(stated.get(k)))
+        for k, t in enumerate(description.things)
+    ]
+    return np.array(rows, dtype=np.int64)
 
 
 def summary_labels(scene: Scene) -> np.ndarray:
@@ -76,7 +90,7 @@ def _summary(facts: list[tuple[str, str, tuple[float, ...]]], background: str | 
 
 
 class SceneHeads(nn.Module):
-    """Linear read-outs of patch tokens, and of image and text vectors; thrown away after the fit.
+    """Linear read-outs of patch tokens, text tokens, and image and text vectors; thrown away after the fit.
 
     Image and text vectors share theirs, so that the two sides come to say the same thing in the same place.
     """
@@ -84,12 +98,18 @@ class SceneHeads(nn.Module):
     def __init__(self, width: int, vector_size: int):
         super().__init__()
         self.patches = nn.Linear(width, sum(PATCH_CLASSES))
+        self.things = nn.Linear(width, sum(THING_CLASSES))
         self.summary = nn.Linear(vector_size, SUMMARY)
 
     def patch_loss(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross-entropies, summed over the four kinds of class; `tokens` (N, T, D), `labels` (N, 4, T) int64."""
         logits = self.patches(tokens).float().split(PATCH_CLASSES, dim=-1)
         return sum(F.cross_entropy(part.transpose(1, 2), labels[:, k]) for k, part in enumerate(logits))
+
+    def thing_loss(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The same of the things in captions; `tokens` (K, D), `labels` (K, 5) int64."""
+        logits = self.things(tokens).float().split(THING_CLASSES, dim=-1)
+        return sum(F.cross_entropy(part, labels[:, k]) for k, part in enumerate(logits))
 
     def summary_loss(self, vectors: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean squared error of what `vectors` (N, P) say; `labels` (N, 2, SUMMARY) are values and what counts."""

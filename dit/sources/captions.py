@@ -37,10 +37,15 @@ def describe(description: Description, rng: np.random.Generator) -> str:
     def pick(options):
         return options[int(rng.integers(len(options)))]
 
-    opening = pick(OPENINGS)
     size_words = {size: pick(words) for size, words in SIZE_WORDS.items()}
-    relation_words = {relation: pick(phrases) for relation, phrases in RELATION_PHRASES.items()}
-    background_phrase = pick(BACKGROUND_PHRASES)
+    if len(description.things) < 3:
+        opening = pick(OPENINGS)
+        relation_words = {relation: pick(phrases) for relation, phrases in RELATION_PHRASES.items()}
+        background_phrase = pick(BACKGROUND_PHRASES)
+    else:  # put briefly, so that no caption is much longer than the others: every batch is padded to the longest
+        opening = ""
+        relation_words = {relation: phrases[-1] for relation, phrases in RELATION_PHRASES.items()}
+        background_phrase = BACKGROUND_PHRASES[-1]
 
     names = [_name(thing, size_words) for thing in description.things]
     relations = {(i, j): relation for i, relation, j in description.relations}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -49,10 +50,10 @@ UNSEEN_PAIRS = frozenset(
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 SEEN_PAIRS = tuple(pair for pair in PAIRS if pair not in UNSEEN_PAIRS)
 
-GRID = 16  # centres lie on sixteenths of the width, so that a small model learns what things look like in minutes
-GAP = 0.05  # at least this much background between two bounding boxes
-MARGIN = 0.03  # and between a bounding box and the image's border
-STEP_ASIDE = 0.2  # a stated relation means at least this distance along its axis, and no more across it
+# Things stand in the middle of the cells of a 2 x 2 board, so that a small model learns in minutes where things may be. With
+# centres on sixteenths of the width, prompt accuracy was 0.10 after ten minutes; on quarters (3 x 3 places, which overlap), 0.35.
+CELLS = 2
+MARGIN = 0.03  # at least this much background between a bounding box and its cell's border
 SHADING = 0.07  # brightness runs from +7 % at the top to -7 % at the bottom, of the background and of each shape
 SUPERSAMPLING = 4
 
@@ -100,15 +101,12 @@ def sample_description(rng: np.random.Generator, pairs=SEEN_PAIRS, must_have=())
         pairs: (colour, shape) pairs to choose from.
         must_have: pairs of which exactly one is among the things; empty for no such wish.
     """
-    count = int(rng.choice([1, 2, 3], p=[0.30, 0.45, 0.25]))
+    count = int(rng.choice([1, 2, 3], p=[0.35, 0.50, 0.15]))
     candidates = [pair for pair in pairs if pair not in must_have]
     chosen = [candidates[k] for k in rng.choice(len(candidates), size=count, replace=False)]
     if must_have:
         chosen[int(rng.integers(count))] = must_have[int(rng.integers(len(must_have)))]
-    sizes = _sample_sizes(rng, count)
-    things = tuple(
-        Thing(colour, shape, size if rng.random() < 0.5 else None) for (colour, shape), size in zip(chosen, sizes, strict=True)
-    )
+    things = tuple(Thing(colour, shape, str(rng.choice(list(RADII))) if rng.random() < 0.5 else None) for colour, shape in chosen)
     relations: tuple[tuple[int, str, int], ...] = ()
     if count > 1 and rng.random() < 0.6:
         relation = str(rng.choice(list(RELATIONS)))
@@ -121,45 +119,42 @@ def sample_description(rng: np.random.Generator, pairs=SEEN_PAIRS, must_have=())
     return Description(things, relations, background)
 
 
-def _sample_sizes(rng: np.random.Generator, count: int) -> list[str]:
-    sizes = [str(rng.choice(["small", "large"])) for _ in range(count)]
-    if sizes.count("large") == 3:  # three large things hardly fit
-        sizes[int(rng.integers(3))] = "small"
-    return sizes
-
-
 def sample_scene(description: Description, rng: np.random.Generator) -> Scene:
     """Decide what `description` leaves open (sizes, background, positions) by chance."""
-    large = sum(thing.size == "large" for thing in description.things)
-    things = []
-    for thing in description.things:
-        size = thing.size or str(rng.choice(["small", "large"] if large < 2 else ["small"]))
-        large += thing.size is None and size == "large"
-        things.append(Thing(thing.colour, thing.shape, size))
+    things = tuple(Thing(t.colour, t.shape, t.size or str(rng.choice(list(RADII)))) for t in description.things)
     background = description.background or str(rng.choice(list(BACKGROUNDS)))
-    radii = np.array([RADII[thing.size] for thing in things])
-    positions = _place(radii, description.relations, rng)
-    return Scene(tuple(things), tuple(map(tuple, positions.tolist())), tuple(radii.tolist()), background)
+    radii = tuple(RADII[thing.size] for thing in things)
+    positions = _place(len(things), description.relations, rng)
+    return Scene(things, positions, radii, background)
 
 
-def _place(radii: np.ndarray, relations, rng: np.random.Generator, tries: int = 64) -> np.ndarray:
-    """Centres (N, 2) such that nothing touches and every relation holds; rejection sampling, `tries` at a time."""
-    low = np.ceil((radii + MARGIN) * GRID)[:, None]
-    while True:
-        centres = rng.integers(low, GRID - low, size=(tries, len(radii), 2), endpoint=True) / GRID  # (T, N, 2)
-        fits = np.ones(tries, dtype=bool)
-        for i in range(len(radii)):
-            for j in range(i):
-                apart = np.abs(centres[:, i] - centres[:, j]).max(axis=1)
-                fits &= apart >= radii[i] + radii[j] + GAP
-        for i, relation, j in relations:
-            direction = np.array(RELATIONS[relation])
-            offset = centres[:, i] - centres[:, j]
-            along = offset @ direction
-            across = np.abs(offset @ direction[::-1])
-            fits &= (along >= STEP_ASIDE) & (along >= across)
-        if fits.any():
-            return centres[int(fits.argmax())]
+def _place(count: int, relations, rng: np.random.Generator) -> tuple[tuple[float, float], ...]:
+    """Centres of `count` cells of the board for which every relation holds, each such choice as likely as any other.
+
+    Where no relation is stated, things are named from top to bottom.
+    """
+    stated = {(i, j) for i, _, j in relations}
+    unstated = [(i, j) for j in range(count) for i in range(j) if (i, j) not in stated]
+    cells = [((column + 0.5) / CELLS, (row + 0.5) / CELLS) for row in range(CELLS) for column in range(CELLS)]
+    fitting = [
+        chosen
+        for chosen in permutations(cells, count)
+        if all(_holds(chosen[i], relation, chosen[j], diagonally=j == 2) for i, relation, j in relations)
+        and all(chosen[i][1] <= chosen[j][1] for i, j in unstated)
+    ]
+    return fitting[int(rng.integers(len(fitting)))]
+
+
+def _holds(first: tuple[float, float], relation: str, second: tuple[float, float], diagonally: bool) -> bool:
+    """Whether a thing at `first` is `relation` ("left" …) of one at `second`.
+
+    Two things are straight beside or above each other, so that only one relation is true of them; where both are left of
+    a third, one of them may be so diagonally.
+    """
+    dx, dy = RELATIONS[relation]
+    x, y = first[0] - second[0], first[1] - second[1]
+    along, across = x * dx + y * dy, abs(x * dy) + abs(y * dx)
+    return along > 0 and (diagonally or across == 0)
 
 
 def outline(shape: str) -> list[tuple[float, float]]:

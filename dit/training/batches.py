@@ -54,13 +54,15 @@ def read_step(cache: LatentCache, seed: int, step: int, batch_size: int, flip: b
     return cache.read(images[rows], chance[0, rows], (chance[1, rows] < 0.5) & flip)
 
 
-def draw_step(shape: tuple[int, int, int], seed: int, step: int, batch_size: int, dropout: float, device: torch.device) -> Draw:
+def draw_step(
+    shape: tuple[int, int, int], seed: int, step: int, batch_size: int, dropout: float, logit_mean: float, device: torch.device
+) -> Draw:
     """Step `step`'s chance for the whole global batch; `shape` is (C, H, W)."""
     source = generator(device, seed, NOISE, step)
     return Draw(
         posterior_noise=torch.randn(batch_size, *shape, generator=source, device=device),
         noise=torch.randn(batch_size, *shape, generator=source, device=device),
-        timesteps=sample_timesteps(batch_size, source),
+        timesteps=sample_timesteps(batch_size, source, logit_mean),
         dropped=torch.rand(batch_size, generator=source, device=device) < dropout,
     )
 

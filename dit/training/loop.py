@@ -118,7 +118,9 @@ def train_transformer(
         first = micro * train.batch_size + accelerator.process_index * share
         rows = slice(first, first + share)
         batch = read_step(cache, train.seed, step, batch_size, train.horizontal_flip, rows).to(device)
-        chance = draw_step(cache.latent_shape, train.seed, step, batch_size, train.caption_dropout, device).part(rows)
+        chance = draw_step(
+            cache.latent_shape, train.seed, step, batch_size, train.caption_dropout, schedule.logit_mean, device
+        ).part(rows)
         batch = drop_captions(batch, chance.dropped, empty)
         images = sample_posterior(batch.moments, chance.posterior_noise, cache.index["vae_scaling"], cache.index["vae_shift"])
         noisy = diffusion.add_noise(images, chance.noise, chance.timesteps)
