@@ -162,7 +162,7 @@ class Block(nn.Module):
         self.modulation = nn.Linear(hidden_size, 9 * hidden_size)
 
     def forward(self, x, condition, keys_values, mask, rotary) -> torch.Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = self.modulation(condition).chunk(9, dim=-1)  # (N, D)
+        shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = self.modulation(condition).chunk(9, dim=-1)
         x = torch.addcmul(x, gate1[:, None], self.attention(modulate(self.norm1(x), shift1, scale1), rotary))  # (N, T, D)
         x = torch.addcmul(x, gate2[:, None], self.cross_attention(modulate(self.norm2(x), shift2, scale2), keys_values, mask))
         return torch.addcmul(x, gate3[:, None], self.mlp(modulate(self.norm3(x), shift3, scale3)))  # (N, T, D)
