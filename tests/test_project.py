@@ -164,7 +164,7 @@ def test_editing_the_sampler_does_not_train_again(clone):
     ("setting", "says"),
     [
         ("shapes.model.num_heads=3", "params.yaml: shapes.model.hidden_size: 32 is not a multiple of num_heads (3)"),
-        ("shapes.encode.image_size=60", "params.yaml: shapes.encode.image_size: 60 is not a multiple of 16"),
+        ("shapes.encode.image_size=60", "params.yaml: shapes.encode.image_size: 60 is not a multiple of 32"),
     ],
 )
 def test_a_failed_stage_is_one_clear_line_and_loses_nothing(clone, setting, says):
