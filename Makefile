@@ -1,13 +1,12 @@
 # What the two commands do is `pip install -c constraints.txt -e .` and `dvc repro`; see the README for the plain lines.
 #   make PYTHON=python3.12 repro            another Python, 3.11 or newer
-#   make PIP_ARGS="--no-index --find-links=wheels" repro      from a folder of wheels, without a network
+# pip reads its own environment variables, for instance to install from a folder of wheels: see the README.
 PYTHON ?= python3
-PIP_ARGS ?=
 
 # dvc.yaml's commands say `python`: the environment comes first on PATH. An active one that satisfies constraints.txt is used
 # as it is, and then the project need not be installed in it: hence `python -m` throughout.
 modern = import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; name one: make PYTHON=python3.12")
-in_environment = $(PYTHON) -c '$(modern)' && bin=$$($(PYTHON) tools/environment.py $(1) $(PIP_ARGS)) && PATH="$$bin:$$PATH" && export PATH
+in_environment = $(PYTHON) -c '$(modern)' && bin=$$($(PYTHON) tools/environment.py $(1)) && PATH="$$bin:$$PATH" && export PATH
 
 .PHONY: help repro test test-all clean
 
@@ -15,7 +14,6 @@ help:  ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo 'PYTHON=python3.12    another Python, 3.11 or newer'
-	@echo 'PIP_ARGS="--no-index --find-links=FOLDER"    install from a folder of wheels'
 
 repro:  ## make .venv if it is needed, run the stages that are out of date, say where the pictures are
 	@$(call in_environment) && python -m dit.cli check && python -m dvc repro && python -m dit.cli where

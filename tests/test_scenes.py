@@ -73,6 +73,8 @@ def test_scenes_keep_things_apart_and_relations_true():
         for i, relation, j in description.relations:
             offset = np.subtract(scene.positions[i], scene.positions[j])
             assert offset @ RELATIONS[relation] >= 0.2 - 1e-9
+            if j == 1:  # straight, so that no other relation of the two is true
+                assert not offset @ RELATIONS[relation][::-1]
         for said, shown in zip(description.things, scene.things, strict=True):
             assert said.pair == shown.pair and said.size in (None, shown.size)
         assert description.background in (None, scene.background)

@@ -1,6 +1,6 @@
 """Print the folder of executables of an environment that satisfies constraints.txt; make `.venv` if there is none.
 
-    python3 tools/environment.py [--extra test] [arguments for pip ...]
+    python3 tools/environment.py [--extra test]
 
 The Python that runs this comes first: if its packages satisfy the pins, it is used as it is. Then .venv. Then .venv is made,
 or brought up to date. It needs the standard library alone, and installs nothing outside .venv.
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--extra", action="append", default=[], help="an extra of pyproject.toml that is needed, too")
     parser.add_argument("--check", action="store_true", help="only say what this Python lacks; exit 1 if it lacks anything")
-    options, pip_arguments = parser.parse_known_args()
+    options = parser.parse_args()
 
     lacking = first_unmet(*requirements(options.extra))
     if options.check:
@@ -34,7 +34,7 @@ def main() -> None:
         print(Path(sys.executable).parent)
         return
     if not venv_is_ready(options.extra):
-        install(options.extra, pip_arguments)
+        install(options.extra)
     say("environment: .venv")
     print(VENV / "bin")
 
@@ -95,7 +95,7 @@ def venv_is_ready(extras: list[str]) -> bool:
     return check.returncode == 0
 
 
-def install(extras: list[str], pip_arguments: list[str]) -> None:
+def install(extras: list[str]) -> None:
     """Make .venv where it is missing, and install the project with its pinned dependencies there."""
     python = VENV / "bin" / "python"
     if not python.exists():
@@ -106,7 +106,7 @@ def install(extras: list[str], pip_arguments: list[str]) -> None:
     say("installing the pinned packages into .venv: a few minutes, about 2 GB (7 GB with a CUDA build of torch)")
     project = f".[{','.join(extras)}]" if extras else "."
     pip = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "-c", "constraints.txt", "-e", project]
-    installed = subprocess.run([*pip, *pip_arguments], cwd=ROOT, stdout=sys.stderr)
+    installed = subprocess.run(pip, cwd=ROOT, stdout=sys.stderr)
     if installed.returncode:
         sys.exit("pip could not install the pinned packages: see above; run the same command again to continue")
 
