@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
+from dit.config import Scheduler
 from dit.errors import UserError
 
 EXAMPLES = """\
@@ -33,10 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--output", type=Path, default=Path("picture.png"), help="default: %(default)s")
     generate.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     generate.add_argument("--steps", type=int, default=30, help="default: %(default)s")
-    generate.add_argument("--guidance-scale", type=float, default=3.0, help="1 is without guidance; default: %(default)s")
-    generate.add_argument(
-        "--scheduler", choices=["euler", "heun", "dpm++", "unipc"], default="euler", help="default: %(default)s"
-    )
+    generate.add_argument("--guidance-scale", type=float, default=1.5, help="1 is without guidance; default: %(default)s")
+    generate.add_argument("--scheduler", choices=get_args(Scheduler), default="stochastic", help="default: %(default)s")
     return parser
 
 

@@ -27,6 +27,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(min_length=1)]
 Precision = Literal["fp32", "fp16", "bf16"]
+Scheduler = Literal["euler", "heun", "dpm++", "unipc", "stochastic"]
 
 _settings = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 
@@ -134,7 +135,7 @@ class Train:
 class Sample:
     num_inference_steps: PositiveInt
     guidance_scale: Annotated[float, Field(ge=1)]
-    scheduler: Literal["euler", "heun", "dpm++", "unipc"]
+    scheduler: Scheduler
     num_samples: PositiveInt
     batch_size: PositiveInt
     seed: NonNegativeInt

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 
-def sample_timesteps(count: int, generator: torch.Generator, logit_mean: float = 0.0) -> torch.Tensor:
+def sample_timesteps(count: int, generator: torch.Generator, logit_mean: float) -> torch.Tensor:
     """Logit-normal timesteps, (count,) float32 in (0, 1), on the generator's device.
 
     A larger `logit_mean` (m in Esser et al.) spends more of the training on noisy images, where it is decided what goes where.

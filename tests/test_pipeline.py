@@ -16,7 +16,7 @@ from dit.pipeline import DiTTextToImagePipeline, make_scheduler
 from dit.training.export import save_model
 
 PARAMS = load_config(REPO / "params.yaml")
-SCHEDULERS = ["euler", "heun", "dpm++", "unipc"]
+SOLVERS = ["euler", "heun", "dpm++", "unipc"]
 
 
 def random_transformer() -> DiT:
@@ -48,7 +48,9 @@ def draw(pipeline, prompts, seeds, **settings) -> list[np.ndarray]:
     return [np.asarray(image) for image in pipeline(prompts, generator=generators, num_inference_steps=4, **settings).images]
 
 
-def test_a_picture_depends_on_prompt_and_seed_and_not_on_its_neighbours(pipeline):
+@pytest.mark.parametrize("scheduler", ["euler", "stochastic"])
+def test_a_picture_depends_on_prompt_and_seed_and_not_on_its_neighbours(pipeline, scheduler, monkeypatch):
+    monkeypatch.setattr(pipeline, "scheduler", make_scheduler(scheduler))
     a, b, c = draw(pipeline, ["a red circle", "a red circle", "a blue star"], [1, 2, 1])
     assert a.shape == (64, 64, 3)
     assert not np.array_equal(a, b) and not np.array_equal(a, c)
@@ -67,8 +69,8 @@ def test_guidance_changes_the_picture_and_one_is_without(pipeline):
     assert not np.array_equal(with_guidance, without)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_scheduler_solves_a_flow_that_is_known_in_closed_form(name):
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_solves_a_flow_that_is_known_in_closed_form(name):
     """Images from N(m, s^2): the ideal velocity carries noise z to m + s z, unless it is taken for a noise prediction."""
     mean, deviation = 2.0, 0.5
     scheduler = make_scheduler(name)
@@ -79,6 +81,25 @@ def test_every_scheduler_solves_a_flow_that_is_known_in_closed_form(name):
         surprise = (x - (1 - t) * mean) / ((1 - t) ** 2 * deviation**2 + t**2)
         x = scheduler.step(t * surprise - (mean + (1 - t) * deviation**2 * surprise), timestep, x, return_dict=False)[0]
     assert (x - (mean + deviation * noise)).abs().max() < 0.12
+
+
+def test_the_stochastic_scheduler_draws_what_can_be_said_in_closed_form():
+    """The same images: at each step the best guess of the image, whose variance is known, and fresh noise on it."""
+    mean, deviation = 2.0, 0.5
+    scheduler = make_scheduler("stochastic")
+    scheduler.set_timesteps(60)
+    generator = torch.Generator().manual_seed(0)
+    x = noise = torch.randn(1, 4, 32, 32, generator=generator)
+    variance = 1.0
+    for timestep, following in zip(scheduler.timesteps, [*scheduler.timesteps[1:] / 1000, 0.0], strict=True):
+        t = timestep / 1000
+        surprise = (x - (1 - t) * mean) / ((1 - t) ** 2 * deviation**2 + t**2)
+        v = t * surprise - (mean + (1 - t) * deviation**2 * surprise)
+        x = scheduler.step(v, timestep, x, return_dict=False, generator=generator)[0]
+        guess = ((1 - t) * deviation**2 / ((1 - t) ** 2 * deviation**2 + t**2)) ** 2 * variance
+        variance = (1 - following) ** 2 * guess + following**2
+    assert abs(x.mean() - mean) < 0.03 and abs(x.std() / variance**0.5 - 1) < 0.05
+    assert abs(torch.corrcoef(torch.stack([x.flatten(), noise.flatten()]))[0, 1]) < 0.1  # the first noise is forgotten
 
 
 def test_an_unknown_scheduler_is_refused():

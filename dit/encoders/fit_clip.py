@@ -66,9 +66,11 @@ def fit_clip(
     """Fit on `images`, (N, H, W, 3) uint8, and what they show, put into other words each time.
 
     All along, each side learns what a drawing shows or a caption says, see scene_labels.py: of captions also at each
-    thing's last word, what that thing is and what was said so far. In the second half comes CLIP's loss (Radford et al.
-    2021, figure 3), where each image's candidates are the batch's captions and hard negatives of them all: captions that
-    differ in one attribute (as in Yuksekgonul et al. 2023). The other way round, relations stayed at chance.
+    thing's last word, what that thing is. (Not what was said before it, too: then only 64 % of the second thing's token
+    followed from that thing, now 95 %; the default recipe's validation loss after 1,200 steps was 0.189, now 0.179.) In
+    the second half comes CLIP's loss (Radford et al. 2021, figure 3), where each image's candidates are the batch's
+    captions and hard negatives of them all: captions that differ in one attribute (as in Yuksekgonul et al. 2023). The
+    other way round, relations stayed at chance.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -93,9 +95,8 @@ def fit_clip(
         means, captions = _captions([descriptions[k] for k in chosen], HARD_NEGATIVES if contrast else 1, rng)
         ids = tokenizer(captions, padding=True, return_tensors="pt").input_ids
         caption, word = torch.isin(ids, shape_words).nonzero(as_tuple=True)
-        said_there = torch.from_numpy(np.stack([caption_labels(d, k + 1) for d in means for k in range(len(d.things))]))
         named_there = torch.from_numpy(np.concatenate([thing_labels(d) for d in means]))
-        said_in_all = torch.from_numpy(np.stack([caption_labels(d, len(d.things), True) for d in means]))
+        said_in_all = torch.from_numpy(np.stack([caption_labels(d) for d in means]))
         with torch.autocast(device, torch.bfloat16):
             seen = clip.vision_model(pixel_values=to_tensor(images[chosen]).to(device))
             projected = clip.visual_projection(seen.pooler_output)
@@ -104,11 +105,7 @@ def fit_clip(
             at_thing = read.last_hidden_state[caption, word]
             loss = heads.patch_loss(seen.last_hidden_state[:, 1:], patch_targets[chosen].to(device))
             loss = loss + heads.thing_loss(at_thing, named_there.to(device))
-            facts = (
-                heads.summary_loss(projected, summaries[chosen].to(device))
-                + heads.summary_loss(said, said_in_all.to(device))
-                + heads.summary_loss(clip.text_projection(at_thing), said_there.to(device))
-            )
+            facts = heads.summary_loss(projected, summaries[chosen].to(device)) + heads.summary_loss(said, said_in_all.to(device))
         loss = loss + SUMMARY_WEIGHT * facts
         report = {"scene": f"{facts.item():.4f}"} if step % 20 == 0 else {}
         if contrast:

@@ -55,23 +55,16 @@ def summary_labels(scene: Scene) -> np.ndarray:
     return _summary(facts, scene.background)
 
 
-def caption_labels(description: Description, named: int, background: bool = False) -> np.ndarray:
-    """The same of a caption: of the drawings that it fits, about the mean, so these labels are free of chance.
-
-    Args:
-        description: what the whole caption says.
-        named: only what it has said up to and with this thing, counted from 1.
-        background: whether it has come to the background.
-    """
+def caption_labels(description: Description) -> np.ndarray:
+    """The same of a caption: of the drawings that it fits, about the mean, so these labels are free of chance."""
     positions = np.zeros((len(description.things), 2))
     for i, relation, j in description.relations:
-        if max(i, j) < named:
-            positions[i] += RELATIONS[relation]
-            positions[j] -= RELATIONS[relation]
+        positions[i] += RELATIONS[relation]
+        positions[j] -= RELATIONS[relation]
     positions = ASIDE * positions.clip(-1, 1)
     large = {"large": 1, "small": 0, None: 0.5}
     facts = [(t.colour, t.shape, (1, x, y, large[t.size])) for t, (x, y) in zip(description.things, positions, strict=True)]
-    return _summary(facts[:named], description.background if background else None)
+    return _summary(facts, description.background)
 
 
 def _summary(facts: list[tuple[str, str, tuple[float, ...]]], background: str | None) -> np.ndarray:

@@ -131,7 +131,7 @@ def sample_scene(description: Description, rng: np.random.Generator) -> Scene:
 def _place(count: int, relations, rng: np.random.Generator) -> tuple[tuple[float, float], ...]:
     """Centres of `count` cells of the board for which every relation holds, each such choice as likely as any other.
 
-    Where no relation is stated, things are named from top to bottom.
+    Where no relation is stated, things are named in reading order: from left to right, row by row.
     """
     stated = {(i, j) for i, _, j in relations}
     unstated = [(i, j) for j in range(count) for i in range(j) if (i, j) not in stated]
@@ -140,7 +140,7 @@ def _place(count: int, relations, rng: np.random.Generator) -> tuple[tuple[float
         chosen
         for chosen in permutations(cells, count)
         if all(_holds(chosen[i], relation, chosen[j], diagonally=j == 2) for i, relation, j in relations)
-        and all(chosen[i][1] <= chosen[j][1] for i, j in unstated)
+        and all(cells.index(chosen[i]) < cells.index(chosen[j]) for i, j in unstated)
     ]
     return fitting[int(rng.integers(len(fitting)))]
 
