@@ -30,7 +30,7 @@ def places(height: int, width: int, device: torch.device | None = None) -> torch
     """Where in the picture each patch of a `height` x `width` grid is: (T, 4 OCTAVES) sines and cosines, float32.
 
     Rotary positions say how far apart two patches are; next to nothing says where the border is. Without this the
-    validation loss after 400 steps of the default recipe was 1.10 instead of 1.01.
+    validation loss after 400 steps of the default recipe was 0.31 instead of 0.29.
     """
     octaves = math.pi * 2.0 ** torch.arange(OCTAVES, device=device)
     sides = []

@@ -80,6 +80,16 @@ def test_scenes_keep_things_apart_and_relations_true():
         assert description.background in (None, scene.background)
 
 
+def test_without_a_relation_the_first_thing_is_above_the_second_and_none_above_one_named_before():
+    compared = 0
+    for description, rng in samples(500):
+        if len(description.things) > 1 and not description.relations:
+            rows = [y for _, y in sample_scene(description, rng).positions]
+            assert rows == sorted(rows) and (len(rows) == 3 or rows[0] < rows[1])
+            compared += 1
+    assert compared > 50
+
+
 def test_the_same_seed_draws_the_same_pixels():
     first, second = (sample_scene(*next(samples(1))) for _ in range(2))
     assert np.array_equal(draw(first), draw(second))

@@ -6,6 +6,7 @@ Everything here is a pure function of a `numpy.random.Generator`, so a seed fixe
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -101,7 +102,7 @@ def sample_description(rng: np.random.Generator, pairs=SEEN_PAIRS, must_have=())
         pairs: (colour, shape) pairs to choose from.
         must_have: pairs of which exactly one is among the things; empty for no such wish.
     """
-    count = int(rng.choice([1, 2, 3], p=[0.35, 0.50, 0.15]))
+    count = int(rng.choice([1, 2, 3], p=[0.40, 0.50, 0.10]))
     candidates = [pair for pair in pairs if pair not in must_have]
     chosen = [candidates[k] for k in rng.choice(len(candidates), size=count, replace=False)]
     if must_have:
@@ -131,16 +132,18 @@ def sample_scene(description: Description, rng: np.random.Generator) -> Scene:
 def _place(count: int, relations, rng: np.random.Generator) -> tuple[tuple[float, float], ...]:
     """Centres of `count` cells of the board for which every relation holds, each such choice as likely as any other.
 
-    Where no relation is stated, things are named in reading order: from left to right, row by row.
+    Where no relation is stated, things are named from top to bottom, and of two the first is the higher one: a mirror image
+    keeps that.
     """
     stated = {(i, j) for i, _, j in relations}
     unstated = [(i, j) for j in range(count) for i in range(j) if (i, j) not in stated]
+    in_order = operator.lt if count == 2 else operator.le
     cells = [((column + 0.5) / CELLS, (row + 0.5) / CELLS) for row in range(CELLS) for column in range(CELLS)]
     fitting = [
         chosen
         for chosen in permutations(cells, count)
         if all(_holds(chosen[i], relation, chosen[j], diagonally=j == 2) for i, relation, j in relations)
-        and all(cells.index(chosen[i]) < cells.index(chosen[j]) for i, j in unstated)
+        and all(in_order(chosen[i][1], chosen[j][1]) for i, j in unstated)
     ]
     return fitting[int(rng.integers(len(fitting)))]
 
