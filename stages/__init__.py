@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,8 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str]) -> 
     """Run `main` on params.yaml as stage `name`; on a `UserError`, say it in one line and exit with 1.
 
     DVC deletes a stage's outs before it starts it. `dvc checkout` brings those in its cache back; `metrics`, the outs
-    that live in git instead, are brought back here: every good run leaves a copy in .state/metrics/ under its hash.
+    that live in git instead, are brought back here: every good run leaves a copy in .state/metrics/ under its hash, and
+    after a clone the last commit has them.
     """
     kept = Path(os.environ.get("DVC_ROOT", ".")) / ".state" / "metrics"
     try:
@@ -38,13 +40,23 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str]) -> 
 
 
 def _restore(stage: str, metrics: list[str], kept: Path) -> None:
-    """Put back the files that dvc.lock records for `stage`, as far as there are copies of them."""
+    """Put back the files that dvc.lock records for `stage`: from the copies, or as git has them, after a clone."""
     lock = Path("dvc.lock")
     stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {}) if lock.exists() else {}
     for out in stages.get(stage, {}).get("outs", []):
-        if out["path"] in metrics and (kept / out["md5"]).exists():
-            Path(out["path"]).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(kept / out["md5"], out["path"])
+        path, copy = Path(out["path"]), kept / out["md5"]
+        if out["path"] not in metrics:
+            continue
+        content = copy.read_bytes() if copy.exists() else _committed(path)
+        if content is not None and hashlib.md5(content).hexdigest() == out["md5"]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+
+def _committed(path: Path) -> bytes | None:
+    """The file as the last commit has it; None if it has none."""
+    shown = subprocess.run(["git", "show", f"HEAD:./{path.as_posix()}"], capture_output=True)
+    return shown.stdout if shown.returncode == 0 else None
 
 
 def _in_one_line(error: BaseException) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import shutil
+import subprocess
 
 import pytest
 import yaml
@@ -55,6 +56,25 @@ def test_a_failure_is_one_line_and_the_metrics_of_before_are_back(project, capsy
     lines = capsys.readouterr().err.splitlines()
     assert end.value.code == 1 and lines[0].startswith(says) and "dvc checkout" in lines[1] and len(lines) == 2
     assert (project / "metrics" / "train.json").read_text() == "{}"
+
+
+def test_after_a_clone_the_metrics_of_before_are_those_of_the_last_commit(project):
+    """No stage has run here yet, so there are no copies."""
+    metrics = project / "metrics" / "train.json"
+    metrics.write_text("{}")
+    lock(project, "{}")
+    for command in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a run"]):
+        subprocess.run(["git", *command], cwd=project, check=True)
+
+    def fail(_params) -> None:
+        raise UserError("no")
+
+    for recorded, back in (("{}", True), ("another run's", False)):
+        lock(project, recorded)
+        metrics.unlink(missing_ok=True)
+        with pytest.raises(SystemExit):
+            run_stage("train", fail, ["metrics/train.json"])
+        assert metrics.exists() == back
 
 
 def test_a_defect_keeps_its_stack_trace(project):
