@@ -6,7 +6,6 @@ Everything here is a pure function of a `numpy.random.Generator`, so a seed fixe
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -95,18 +94,17 @@ class Scene:
 
 
 def sample_description(rng: np.random.Generator, pairs=SEEN_PAIRS, must_have=()) -> Description:
-    """Draw a description of one to three different things.
+    """Draw a description of one to three different things; three of them differ in shape.
 
     Args:
         rng: source of chance.
         pairs: (colour, shape) pairs to choose from.
         must_have: pairs of which exactly one is among the things; empty for no such wish.
     """
-    count = int(rng.choice([1, 2, 3], p=[0.40, 0.50, 0.10]))
-    candidates = [pair for pair in pairs if pair not in must_have]
-    chosen = [candidates[k] for k in rng.choice(len(candidates), size=count, replace=False)]
-    if must_have:
-        chosen[int(rng.integers(count))] = must_have[int(rng.integers(len(must_have)))]
+    count = int(rng.choice([1, 2, 3], p=[0.42, 0.50, 0.08]))
+    chosen = _choose_pairs(count, rng, pairs, must_have)
+    while count == 3 and len({shape for _, shape in chosen}) < 3:
+        chosen = _choose_pairs(count, rng, pairs, must_have)
     things = tuple(Thing(colour, shape, str(rng.choice(list(RADII))) if rng.random() < 0.5 else None) for colour, shape in chosen)
     relations: tuple[tuple[int, str, int], ...] = ()
     if count > 1 and rng.random() < 0.6:
@@ -118,6 +116,14 @@ def sample_description(rng: np.random.Generator, pairs=SEEN_PAIRS, must_have=())
             relations += ((0, both, 2), (1, both, 2))
     background = str(rng.choice(list(BACKGROUNDS))) if rng.random() < 0.5 else None
     return Description(things, relations, background)
+
+
+def _choose_pairs(count: int, rng: np.random.Generator, pairs, must_have) -> list[tuple[str, str]]:
+    candidates = [pair for pair in pairs if pair not in must_have]
+    chosen = [candidates[k] for k in rng.choice(len(candidates), size=count, replace=False)]
+    if must_have:
+        chosen[int(rng.integers(count))] = must_have[int(rng.integers(len(must_have)))]
+    return chosen
 
 
 def sample_scene(description: Description, rng: np.random.Generator) -> Scene:
@@ -132,18 +138,18 @@ def sample_scene(description: Description, rng: np.random.Generator) -> Scene:
 def _place(count: int, relations, rng: np.random.Generator) -> tuple[tuple[float, float], ...]:
     """Centres of `count` cells of the board for which every relation holds, each such choice as likely as any other.
 
-    Where no relation is stated, things are named from top to bottom, and of two the first is the higher one: a mirror image
-    keeps that.
+    Where no relation is stated, things are named from top to bottom; if none at all is, the first is higher than the others.
+    A mirror image keeps that.
     """
     stated = {(i, j) for i, _, j in relations}
     unstated = [(i, j) for j in range(count) for i in range(j) if (i, j) not in stated]
-    in_order = operator.lt if count == 2 else operator.le
     cells = [((column + 0.5) / CELLS, (row + 0.5) / CELLS) for row in range(CELLS) for column in range(CELLS)]
     fitting = [
         chosen
         for chosen in permutations(cells, count)
         if all(_holds(chosen[i], relation, chosen[j], diagonally=j == 2) for i, relation, j in relations)
-        and all(in_order(chosen[i][1], chosen[j][1]) for i, j in unstated)
+        and all(chosen[i][1] <= chosen[j][1] for i, j in unstated)
+        and (relations or all(chosen[0][1] < y for _, y in chosen[1:]))
     ]
     return fitting[int(rng.integers(len(fitting)))]
 
