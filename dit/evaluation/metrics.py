@@ -96,9 +96,9 @@ def clip_scores(source: EncoderSource, pictures: list[Image.Image], texts: list[
 def draw_worst(pictures, texts, problems, scores: torch.Tensor, path: Path) -> None:
     """The pictures that are judged wrong, and then those of the lowest CLIP score, each with the reason."""
     order = sorted(range(len(pictures)), key=lambda k: (not problems[k], float(scores[k])))[:WORST]
-    labels = [f"{texts[k]} — {problems[k] or f'CLIP score {scores[k]:.0f}'}" for k in order]
+    labels = [f"{texts[k]}: {problems[k] or f'CLIP score {scores[k]:.0f}'}" for k in order]
     path.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid([pictures[k] for k in order], labels, columns=6).save(path)
+    labelled_grid([pictures[k] for k in order], labels, columns=6, cell=192).save(path)
 
 
 def _device() -> str:
