@@ -44,7 +44,7 @@ class ShapesData:
 @_settings
 class CocoData:
     source: Literal["coco"]
-    split: Literal["train2017", "val2017"]
+    split: Literal["train2017", "val2017", "both"]
     num_samples: Annotated[int, Field(strict=True, ge=2)]
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     base_url: Text

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import io
 import json
 import shutil
-import threading
 import zipfile
 from dataclasses import replace
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import REPO, SHARED
 from PIL import Image
+from servers import bad_line, once, serve
 
 from dit.config import CocoData, FolderData, ShapesData, load_config
 from dit.errors import UserError
 from dit.sources import coco, fetch
 from dit.sources.captions import parse
 from dit.sources.dataset import check_image, read_metadata, split_by_image
+from dit.sources.http import CHUNK, Downloader
 from dit.sources.scene import UNSEEN_PAIRS
 
 RUNTIME = replace(load_config(REPO / "params.yaml").runtime, download_connections=4)
@@ -151,58 +151,27 @@ def test_a_folder_without_pairs_is_one_clear_line(tmp_path):
 # --- coco -----------------------------------------------------------------------------------------------------------
 
 
-def make_mirror(folder: Path, names: list[str], caption=lambda k, c: f"caption {c} of {k}\n") -> None:
-    images = [{"id": 100 - k, "file_name": name} for k, name in enumerate(names)]
-    rows = [{"id": 10 * k + c, "image_id": 100 - k, "caption": caption(k, c)} for k in range(len(names)) for c in range(3)]
-    (folder / "annotations").mkdir(parents=True)
-    (folder / "val2017").mkdir()
-    with zipfile.ZipFile(folder / "annotations" / "annotations_trainval2017.zip", "w") as archive:
-        archive.writestr("annotations/captions_val2017.json", json.dumps({"images": images, "annotations": rows}))
+def make_mirror(folder: Path, names: list[str], split: str = "val2017") -> None:
+    """The layout of the COCO site; image k has licence k, of which the first three are known."""
+    images = [{"id": 100 - k, "file_name": name, "license": k} for k, name in enumerate(names)]
+    rows = [
+        {"id": 10 * k + c, "image_id": 100 - k, "caption": f"caption {c} of {k}\n"} for k in range(len(names)) for c in range(3)
+    ]
+    licences = [{"id": k, "url": f"https://example.org/{k}"} for k in range(3)]
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    (folder / split).mkdir()
+    with zipfile.ZipFile(folder / "annotations" / "annotations_trainval2017.zip", "a") as archive:
+        content = {"licenses": licences, "images": images, "annotations": rows}
+        archive.writestr(f"annotations/captions_{split}.json", json.dumps(content))
     for k, name in enumerate(names):
         if "/" not in name:
-            (folder / "val2017" / name).write_bytes(picture(k))
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    """Serves a folder; cuts the first answer for every name in `cut` short; notes what was asked for."""
-
-    cut: set[str] = set()  # noqa: RUF012
-    asked: list[str] = []  # noqa: RUF012
-
-    def log_message(self, *_) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        name = self.path.rsplit("/", 1)[-1]
-        self.asked.append(name)
-        if name in self.cut:
-            self.cut.discard(name)
-            content = Path(self.translate_path(self.path)).read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content[:100])
-            self.close_connection = True
-        else:
-            super().do_GET()
+            (folder / split / name).write_bytes(picture(k, (320, 240)))
 
 
 @pytest.fixture
-def serve(monkeypatch, tmp_path):
+def kept_downloads(monkeypatch, tmp_path):
+    """What is kept between runs, in a place of its own."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "root"))
-    servers = []
-
-    def start(folder: Path) -> str:
-        Quiet.cut, Quiet.asked = set(), []
-        server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 def coco_data(url: str, count: int, **changes) -> CocoData:
@@ -221,49 +190,119 @@ def coco_data(url: str, count: int, **changes) -> CocoData:
     )
 
 
-def test_coco_images_arrive_byte_for_byte_although_an_answer_is_cut_short(serve, tmp_path):
-    names = [f"{k:012d}.jpg" for k in range(8)]
-    make_mirror(tmp_path / "mirror", names)
-    url = serve(tmp_path / "mirror")
-    Quiet.cut = set(names[:3])
-    report = fetch(coco_data(url, 8), tmp_path / "out", RUNTIME)
+NAMES = [f"{k:012d}.jpg" for k in range(8)]
+
+
+@pytest.mark.usefixtures("kept_downloads")
+def test_coco_images_arrive_byte_for_byte_and_a_body_that_ends_early_is_gone_on_with(tmp_path):
+    make_mirror(tmp_path / "mirror", NAMES)
+    with serve(tmp_path / "mirror", once("truncate", NAMES[:3])) as (url, log):
+        report = fetch(coco_data(url, 8), tmp_path / "out", RUNTIME)
     assert report.images == 8 and report.captions == 16 and not report.bad
-    for name in names:
-        assert (tmp_path / "out" / "images" / name).read_bytes() == (tmp_path / "mirror" / "val2017" / name).read_bytes()
-    assert captions_of(tmp_path / "out")[f"images/{names[2]}"] == ["caption 0 of 2", "caption 1 of 2"]
-    assert not list(tmp_path.rglob("*.part"))
+    for name in NAMES:
+        content = (tmp_path / "mirror" / "val2017" / name).read_bytes()
+        assert (tmp_path / "out" / "images" / name).read_bytes() == content
+        starts = [start for asked, start in log.asked if asked == name]
+        assert starts[0] is None and len(starts) == (2 if name in NAMES[:3] else 1)
+        assert len(starts) == 1 or len(content) // 2 - CHUNK < starts[1] <= len(content) // 2
+    assert captions_of(tmp_path / "out")[f"images/{NAMES[2]}"] == ["caption 0 of 2", "caption 1 of 2"]
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("*.version"))
 
 
-def test_coco_chooses_by_seed_and_keeps_the_annotations(serve, tmp_path):
-    make_mirror(tmp_path / "mirror", [f"{k:012d}.jpg" for k in range(8)])
-    url = serve(tmp_path / "mirror")
-    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
-        fetch(coco_data(url, 4, seed=seed), tmp_path / folder, RUNTIME)
-    a, b, c = (set(captions_of(tmp_path / folder)) for folder in "abc")
-    assert a == b != c
-    assert Quiet.asked.count("annotations_trainval2017.zip") == 1
+@pytest.mark.usefixtures("kept_downloads")
+def test_more_images_fetch_only_those_that_are_missing(tmp_path):
+    make_mirror(tmp_path / "mirror", NAMES)
+    with serve(tmp_path / "mirror") as (url, log):
+        for folder, seed, count in (("a", 0, 4), ("b", 0, 4), ("c", 1, 4), ("d", 0, 6)):
+            before = len(log.asked)
+            fetch(coco_data(url, count, seed=seed), tmp_path / folder, RUNTIME)
+            if folder == "b":
+                assert len(log.asked) == before
+        assert sorted(log.names()) == sorted(set(log.names()))
+    a, b, c, d = (set(captions_of(tmp_path / folder)) for folder in "abcd")
+    assert a == b != c and a < d
 
 
-def test_a_missing_coco_image_is_set_aside(serve, tmp_path):
-    names = [f"{k:012d}.jpg" for k in range(8)]
-    make_mirror(tmp_path / "mirror", names)
-    (tmp_path / "mirror" / "val2017" / names[5]).unlink()
-    report = fetch(coco_data(serve(tmp_path / "mirror"), 8, max_bad_fraction=0.2), tmp_path / "out", RUNTIME)
-    assert report.bad == [{"image": names[5], "reason": "the server answers 404 File not found"}]
+@pytest.mark.usefixtures("kept_downloads")
+def test_a_download_goes_on_after_a_kill_unless_the_file_has_changed(tmp_path):
+    (tmp_path / "mirror").mkdir()
+    for name, content in (("same", b"0123456789" * 1000), ("changed", b"abcdefghij" * 1000)):
+        (tmp_path / "mirror" / name).write_bytes(content)
+        (tmp_path / f"{name}.part").write_bytes(content[:4000])
+        (tmp_path / f"{name}.version").write_text(f'"{hashlib.md5(content).hexdigest()}"')
+    (tmp_path / "mirror" / "changed").write_bytes(b"something else")
+    with serve(tmp_path / "mirror") as (url, log):
+        for name in ("same", "changed"):
+            assert Downloader("key").save(f"{url}/{name}", tmp_path / name) is None
+            assert (tmp_path / name).read_bytes() == (tmp_path / "mirror" / name).read_bytes()
+    assert log.asked == [("same", 4000), ("changed", 4000)]
+
+
+@pytest.mark.usefixtures("kept_downloads")
+def test_a_beginning_longer_than_the_whole_is_thrown_away(tmp_path):
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror" / "file").write_bytes(b"short")
+    (tmp_path / "file.part").write_bytes(b"longer than that")
+    (tmp_path / "file.version").write_text(f'"{hashlib.md5(b"short").hexdigest()}"')
+    with serve(tmp_path / "mirror") as (url, _):
+        assert Downloader("key").save(f"{url}/file", tmp_path / "file") is None
+    assert (tmp_path / "file").read_bytes() == b"short"
+
+
+@pytest.mark.usefixtures("kept_downloads")
+def test_both_splits_and_licences(tmp_path):
+    make_mirror(tmp_path / "mirror", NAMES[:4])
+    make_mirror(tmp_path / "mirror", [f"9{name[1:]}" for name in NAMES[:3]], split="train2017")
+    with serve(tmp_path / "mirror") as (url, log):
+        report = fetch(coco_data(url, 7, split="both"), tmp_path / "out", RUNTIME)
+    assert report.images == 7 and sum(name.startswith("9") for name in log.names()) == 3
+    rows = json.loads((tmp_path / "out" / "metadata.json").read_text())
+    licences = {row["image"]: row.get("licence") for row in rows}
+    assert licences["images/000000000000.jpg"] == "https://example.org/0" and licences["images/000000000003.jpg"] is None
+
+
+@pytest.mark.usefixtures("kept_downloads")
+def test_a_missing_coco_image_is_set_aside(tmp_path):
+    make_mirror(tmp_path / "mirror", NAMES)
+    (tmp_path / "mirror" / "val2017" / NAMES[5]).unlink()
+    with serve(tmp_path / "mirror") as (url, _):
+        report = fetch(coco_data(url, 8, max_bad_fraction=0.2), tmp_path / "out", RUNTIME)
+    assert report.bad == [{"image": NAMES[5], "reason": "the server answers 404 Not Found"}]
     assert report.images == 7
 
 
+@pytest.mark.usefixtures("kept_downloads")
+def test_a_damaged_coco_image_is_asked_for_again_the_next_time(tmp_path):
+    make_mirror(tmp_path / "mirror", NAMES)
+    good = (tmp_path / "mirror" / "val2017" / NAMES[5]).read_bytes()
+    (tmp_path / "mirror" / "val2017" / NAMES[5]).write_bytes(good[:500])
+    with serve(tmp_path / "mirror") as (url, _):
+        report = fetch(coco_data(url, 8, max_bad_fraction=0.2), tmp_path / "out", RUNTIME)
+        assert [row["image"] for row in report.bad] == [NAMES[5]] and "damaged" in report.bad[0]["reason"]
+        (tmp_path / "mirror" / "val2017" / NAMES[5]).write_bytes(good)
+        assert fetch(coco_data(url, 8), tmp_path / "again", RUNTIME).images == 8
+
+
 @pytest.mark.parametrize("name", ["../evil.jpg", "/etc/evil.jpg", "sub/evil.jpg"])
-def test_a_name_that_leaves_the_folder_is_refused(serve, tmp_path, name):
+@pytest.mark.usefixtures("kept_downloads")
+def test_a_name_that_leaves_the_folder_is_refused(tmp_path, name):
     make_mirror(tmp_path / "mirror", ["1.jpg", "2.jpg", name])
-    with pytest.raises(UserError, match="does not stay in its folder"):
-        fetch(coco_data(serve(tmp_path / "mirror"), 2), tmp_path / "out", RUNTIME)
+    with serve(tmp_path / "mirror") as (url, _), pytest.raises(UserError, match="does not stay in its folder"):
+        fetch(coco_data(url, 2), tmp_path / "out", RUNTIME)
 
 
-def test_too_many_coco_images_wanted_is_one_clear_line(serve, tmp_path):
+@pytest.mark.usefixtures("kept_downloads")
+def test_a_name_that_comes_twice_is_refused(tmp_path):
+    make_mirror(tmp_path / "mirror", ["1.jpg", "2.jpg", "1.jpg"])
+    with serve(tmp_path / "mirror") as (url, _), pytest.raises(UserError, match="name the file '1.jpg' 2 times"):
+        fetch(coco_data(url, 2), tmp_path / "out", RUNTIME)
+
+
+@pytest.mark.usefixtures("kept_downloads")
+def test_too_many_coco_images_wanted_is_one_clear_line(tmp_path):
     make_mirror(tmp_path / "mirror", ["1.jpg", "2.jpg"])
-    with pytest.raises(UserError, match="3 images wanted, val2017 has 2"):
-        fetch(coco_data(serve(tmp_path / "mirror"), 3), tmp_path / "out", RUNTIME)
+    with serve(tmp_path / "mirror") as (url, _), pytest.raises(UserError, match="3 images wanted, val2017 has 2"):
+        fetch(coco_data(url, 3), tmp_path / "out", RUNTIME)
 
 
 def test_an_unreachable_host_is_one_clear_line(monkeypatch, tmp_path):
@@ -280,12 +319,21 @@ def test_an_unreachable_host_is_one_clear_line(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not (SHARED / "coco-mirror").is_dir(), reason="the folder of real COCO images is not beside this repository")
-def test_real_coco_files(serve, tmp_path):
+@pytest.mark.usefixtures("kept_downloads")
+def test_all_real_coco_files_arrive_over_a_bad_line_and_are_asked_for_once(tmp_path):
     mirror = SHARED / "coco-mirror"
-    report = fetch(coco_data(serve(mirror), 50, captions_per_image=5), tmp_path / "out", RUNTIME)
-    assert report.images == 50 and 240 <= report.captions <= 250
-    for path in (tmp_path / "out" / "images").iterdir():
-        assert path.read_bytes() == (mirror / "val2017" / path.name).read_bytes()
+    files = {path.name: path for split in ("val2017", "train2017") for path in (mirror / split).glob("*.jpg")}
+    with serve(mirror, bad_line(0.2)) as (url, log):
+        data = coco_data(url, len(files), split="both", captions_per_image=5)
+        report = fetch(data, tmp_path / "out", RUNTIME)
+        assert min(log.tricks.values()) >= 5, log.tricks
+        asked = len(log.asked)
+        fetch(data, tmp_path / "again", RUNTIME)
+        assert len(log.asked) == asked
+    assert report.images == len(files) == 250 and not report.bad
+    for folder in ("out", "again"):
+        arrived = {path.name: path.read_bytes() for path in (tmp_path / folder / "images").iterdir()}
+        assert arrived == {name: path.read_bytes() for name, path in files.items()}
     assert all(texts and all(text == text.strip() for text in texts) for texts in captions_of(tmp_path / "out").values())
 
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +18,13 @@ from tqdm import tqdm
 
 from dit.config import CocoData, Runtime
 from dit.errors import UserError
+from dit.files import place
 from dit.sources.dataset import Report, check_image, clean_caption, inside, refuse_too_many_bad, write_dataset
 from dit.sources.http import Downloader
 
 ANNOTATIONS = "annotations/annotations_trainval2017.zip"
 KEY = "coco.data.base_url"
+SPLITS = {"train2017": ("train2017",), "val2017": ("val2017",), "both": ("train2017", "val2017")}
 
 
 def check_host(base_url: str) -> None:
@@ -31,71 +36,94 @@ def fetch(data: CocoData, folder: Path, runtime: Runtime) -> Report:
     """Download `data.num_samples` images, chosen by `data.seed`, and their captions into `folder`."""
     base = data.base_url.rstrip("/")
     downloader = Downloader(KEY)
-    archive = downloader.cached(f"{base}/{ANNOTATIONS}")
-    chosen = choose_images(read_captions(archive, data.split), data)
+    archive, problem = downloader.cached(f"{base}/{ANNOTATIONS}", progress=True)
+    if problem:
+        raise UserError(f"{KEY}: {base}/{ANNOTATIONS}: {problem}")
+    chosen = choose_images(read_captions(archive, SPLITS[data.split]), data)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     report = Report()
     captions: dict[str, list[str]] = {}
+    licences: dict[str, str] = {}
     received = 0
 
-    def download(name: str) -> tuple[int, str | None]:
-        target = folder / "images" / name
-        problem = downloader.save(f"{base}/{data.split}/{name}", target)
-        if problem:
-            return 0, problem
-        content = target.read_bytes()
-        problem = check_image(content)
-        if problem:
-            target.unlink()
-        return len(content), problem
+    def download(photo: Photo) -> tuple[int, str | None]:
+        kept, problem = downloader.cached(f"{base}/{photo.split}/{photo.name}")
+        if problem is None:
+            content = kept.read_bytes()
+            problem = check_image(content)
+            if problem is None:
+                place(kept, folder / "images" / photo.name)
+                return len(content), None
+            kept.unlink()  # so that the next run asks for it again
+        return 0, problem
 
     with ThreadPoolExecutor(runtime.download_connections) as pool:
-        names = list(chosen)
-        progress = tqdm(zip(names, pool.map(download, names), strict=True), total=len(names), desc="download", unit="image")
+        results = zip(chosen, pool.map(download, chosen), strict=True)
+        progress = tqdm(results, total=len(chosen), desc="download", unit="image")
         try:
-            for name, (size, problem) in progress:
+            for photo, (size, problem) in progress:
                 received += size
                 seconds = progress.format_dict["elapsed"] or 1
                 progress.set_postfix_str(f"{received / 1e6 / seconds:.1f} MB/s")
                 if problem:
-                    report.set_aside(name, problem)
+                    report.set_aside(photo.name, problem)
                 else:
-                    captions[f"images/{name}"] = chosen[name]
+                    captions[f"images/{photo.name}"] = photo.captions[: data.captions_per_image]
+                    licences[f"images/{photo.name}"] = photo.licence
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     refuse_too_many_bad(report, len(chosen), data.max_bad_fraction, "coco.data.max_bad_fraction")
-    return write_dataset(folder, captions, data, report)
+    return write_dataset(folder, captions, data, report, licences)
 
 
-def read_captions(archive: Path, split: str) -> dict[str, list[str]]:
-    """File name to captions in the order of their ids, read straight from the zip; images in the order of theirs."""
-    member = f"annotations/captions_{split}.json"
-    try:
-        with zipfile.ZipFile(archive) as files, files.open(member) as file:
-            content = json.load(file)
-        names = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
-        rows = sorted((int(row["id"]), int(row["image_id"]), str(row["caption"])) for row in content["annotations"])
-    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, OSError) as error:
-        raise UserError(f"{archive}: no readable {member} ({error}); delete the file to download it again") from None
-    captions: dict[str, list[str]] = {names[number]: [] for number in sorted(names)}
-    for _, image, text in rows:
-        if image in names and clean_caption(text):
-            captions[names[image]].append(clean_caption(text))
-    return captions
+@dataclass(frozen=True)
+class Photo:
+    """One image: its file's name, the split that it lies in, its captions in the order of their ids, its licence's address."""
+
+    name: str
+    split: str
+    captions: list[str]
+    licence: str
 
 
-def choose_images(captions: dict[str, list[str]], data: CocoData) -> dict[str, list[str]]:
-    """`data.num_samples` images that have captions, by `data.seed`; the same on every machine.
+def read_captions(archive: Path, splits: tuple[str, ...]) -> list[Photo]:
+    """All images that have captions, read straight from the zip; in the order of their ids, split by split."""
+    photos = []
+    for split in splits:
+        member = f"annotations/captions_{split}.json"
+        try:
+            with zipfile.ZipFile(archive) as files, files.open(member) as file:
+                content = json.load(file)
+            licences = {row["id"]: str(row["url"]) for row in content.get("licenses", [])}
+            images = {int(row["id"]): (str(row["file_name"]), licences.get(row.get("license"), "")) for row in content["images"]}
+            rows = sorted((int(row["id"]), int(row["image_id"]), str(row["caption"])) for row in content["annotations"])
+        except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, AttributeError, OSError) as error:
+            raise UserError(f"{archive}: no readable {member} ({error}); delete the file to download it again") from None
+        captions: dict[int, list[str]] = {}
+        for _, image, text in rows:
+            if clean_caption(text):
+                captions.setdefault(image, []).append(clean_caption(text))
+        photos += [
+            Photo(name, split, captions[number], licence)
+            for number, (name, licence) in sorted(images.items())
+            if number in captions
+        ]
+    return photos
+
+
+def choose_images(photos: list[Photo], data: CocoData) -> list[Photo]:
+    """`data.num_samples` images, by `data.seed`; the same on every machine.
 
     Raises:
-        UserError: there are fewer, or a file name would leave the folder.
+        UserError: there are fewer, two have the same name, or a file name would leave the folder.
     """
-    usable = [name for name, texts in captions.items() if texts]
-    for name in usable:
+    names = Counter(photo.name for photo in photos)
+    for name, count in names.items():
         if not inside(name) or "/" in name or "\\" in name:
             raise UserError(f"{KEY}: the annotations name a file {name!r}, which does not stay in its folder; not downloading")
-    if len(usable) < data.num_samples:
-        raise UserError(f"coco.data.num_samples: {data.num_samples} images wanted, {data.split} has {len(usable)} with captions")
-    order = np.random.default_rng(data.seed).permutation(len(usable))[: data.num_samples]
-    return {usable[k]: captions[usable[k]][: data.captions_per_image] for k in order}
+        if count > 1:
+            raise UserError(f"{KEY}: the annotations name the file {name!r} {count} times; not downloading")
+    if len(photos) < data.num_samples:
+        raise UserError(f"coco.data.num_samples: {data.num_samples} images wanted, {data.split} has {len(photos)} with captions")
+    return [photos[k] for k in np.random.default_rng(data.seed).permutation(len(photos))[: data.num_samples]]

@@ -1,7 +1,7 @@
 """What all sources write: `images/` with the bytes as they came, `metadata.json` with a row per caption.
 
-Rows are `{"image": "images/x.jpg", "text": "…", "split": "train" | "val"}`; several may share an image. `source.json` holds
-the settings that the folder was made from.
+Rows are `{"image": "images/x.jpg", "text": "…", "split": "train" | "val"}`, with the address of the image's "licence" where
+the source knows it; several may share an image. `source.json` holds the settings that the folder was made from.
 """
 
 from __future__ import annotations
@@ -62,10 +62,23 @@ def split_by_image(images: list[str], val_fraction: float, seed: int) -> dict[st
     return dict.fromkeys(order[:count].tolist(), "val") | dict.fromkeys(order[count:].tolist(), "train")
 
 
-def write_dataset(folder: Path, captions: dict[str, list[str]], data: Any, report: Report) -> Report:
-    """Write metadata.json and source.json for `captions`: image (relative to `folder`) to its captions; completes `report`."""
+def write_dataset(
+    folder: Path, captions: dict[str, list[str]], data: Any, report: Report, licences: dict[str, str] | None = None
+) -> Report:
+    """Write metadata.json and source.json; completes `report`.
+
+    Args:
+        folder: where the images are.
+        captions: of each image, whose name is relative to `folder`.
+        data: the source's settings.
+        report: what was set aside so far.
+        licences: the address of each image's licence, "" where it is not known.
+    """
     splits = split_by_image(list(captions), data.val_fraction, data.seed)
-    rows = [asdict(Entry(image, text, splits[image])) for image, texts in captions.items() for text in texts]
+    rows = []
+    for image, texts in captions.items():
+        licence = {"licence": licences[image]} if licences and licences[image] else {}
+        rows += [asdict(Entry(image, text, splits[image])) | licence for text in texts]
     write_json(folder / "metadata.json", rows)
     write_json(folder / "source.json", asdict(data))
     report.images, report.captions = len(captions), len(rows)
