@@ -39,9 +39,9 @@ def check_data(params: Params) -> None:
 
         check_host(data.base_url)
     elif data.source == "folder":
-        from dit.sources.folder import find_pairs
+        from dit.sources.folder import find_captioned
 
-        find_pairs(data)
+        find_captioned(data)
 
 
 def check_weights(encode: Encode) -> None:

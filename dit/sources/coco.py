@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dit.config import CocoData, Runtime
 from dit.errors import UserError
 from dit.files import place
-from dit.sources.dataset import Report, check_image, clean_caption, inside, refuse_too_many_bad, write_dataset
+from dit.sources.dataset import Report, check_captions, check_image, clean_caption, inside, refuse_too_many_bad, write_dataset
 from dit.sources.http import Downloader
 
 ANNOTATIONS = "annotations/annotations_trainval2017.zip"
@@ -50,11 +50,12 @@ def fetch(data: CocoData, folder: Path, runtime: Runtime) -> Report:
         kept, problem = downloader.cached(f"{base}/{photo.split}/{photo.name}")
         if problem is None:
             content = kept.read_bytes()
-            problem = check_image(content)
+            problem = check_captions(photo.captions)
+            if problem is None and (problem := check_image(content)):
+                kept.unlink()  # so that the next run asks for it again
             if problem is None:
                 place(kept, folder / "images" / photo.name)
                 return len(content), None
-            kept.unlink()  # so that the next run asks for it again
         return 0, problem
 
     with ThreadPoolExecutor(runtime.download_connections) as pool:

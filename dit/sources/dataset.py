@@ -20,6 +20,8 @@ from dit.errors import UserError
 from dit.files import write_json
 
 SMALLEST_SIDE = 16  # pixels
+LONGEST_CAPTION = 1000  # words; a CLIP reads 77 tokens
+ANIMATED = ("PNG", "WEBP", "GIF")  # what can be; a telephone's JPEG with a second picture in it is a photograph
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,11 @@ def check_image(content: bytes) -> str | None:
             with Image.open(io.BytesIO(content)) as image:
                 if min(image.size) < SMALLEST_SIDE:
                     return f"only {image.width} x {image.height} pixels; {SMALLEST_SIDE} a side are the least"
+                if image.format in ANIMATED and getattr(image, "is_animated", False):
+                    return f"an animation of {image.n_frames} pictures, not one"
                 image.load()
+                if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+                    return "transparent in places; put it on a background first"
         except UnidentifiedImageError:
             return "a web page, not a picture" if content.lstrip()[:1] == b"<" else "not a picture"
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -115,6 +121,14 @@ def check_image(content: bytes) -> str | None:
         except (OSError, SyntaxError, ValueError) as error:
             return f"damaged: {' '.join(str(error).split())}"
     return None
+
+
+def check_captions(captions: list[str]) -> str | None:
+    """Why the captions of an image cannot be used, None if they can."""
+    if not captions:
+        return "no caption"
+    longest = max(len(caption.split()) for caption in captions)
+    return f"a caption of {longest} words; {LONGEST_CAPTION} are the most" if longest > LONGEST_CAPTION else None
 
 
 def clean_caption(text: str) -> str:
