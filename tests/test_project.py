@@ -123,7 +123,7 @@ def test_mlflow_has_one_run_with_curves_and_one_child(clone):
     assert parent.data.metrics["prompt_accuracy"] == clone.json("metrics/evaluate.json")["prompt_accuracy"]
     assert store.get_metric_history(parent.info.run_id, "val_loss")
     children = store.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
-    assert [child.data.params["sample.scheduler"] for child in children] == ["euler"]
+    assert [child.data.params["sample.scheduler"] for child in children] == ["stochastic"]
 
 
 def test_a_second_run_has_nothing_to_do(clone):
