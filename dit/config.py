@@ -26,6 +26,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(min_length=1)]
+Layout = Literal["auto", "files", "shards"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Scheduler = Literal["euler", "heun", "dpm++", "unipc", "stochastic"]
 
@@ -38,6 +39,7 @@ class ShapesData:
     num_samples: Annotated[int, Field(strict=True, ge=10)]
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     image_size: Annotated[int, Field(strict=True, ge=16, le=1024)]
+    layout: Layout
     seed: NonNegativeInt
 
 
@@ -49,6 +51,7 @@ class CocoData:
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     base_url: Text
     captions_per_image: PositiveInt
+    layout: Layout
     max_bad_fraction: Fraction
     seed: NonNegativeInt
 
@@ -58,6 +61,7 @@ class FolderData:
     source: Literal["folder"]
     paths: Annotated[tuple[Text, ...], Field(min_length=1)]
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    layout: Layout
     max_bad_fraction: Fraction
     seed: NonNegativeInt
 
@@ -68,8 +72,10 @@ class Encode:
     vae: Text
     vae_revision: Text | None
     vae_slicing: Flag
+    vae_tiling: Flag
     clip: Text
     clip_revision: Text | None
+    crops: Annotated[int, Field(strict=True, ge=0, le=16)]
     batch_size: PositiveInt
     precision: Precision
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import shutil
+import tarfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,13 @@ from servers import bad_line, once, serve
 
 from dit.config import CocoData, FolderData, ShapesData, load_config
 from dit.errors import UserError
-from dit.sources import coco, fetch
+from dit.sources import coco, fetch, storage
 from dit.sources.captions import parse
-from dit.sources.dataset import check_image, read_metadata, split_by_image
+from dit.sources.dataset import read_metadata, split_by_image
 from dit.sources.http import CHUNK, Downloader
 from dit.sources.scene import UNSEEN_PAIRS
+from dit.sources.storage import StoredImages
+from dit.sources.usable import check_image, inside
 
 RUNTIME = replace(load_config(REPO / "params.yaml").runtime, download_connections=4)
 
@@ -46,7 +49,7 @@ def captions_of(folder: Path) -> dict[str, list[str]]:
 
 
 def test_shapes_are_the_same_on_every_machine_and_show_no_unseen_pair(tmp_path):
-    data = ShapesData(source="shapes", num_samples=40, val_fraction=0.25, image_size=64, seed=3)
+    data = ShapesData(source="shapes", num_samples=40, val_fraction=0.25, image_size=64, layout="files", seed=3)
     report = fetch(data, tmp_path / "a", RUNTIME)
     fetch(data, tmp_path / "b", RUNTIME)
     assert (report.images, report.train_images, report.val_images) == (40, 30, 10)
@@ -69,8 +72,10 @@ def test_the_split_is_by_image_and_has_both_sides():
 # --- folder ---------------------------------------------------------------------------------------------------------
 
 
-def folder_data(*paths: Path, limit: float = 0.0) -> FolderData:
-    return FolderData(source="folder", paths=tuple(map(str, paths)), val_fraction=0.3, max_bad_fraction=limit, seed=0)
+def folder_data(*paths: Path, limit: float = 0.0, layout: str = "files") -> FolderData:
+    return FolderData(
+        source="folder", paths=tuple(map(str, paths)), val_fraction=0.3, layout=layout, max_bad_fraction=limit, seed=0
+    )
 
 
 def add_pair(folder: Path, name: str, text: str | bytes, content: bytes) -> None:
@@ -251,7 +256,7 @@ def make_mirror(folder: Path, names: list[str], split: str = "val2017") -> None:
         content = {"licenses": licences, "images": images, "annotations": rows}
         archive.writestr(f"annotations/captions_{split}.json", json.dumps(content))
     for k, name in enumerate(names):
-        if "/" not in name:
+        if inside(name) and "/" not in name:
             (folder / split / name).write_bytes(picture(k, (320, 240)))
 
 
@@ -270,6 +275,7 @@ def coco_data(url: str, count: int, **changes) -> CocoData:
             "val_fraction": 0.3,
             "base_url": url,
             "captions_per_image": 2,
+            "layout": "files",
             "max_bad_fraction": 0.0,
             "seed": 0,
         }
@@ -370,19 +376,57 @@ def test_a_damaged_coco_image_is_asked_for_again_the_next_time(tmp_path):
         assert fetch(coco_data(url, 8), tmp_path / "again", RUNTIME).images == 8
 
 
-@pytest.mark.parametrize("name", ["../evil.jpg", "/etc/evil.jpg", "sub/evil.jpg"])
+@pytest.mark.parametrize("name", ["../evil.jpg", "/etc/evil.jpg", "sub/evil.jpg", "C:evil.jpg", "ev\x00il.jpg", ""])
 @pytest.mark.usefixtures("kept_downloads")
-def test_a_name_that_leaves_the_folder_is_refused(tmp_path, name):
+def test_a_name_that_leaves_the_folder_is_set_aside_and_not_asked_for(tmp_path, name):
     make_mirror(tmp_path / "mirror", ["1.jpg", "2.jpg", name])
-    with serve(tmp_path / "mirror") as (url, _), pytest.raises(UserError, match="does not stay in its folder"):
-        fetch(coco_data(url, 2), tmp_path / "out", RUNTIME)
+    with serve(tmp_path / "mirror") as (url, log):
+        report = fetch(coco_data(url, 3, max_bad_fraction=0.4), tmp_path / "out", RUNTIME)
+        assert report.bad == [{"image": name, "reason": "its name does not stay in its folder"}]
+        assert report.images == 2 and len(log.asked) == 3
+        with pytest.raises(UserError, match="coco.data.max_bad_fraction: 1 of 3 images are unusable"):
+            fetch(coco_data(url, 3), tmp_path / "out", RUNTIME)
 
 
 @pytest.mark.usefixtures("kept_downloads")
-def test_a_name_that_comes_twice_is_refused(tmp_path):
+def test_an_image_that_comes_twice_is_used_once(tmp_path):
     make_mirror(tmp_path / "mirror", ["1.jpg", "2.jpg", "1.jpg"])
-    with serve(tmp_path / "mirror") as (url, _), pytest.raises(UserError, match="name the file '1.jpg' 2 times"):
-        fetch(coco_data(url, 2), tmp_path / "out", RUNTIME)
+    with serve(tmp_path / "mirror") as (url, log):
+        report = fetch(coco_data(url, 3, max_bad_fraction=0.4), tmp_path / "out", RUNTIME)
+    assert report.bad == [{"image": "1.jpg", "reason": "its name comes twice in the annotations"}]
+    assert report.images == 2 and log.names().count("1.jpg") == 1
+
+
+def write_annotations(path: Path, content: object, member: str = "annotations/captions_val2017.json") -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(member, content if isinstance(content, bytes) else json.dumps(content))
+    return path
+
+
+def test_an_id_that_comes_twice_is_used_once(tmp_path):
+    images = [{"id": 5, "file_name": "a.jpg"}, {"id": 5, "file_name": "b.jpg"}, {"id": 6, "file_name": "c.jpg"}]
+    rows = [{"id": k, "image_id": image, "caption": "x"} for k, image in enumerate((5, 5, 6))]
+    photos = coco.read_captions(write_annotations(tmp_path / "a.zip", {"images": images, "annotations": rows}), ("val2017",))
+    assert [(photo.name, photo.problem) for photo in photos] == [
+        ("a.jpg", None),
+        ("b.jpg", "image id 5 comes twice in the annotations"),
+        ("c.jpg", None),
+    ]
+
+
+def test_of_a_zip_with_absolute_paths_nothing_is_unpacked(tmp_path):
+    outside = tmp_path / "outside.json"
+    content = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 1, "image_id": 1, "caption": "a cat"}]}
+    archive = write_annotations(tmp_path / "a.zip", content)
+    with zipfile.ZipFile(archive, "a") as more:
+        more.writestr(str(outside), "{}")
+        more.writestr("../outside.json", "{}")
+    before = sorted(tmp_path.rglob("*"))
+    assert [photo.captions for photo in coco.read_captions(archive, ("val2017",))] == [["a cat"]]
+    assert sorted(tmp_path.rglob("*")) == before
+    absolute = write_annotations(tmp_path / "b.zip", content, "/annotations/captions_val2017.json")
+    with pytest.raises(UserError, match="no readable annotations/captions_val2017.json"):
+        coco.read_captions(absolute, ("val2017",))
 
 
 @pytest.mark.usefixtures("kept_downloads")
@@ -400,6 +444,56 @@ def test_an_unreachable_host_is_one_clear_line(monkeypatch, tmp_path):
     ):
         with pytest.raises(UserError, match=r"coco.data.base_url: cannot reach http://127.0.0.1:9 \(refused\)"):
             attempt()
+
+
+# --- shards ---------------------------------------------------------------------------------------------------------
+
+
+def test_both_layouts_hold_the_same_images_under_the_same_names(tmp_path, monkeypatch):
+    mine = tmp_path / "mine"
+    for k in range(7):
+        add_pair(mine, f"deep/{k}.a.JPG", f"number {k}\nagain {k}", picture(k))
+    monkeypatch.setattr(storage, "SHARD_BYTES", 6 * len(picture(0)))
+    for layout in ("files", "shards"):
+        fetch(folder_data(mine, layout=layout), tmp_path / layout, RUNTIME)
+    rows = {layout: read_metadata(tmp_path / layout) for layout in ("files", "shards")}
+    named = {layout: [(row.image, row.text, row.split) for row in rows[layout]] for layout in rows}
+    assert named["files"] == named["shards"]
+    shards = sorted((tmp_path / "shards").rglob("*.tar"))
+    assert len(shards) > 1 and all(shard.stat().st_size < 6 * len(picture(0)) + 4 * tarfile.RECORDSIZE for shard in shards)
+    for row in rows["shards"]:
+        content = (mine / row.image.removeprefix("images/")).read_bytes()
+        assert StoredImages(tmp_path / "shards").read(row.stored) == content
+        assert StoredImages(tmp_path / "files").read(row.image) == content
+    assert not list((tmp_path / "shards").rglob("*.part")) and not list((tmp_path / "shards").rglob("*.JPG"))
+
+
+def test_a_shard_is_what_webdataset_reads_and_the_same_every_time(tmp_path):
+    for k in range(3):
+        add_pair(tmp_path / "mine", f"{k}.jpg", f"number {k}", picture(k))
+    for name in "ab":
+        fetch(folder_data(tmp_path / "mine", layout="shards"), tmp_path / name, RUNTIME)
+    shard = tmp_path / "a" / "shards" / "00000.tar"
+    assert shard.read_bytes() == (tmp_path / "b" / "shards" / "00000.tar").read_bytes()
+    with tarfile.open(shard) as archive:
+        names = archive.getnames()
+        about = json.load(archive.extractfile("00000001.json"))
+    assert names == [f"{k:08d}.{kind}" for k in range(3) for kind in ("jpg", "json")]
+    assert about == {"file_name": "images/1.jpg", "captions": ["number 1"]}
+
+
+def test_from_20000_images_on_they_are_shards():
+    assert storage.choose_layout("auto", 19_999) == "files" and storage.choose_layout("auto", 20_000) == "shards"
+    assert storage.choose_layout("files", 10**6) == "files" and storage.choose_layout("shards", 1) == "shards"
+
+
+def test_an_image_that_has_gone_is_one_clear_line(tmp_path):
+    add_pair(tmp_path / "mine", "a.jpg", "a", picture(1))
+    add_pair(tmp_path / "mine", "b.jpg", "b", picture(2))
+    fetch(folder_data(tmp_path / "mine", layout="shards"), tmp_path / "out", RUNTIME)
+    for stored in ("shards/00000.tar/00000009.jpg", "shards/00001.tar/00000000.jpg", "images/gone.jpg"):
+        with pytest.raises(UserError, match=f"{stored}: missing or not readable"):
+            StoredImages(tmp_path / "out").read(stored)
 
 
 # --- real data ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from tqdm import tqdm
 
 from dit.config import CocoData, Runtime
 from dit.errors import UserError
-from dit.files import place
-from dit.sources.dataset import Report, check_captions, check_image, clean_caption, inside, refuse_too_many_bad, write_dataset
+from dit.sources.dataset import DatasetWriter, Report, refuse_too_many_bad
 from dit.sources.http import Downloader
+from dit.sources.usable import check_captions, check_image, clean_caption, inside
 
 ANNOTATIONS = "annotations/annotations_trainval2017.zip"
 KEY = "coco.data.base_url"
@@ -40,91 +39,111 @@ def fetch(data: CocoData, folder: Path, runtime: Runtime) -> Report:
     if problem:
         raise UserError(f"{KEY}: {base}/{ANNOTATIONS}: {problem}")
     chosen = choose_images(read_captions(archive, SPLITS[data.split]), data)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
     report = Report()
-    captions: dict[str, list[str]] = {}
-    licences: dict[str, str] = {}
+    writer = DatasetWriter(folder, data, len(chosen))
     received = 0
 
-    def download(photo: Photo) -> tuple[int, str | None]:
+    def download(photo: Photo) -> tuple[Path | None, str | None]:
+        if photo.problem or (problem := check_captions(photo.captions)):
+            return None, photo.problem or problem
         kept, problem = downloader.cached(f"{base}/{photo.split}/{photo.name}")
-        if problem is None:
-            content = kept.read_bytes()
-            problem = check_captions(photo.captions)
-            if problem is None and (problem := check_image(content)):
-                kept.unlink()  # so that the next run asks for it again
-            if problem is None:
-                place(kept, folder / "images" / photo.name)
-                return len(content), None
-        return 0, problem
+        if problem is None and (problem := check_image(kept.read_bytes())):
+            kept.unlink()  # so that the next run asks for it again
+        return kept, problem
 
     with ThreadPoolExecutor(runtime.download_connections) as pool:
         results = zip(chosen, pool.map(download, chosen), strict=True)
         progress = tqdm(results, total=len(chosen), desc="download", unit="image")
         try:
-            for photo, (size, problem) in progress:
-                received += size
-                seconds = progress.format_dict["elapsed"] or 1
-                progress.set_postfix_str(f"{received / 1e6 / seconds:.1f} MB/s")
+            for photo, (kept, problem) in progress:
                 if problem:
                     report.set_aside(photo.name, problem)
-                else:
-                    captions[f"images/{photo.name}"] = photo.captions[: data.captions_per_image]
-                    licences[f"images/{photo.name}"] = photo.licence
+                    continue
+                content = kept.read_bytes()
+                writer.add(f"images/{photo.name}", content, photo.captions[: data.captions_per_image], photo.licence, kept)
+                received += len(content)
+                seconds = progress.format_dict["elapsed"] or 1
+                progress.set_postfix_str(f"{received / 1e6 / seconds:.1f} MB/s")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     refuse_too_many_bad(report, len(chosen), data.max_bad_fraction, "coco.data.max_bad_fraction")
-    return write_dataset(folder, captions, data, report, licences)
+    return writer.close(report)
 
 
 @dataclass(frozen=True)
 class Photo:
-    """One image: its file's name, the split that it lies in, its captions in the order of their ids, its licence's address."""
+    """One image of the annotations.
+
+    Attributes:
+        name: its file's name.
+        split: the split that it lies in.
+        captions: in the order of their ids.
+        licence: its address, "" if not known.
+        problem: why it must not be downloaded; None if it may.
+    """
 
     name: str
     split: str
     captions: list[str]
     licence: str
+    problem: str | None
 
 
 def read_captions(archive: Path, splits: tuple[str, ...]) -> list[Photo]:
-    """All images that have captions, read straight from the zip; in the order of their ids, split by split."""
-    photos = []
+    """All images that have captions, read straight from the zip, in the order of their ids, split by split.
+
+    Nothing else of the archive is looked at, and nothing of it is unpacked. Of images whose name or id comes twice the
+    first is kept; the others, and those whose name would leave the folder, have a `problem`.
+
+    Raises:
+        UserError: the archive is damaged, or what it holds is not COCO's.
+    """
+    photos: list[Photo] = []
+    names: set[str] = set()
     for split in splits:
-        member = f"annotations/captions_{split}.json"
-        try:
-            with zipfile.ZipFile(archive) as files, files.open(member) as file:
-                content = json.load(file)
-            licences = {row["id"]: str(row["url"]) for row in content.get("licenses", [])}
-            images = {int(row["id"]): (str(row["file_name"]), licences.get(row.get("license"), "")) for row in content["images"]}
-            rows = sorted((int(row["id"]), int(row["image_id"]), str(row["caption"])) for row in content["annotations"])
-        except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, AttributeError, OSError) as error:
-            raise UserError(f"{archive}: no readable {member} ({error}); delete the file to download it again") from None
-        captions: dict[int, list[str]] = {}
-        for _, image, text in rows:
-            if clean_caption(text):
-                captions.setdefault(image, []).append(clean_caption(text))
-        photos += [
-            Photo(name, split, captions[number], licence)
-            for number, (name, licence) in sorted(images.items())
-            if number in captions
-        ]
+        licences, images, captions = _read_annotations(archive, f"annotations/captions_{split}.json")
+        numbers: set[int] = set()
+        for number, name, licence in sorted(images, key=lambda image: image[0]):
+            if number not in captions:
+                continue
+            problem = None
+            if not inside(name) or "/" in name or "\\" in name:
+                problem = "its name does not stay in its folder"
+            elif number in numbers:
+                problem = f"image id {number} comes twice in the annotations"
+            elif name in names:
+                problem = "its name comes twice in the annotations"
+            names.add(name)
+            numbers.add(number)
+            photos.append(Photo(name, split, captions[number], licences.get(licence, ""), problem))
     return photos
+
+
+def _read_annotations(archive: Path, member: str) -> tuple[dict, list[tuple[int, str, int]], dict[int, list[str]]]:
+    """Licences' addresses by id, (id, name, licence) of each image, captions by image."""
+    try:
+        with zipfile.ZipFile(archive) as files, files.open(member) as file:
+            content = json.load(file)
+        licences = {int(row["id"]): str(row["url"]) for row in content.get("licenses", [])}
+        images = [(int(row["id"]), str(row["file_name"]), int(row.get("license", -1))) for row in content["images"]]
+        rows = sorted((int(row["id"]), int(row["image_id"]), str(row["caption"])) for row in content["annotations"])
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"{archive}: no readable {member} ({problem}); delete the file to download it again") from None
+    captions: dict[int, list[str]] = {}
+    for _, image, text in rows:
+        if clean_caption(text):
+            captions.setdefault(image, []).append(clean_caption(text))
+    return licences, images, captions
 
 
 def choose_images(photos: list[Photo], data: CocoData) -> list[Photo]:
     """`data.num_samples` images, by `data.seed`; the same on every machine.
 
     Raises:
-        UserError: there are fewer, two have the same name, or a file name would leave the folder.
+        UserError: there are fewer.
     """
-    names = Counter(photo.name for photo in photos)
-    for name, count in names.items():
-        if not inside(name) or "/" in name or "\\" in name:
-            raise UserError(f"{KEY}: the annotations name a file {name!r}, which does not stay in its folder; not downloading")
-        if count > 1:
-            raise UserError(f"{KEY}: the annotations name the file {name!r} {count} times; not downloading")
     if len(photos) < data.num_samples:
         raise UserError(f"coco.data.num_samples: {data.num_samples} images wanted, {data.split} has {len(photos)} with captions")
     return [photos[k] for k in np.random.default_rng(data.seed).permutation(len(photos))[: data.num_samples]]

@@ -1,36 +1,34 @@
-"""What all sources write: `images/` with the bytes as they came, `metadata.json` with a row per caption.
+"""What all sources write: the images' bytes as they came, and `metadata.json` with a row per caption.
 
 Rows are `{"image": "images/x.jpg", "text": "…", "split": "train" | "val"}`, with the address of the image's "licence" where
-the source knows it; several may share an image. `source.json` holds the settings that the folder was made from.
+the source knows it, and where the image is "stored" if that is not under its own name; several may share an image.
+`source.json` holds the settings that the folder was made from.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import warnings
+import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from dit.errors import UserError
 from dit.files import write_json
-
-SMALLEST_SIDE = 16  # pixels
-LONGEST_CAPTION = 1000  # words; a CLIP reads 77 tokens
-ANIMATED = ("PNG", "WEBP", "GIF")  # what can be; a telephone's JPEG with a second picture in it is a photograph
+from dit.sources.storage import LooseFiles, TarShards, choose_layout
+from dit.sources.usable import inside
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """One caption of one image; `image` is relative to the data set's folder, `split` is "train" or "val"."""
+    """One caption of one image: the image's name, the text, "train" or "val", and where in the folder the image lies."""
 
     image: str
     text: str
     split: str
+    stored: str
 
 
 @dataclass
@@ -64,29 +62,47 @@ def split_by_image(images: list[str], val_fraction: float, seed: int) -> dict[st
     return dict.fromkeys(order[:count].tolist(), "val") | dict.fromkeys(order[count:].tolist(), "train")
 
 
-def write_dataset(
-    folder: Path, captions: dict[str, list[str]], data: Any, report: Report, licences: dict[str, str] | None = None
-) -> Report:
-    """Write metadata.json and source.json; completes `report`.
+class DatasetWriter:
+    """Write a data set into `folder`, image by image; metadata.json comes last.
 
     Args:
-        folder: where the images are.
-        captions: of each image, whose name is relative to `folder`.
+        folder: where it goes.
         data: the source's settings.
-        report: what was set aside so far.
-        licences: the address of each image's licence, "" where it is not known.
+        count: how many images there will be at most; decides the layout where the settings leave that open.
     """
-    splits = split_by_image(list(captions), data.val_fraction, data.seed)
-    rows = []
-    for image, texts in captions.items():
-        licence = {"licence": licences[image]} if licences and licences[image] else {}
-        rows += [asdict(Entry(image, text, splits[image])) | licence for text in texts]
-    write_json(folder / "metadata.json", rows)
-    write_json(folder / "source.json", asdict(data))
-    report.images, report.captions = len(captions), len(rows)
-    report.val_images = sum(split == "val" for split in splits.values())
-    report.train_images = report.images - report.val_images
-    return report
+
+    def __init__(self, folder: Path, data: Any, count: int):
+        self.folder, self.data = folder, data
+        self._images = (TarShards if choose_layout(data.layout, count) == "shards" else LooseFiles)(folder)
+        self._rows: dict[str, tuple[str, list[str], str]] = {}
+
+    def add(self, name: str, content: bytes, captions: list[str], licence: str = "", kept: Path | None = None) -> None:
+        """Store one image.
+
+        Args:
+            name: like images/x.jpg; each only once.
+            content: the picture file's bytes.
+            captions: at least one.
+            licence: its address, if known.
+            kept: a file with these bytes that need not be copied.
+        """
+        about = {"captions": captions} | ({"licence": licence} if licence else {})
+        self._rows[name] = (self._images.add(name, content, about, kept), captions, licence)
+
+    def close(self, report: Report) -> Report:
+        """Write metadata.json and source.json; completes and returns `report`."""
+        self._images.close()
+        splits = split_by_image(list(self._rows), self.data.val_fraction, self.data.seed)
+        rows = []
+        for image, (stored, captions, licence) in self._rows.items():
+            more = ({"stored": stored} if stored != image else {}) | ({"licence": licence} if licence else {})
+            rows += [{"image": image, "text": text, "split": splits[image]} | more for text in captions]
+        write_json(self.folder / "metadata.json", rows)
+        write_json(self.folder / "source.json", asdict(self.data))
+        report.images, report.captions = len(self._rows), len(rows)
+        report.val_images = sum(split == "val" for split in splits.values())
+        report.train_images = report.images - report.val_images
+        return report
 
 
 def refuse_too_many_bad(report: Report, total: int, limit: float, key: str) -> None:
@@ -99,69 +115,42 @@ def refuse_too_many_bad(report: Report, total: int, limit: float, key: str) -> N
         )
 
 
-def check_image(content: bytes) -> str | None:
-    """Why a picture file cannot be used, None if it can. Decodes it whole, as training would."""
-    if not content:
-        return "empty file"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with Image.open(io.BytesIO(content)) as image:
-                if min(image.size) < SMALLEST_SIDE:
-                    return f"only {image.width} x {image.height} pixels; {SMALLEST_SIDE} a side are the least"
-                if image.format in ANIMATED and getattr(image, "is_animated", False):
-                    return f"an animation of {image.n_frames} pictures, not one"
-                image.load()
-                if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
-                    return "transparent in places; put it on a background first"
-        except UnidentifiedImageError:
-            return "a web page, not a picture" if content.lstrip()[:1] == b"<" else "not a picture"
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            return "more pixels than any honest picture (a decompression bomb)"
-        except (OSError, SyntaxError, ValueError) as error:
-            return f"damaged: {' '.join(str(error).split())}"
-    return None
-
-
-def check_captions(captions: list[str]) -> str | None:
-    """Why the captions of an image cannot be used, None if they can."""
-    if not captions:
-        return "no caption"
-    longest = max(len(caption.split()) for caption in captions)
-    return f"a caption of {longest} words; {LONGEST_CAPTION} are the most" if longest > LONGEST_CAPTION else None
-
-
-def clean_caption(text: str) -> str:
-    """Strip `text` and fold newlines and runs of blanks to one blank."""
-    return " ".join(text.split())
-
-
-def inside(name: str) -> bool:
-    """Whether a file name from an archive or a list stays in the folder it is meant for."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    return bool(name) and not path.is_absolute() and ".." not in path.parts and ":" not in name
-
-
 def read_metadata(folder: Path) -> list[Entry]:
     """The rows of `folder`'s metadata.json.
 
     Raises:
-        UserError: it is missing or is not what `write_dataset` writes; one line that names the row.
+        UserError: it is missing or is not what `DatasetWriter` writes; one line that names the row.
     """
     path = folder / "metadata.json"
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        # Each row becomes an Entry as soon as it is read: 590,000 rows of COCO would be several times as large as dicts.
+        rows = json.loads(path.read_text(encoding="utf-8"), object_hook=_entry)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run `dvc repro download`") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); run `dvc repro download`") from None
     if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path}: expected a list of captions")
-    entries = []
+        raise UserError(f"{path}: expected a list of captions; run `dvc repro download`")
     for k, row in enumerate(rows):
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("image", "text", "split")):
-            raise UserError(f"{path}: row {k}: expected image, text and split")
-        if not inside(row["image"]) or row["split"] not in ("train", "val"):
+        if not isinstance(row, Entry):
+            raise UserError(f"{path}: row {k}: expected image, text and split; run `dvc repro download`")
+        if not inside(row.image) or not inside(row.stored) or row.split not in ("train", "val"):
             raise UserError(f"{path}: row {k}: image must lie in the folder and split be train or val, not {row}")
-        entries.append(Entry(row["image"], row["text"], row["split"]))
-    return entries
+    return rows
+
+
+def _entry(row: dict) -> Entry | dict:
+    """The row as an Entry; as it is if it cannot be one."""
+    image, text, split = row.get("image"), row.get("text"), row.get("split")
+    stored = row.get("stored", image)
+    if not all(isinstance(value, str) for value in (image, text, split, stored)):
+        return row
+    return Entry(sys.intern(image), text, sys.intern(split), sys.intern(stored))
+
+
+def by_image(entries: list[Entry]) -> list[list[Entry]]:
+    """Group the captions of each image, in the order in which the images appear."""
+    images: dict[str, list[Entry]] = {}
+    for entry in entries:
+        images.setdefault(entry.image, []).append(entry)
+    return list(images.values())

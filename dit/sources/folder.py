@@ -19,15 +19,8 @@ from tqdm import tqdm
 
 from dit.config import FolderData, Runtime
 from dit.errors import UserError
-from dit.sources.dataset import (
-    Report,
-    check_captions,
-    check_image,
-    clean_caption,
-    inside,
-    refuse_too_many_bad,
-    write_dataset,
-)
+from dit.sources.dataset import DatasetWriter, Report, refuse_too_many_bad
+from dit.sources.usable import check_captions, check_image, clean_caption, inside
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 LISTS = ("metadata.jsonl", "metadata.csv", "metadata.json")
@@ -143,7 +136,7 @@ def fetch(data: FolderData, folder: Path, runtime: Runtime) -> Report:
     """Copy every usable picture, byte for byte, and its captions into `folder`."""
     found, report = find_captioned(data)
     total = len(found) + len(report.bad)
-    captions: dict[str, list[str]] = {}
+    writer = DatasetWriter(folder, data, len(found))
     for captioned in tqdm(found, desc="copy", unit="image"):
         content = captioned.picture.read_bytes()
         texts, problem = read_captions(captioned)
@@ -151,9 +144,6 @@ def fetch(data: FolderData, folder: Path, runtime: Runtime) -> Report:
         if problem:
             report.set_aside(str(captioned.picture), problem)
             continue
-        target = folder / captioned.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
-        captions[captioned.name] = texts
+        writer.add(captioned.name, content, texts)
     refuse_too_many_bad(report, total, data.max_bad_fraction, "folder.data.max_bad_fraction")
-    return write_dataset(folder, captions, data, report)
+    return writer.close(report)

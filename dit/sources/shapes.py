@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from tqdm import tqdm
 
 from dit.config import Runtime, ShapesData
 from dit.sources.captions import describe
-from dit.sources.dataset import Report, write_dataset
+from dit.sources.dataset import DatasetWriter, Report
 from dit.sources.scene import UNSEEN_PAIRS, draw, sample_description, sample_scene
 
 # One number per set of scenes, so that none shares a scene with another: these two here, two more in encoders/fit.py.
@@ -18,16 +19,15 @@ TRAIN_STREAM, UNSEEN_STREAM = 1, 2
 
 def fetch(data: ShapesData, folder: Path, runtime: Runtime) -> Report:
     """Draw `data.num_samples` scenes into `folder`, none of which shows or names an unseen pair."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    captions: dict[str, list[str]] = {}
+    writer = DatasetWriter(folder, data, data.num_samples)
     for k in tqdm(range(data.num_samples), desc="draw", unit="image"):
         rng = np.random.default_rng([data.seed, TRAIN_STREAM, k])
         description = sample_description(rng)
         text = describe(description, rng)
-        name = f"images/{k:06d}.png"
-        draw(sample_scene(description, rng), data.image_size).save(folder / name)
-        captions[name] = [text]
-    return write_dataset(folder, captions, data, Report())
+        content = io.BytesIO()
+        draw(sample_scene(description, rng), data.image_size).save(content, "PNG")
+        writer.add(f"images/{k:06d}.png", content.getvalue(), [text])
+    return writer.close(Report())
 
 
 def unseen_prompts(count: int, seed: int) -> list[str]:
