@@ -1,4 +1,4 @@
-"""The command line: `dit check`, `dit where`, `dit generate`. Heavy libraries are imported by the command that needs them."""
+"""The command line: `dit check`, `where`, `inspect`, `generate`. Heavy libraries are imported by the command that needs them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ EXAMPLES = """\
 examples:
   dit check                                         is params.yaml right, is everything there that the pipeline needs
   dit where                                         where the pictures are, how to look at the runs
+  dit inspect data/latents --decode 16              what is in the latent cache, and a picture of it
   dit generate "a red circle above a blue star"     draw it with the trained model, into picture.png
 """
 
@@ -25,6 +26,15 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("check", help="check configuration, disk space, data source and weights before running")
     commands.add_parser("where", help="say where the results are and how to open MLflow")
+    inspect = commands.add_parser(
+        "inspect",
+        help="summarise a latent cache, check it, show what is in it",
+        epilog="example: dit inspect data/latents --decode 16 --output latents.png",
+    )
+    inspect.add_argument("cache", nargs="?", type=Path, default=Path("data/latents"), help="default: %(default)s")
+    inspect.add_argument("--decode", type=int, default=0, metavar="N", help="draw N originals beside their decoded latents")
+    inspect.add_argument("--raw", type=Path, default=Path("data/raw"), help="where the originals are; default: %(default)s")
+    inspect.add_argument("--output", type=Path, default=Path("latents.png"), help="default: %(default)s")
     generate = commands.add_parser(
         "generate",
         help="draw captions with the trained model",
@@ -50,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
             check()
         elif arguments.command == "where":
             where()
+        elif arguments.command == "inspect":
+            inspect(arguments)
         else:
             generate(arguments)
     except UserError as error:
@@ -84,6 +96,22 @@ def where() -> None:
         + (uri or "mlflow ui --backend-store-uri sqlite:///mlflow.db   then open http://127.0.0.1:5000")
     )
     print('draw something:          dit generate "a red circle above a blue star"')
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """Print a summary of a latent cache, compare it with its hashes, and draw some of it."""
+    from dit.inspection import decode_pictures, describe_cache
+    from dit.latents import LatentCache
+
+    cache = LatentCache(arguments.cache)
+    print(describe_cache(cache), flush=True)
+    cache.verify()
+    print(f"{'checked':16} every file is what {arguments.cache / 'index.json'} says")
+    if arguments.decode > 0:
+        sheet = decode_pictures(cache, arguments.raw, arguments.decode)
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(arguments.output)
+        print(f"{'picture':16} {arguments.output}: originals on the left, decoded latents on the right")
 
 
 def generate(arguments: argparse.Namespace) -> None:

@@ -1,148 +1,228 @@
-"""Turn a data set of pictures and captions into the latent cache, and show what the VAE loses on the way."""
+"""Turn a data set of pictures and captions into the latent cache, shard by shard.
+
+What is in memory is a batch and a shard, whatever the size of the set. Batches and shards depend on the data set and the
+settings alone, so a run that was killed goes on with the first shard that is not whole, several processes share the work,
+and the shards come out byte for byte the same.
+"""
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+from accelerate import PartialState
 from tqdm import tqdm
 
-from dit.config import Encode
-from dit.encoders import PRECISIONS, EncoderSource, load_text_encoder, load_vae
-from dit.images import grid, load_square, to_images, to_tensor
-from dit.latents import CacheWriter
+from dit.config import Encode, Runtime
+from dit.encoders import PRECISIONS, EncoderSource, load_vae
+from dit.encoders.moments import encode_moments
+from dit.encoders.text import TextEncoder
+from dit.latents import assemble_cache
+from dit.reconstruction import measure_reconstruction
+from dit.shards import ShardBuffer, read_record
 from dit.sources.captions import has_side
-from dit.sources.dataset import Entry, read_metadata
+from dit.sources.dataset import Entry, by_image, read_metadata
+from dit.sources.storage import StoredImages
+from dit.views import load_views
 
 SHARD_BYTES = 256 * 2**20
-SHOWN = 8  # originals beside their reconstructions
-SAMPLED = 256  # pictures that the reconstruction error is measured on
+FACTOR = 8  # pixels per latent
+POOR = 30  # dB; below, what the VAE loses is plain to see
 
 
-def encode_dataset(raw: Path, folder: Path, settings: Encode, picture: Path) -> dict[str, float | int]:
+@dataclass(frozen=True)
+class Plan:
+    """Shard `number`: its images, as the captions of each, and the tokens of every caption."""
+
+    number: int
+    images: list[list[Entry]]
+    lengths: list[int]
+
+    @property
+    def captions(self) -> list[Entry]:
+        return list(chain.from_iterable(self.images))
+
+
+def encode_dataset(raw: Path, folder: Path, settings: Encode, runtime: Runtime, picture: Path) -> dict[str, float | int] | None:
     """Encode the data set in `raw` into a cache in `folder`.
 
+    Under `accelerate launch` the processes share the shards; the first one puts the cache together.
+
     Args:
-        raw: what a source wrote: `metadata.json` and `images/`.
+        raw: what a source wrote: `metadata.json` and the images.
         folder: where the cache goes.
         settings: which encoders, image size, batch size and precision.
+        runtime: how many workers decode pictures.
         picture: where originals (upper rows) beside reconstructions (lower rows) are drawn.
 
     Returns:
-        `reconstruction_psnr` in dB over a sample of the set, and how many images and captions there are.
+        `reconstruction_psnr` in dB over a sample of the set, and how many images and captions there are; None in all
+        processes but the first.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # The tokenizer is used before the workers are forked, which use none: without this it warns about them.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    state = PartialState(cpu=not torch.cuda.is_available())
     dtype = PRECISIONS[settings.precision]
-    vae, vae_source = load_vae(EncoderSource(settings.vae, settings.vae_revision), dtype, device)
+    vae, vae_source = load_vae(EncoderSource(settings.vae, settings.vae_revision), dtype, state.device)
     if settings.vae_slicing:
         vae.enable_slicing()
-    text = TextEncoder(EncoderSource(settings.clip, settings.clip_revision), dtype, device)
-    images = _by_image(read_metadata(raw))
-    writer = CacheWriter(folder)
-    shard: list[dict] = []
-    limit = None
-    progress = tqdm(total=len(images), desc="encode", unit="image")
-    for start in range(0, len(images), settings.batch_size):
-        chunk = images[start : start + settings.batch_size]
-        pictures = [load_square(raw / entries[0].image, settings.image_size) for entries in chunk]
-        moments = encode_moments(vae, to_tensor(pictures).to(device, dtype))
-        captions = iter(text.encode([entry.text for entries in chunk for entry in entries]))
-        for entries, both in zip(chunk, moments, strict=True):
-            texts = [(entry.text, *next(captions), has_side(entry.text)) for entry in entries]
-            shard.append({"image": entries[0].image, "val": entries[0].split == "val", "moments": both, "captions": texts})
-        limit = limit or max(1, SHARD_BYTES // _bytes(shard[0]))
-        if len(shard) >= limit:
-            writer.add_shard(shard)
-            shard = []
-        progress.update(len(chunk))
-    if shard:
-        writer.add_shard(shard)
-    progress.close()
-    (empty,) = text.encode([""])
-    writer.close(
-        {
-            "image_size": settings.image_size,
-            "precision": settings.precision,
-            "vae": vae_source.to_dict(),
-            "vae_scaling": vae.config.scaling_factor,
-            "vae_shift": vae.config.shift_factor or 0.0,
-            "clip": text.source.to_dict(),
-            "val_images": sum(entries[0].split == "val" for entries in images),
-        },
-        empty,
-    )
-    quality = measure_reconstruction(vae, raw, images, settings, picture)
+    if settings.vae_tiling:
+        vae.enable_tiling()
+    text = TextEncoder(EncoderSource(settings.clip, settings.clip_revision), dtype, state.device)
+    images = by_image(read_metadata(raw))
+    about = {
+        "image_size": settings.image_size,
+        "precision": settings.precision,
+        "crops": settings.crops,
+        "vae": vae_source.to_dict(),
+        "vae_tiling": settings.vae_tiling,
+        "vae_scaling": vae.config.scaling_factor,
+        "vae_shift": vae.config.shift_factor or 0.0,
+        "clip": text.source.to_dict(),
+    }
+    about = {"made_by": _digest(about), **about}
+    encoder = Encoder(vae, text, settings, about["made_by"], raw, runtime)
+    plans = list(plan_shards(images, encoder))
+    parts = unfinished_folder(about["made_by"], settings.batch_size, state.device)
+
+    quality = None
+    if state.is_main_process:
+        quality = measure_reconstruction(vae, raw, images, settings.image_size, settings.batch_size, picture)
+        if quality < POOR and settings.vae == "builtin":
+            print(
+                f"encode: the VAE in the box was fitted on drawings and keeps little of these pictures ({quality} dB: see "
+                f"{picture}); set encode.vae to stabilityai/sd-vae-ft-mse and encode.clip to openai/clip-vit-large-patch14",
+                flush=True,
+            )
+        mention_others(parts)
+    encoder.write([plan for plan in plans if plan.number % state.num_processes == state.process_index], parts)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return None
+    (empty,), pooled = text.encode([""])
+    data = _digest([read_record(parts, plan.number)["inputs"] for plan in plans])
+    about |= {"data": data, "val_images": sum(entries[0].split == "val" for entries in images)}
+    assemble_cache(parts, len(plans), folder, about, (empty, pooled[0]))
+    shutil.rmtree(parts)
     return {"reconstruction_psnr": quality, "images": len(images), "captions": sum(map(len, images))}
 
 
-@torch.no_grad()
-def encode_moments(vae, pixels: torch.Tensor) -> torch.Tensor:
-    """Posterior moments of pictures (N, 3, H, W) in [-1, 1] and of their mirror images: (N, 2, 2C, h, w) fp16 on the CPU."""
-    moments = []
-    for side in (pixels, pixels.flip(-1)):
-        posterior = vae.encode(side).latent_dist
-        moments.append(torch.cat([posterior.mean, posterior.logvar], dim=1).half().cpu())
-    return torch.stack(moments, dim=1)
+def plan_shards(images: list[list[Entry]], encoder: Encoder) -> Iterator[Plan]:
+    """Divide the images into shards of whole batches, of at most `SHARD_BYTES`, from the lengths of their captions."""
+    size = encoder.settings.batch_size
+    chosen: list[list[Entry]] = []
+    lengths: list[int] = []
+    number = held = 0
+    progress = tqdm(range(0, len(images), size), desc="plan", unit="batch", delay=2)
+    for start in progress:
+        batch = images[start : start + size]
+        counted = encoder.text.count_tokens([entry.text for entry in chain.from_iterable(batch)])
+        needed = encoder.bytes_of(len(batch), counted)
+        if chosen and held + needed > SHARD_BYTES:
+            yield Plan(number, chosen, lengths)
+            chosen, lengths, held, number = [], [], 0, number + 1
+        chosen, lengths, held = chosen + batch, lengths + counted, held + needed
+    yield Plan(number, chosen, lengths)
 
 
-class TextEncoder:
-    """CLIP's text side: captions to ragged rows of last hidden states, and a projected pooled vector each."""
+class Encoder:
+    """Encodes the images and captions of shards with both encoders."""
 
-    def __init__(self, source: EncoderSource, dtype: torch.dtype, device: torch.device):
-        self.model, self.tokenizer, self.source = load_text_encoder(source, dtype, device)
+    def __init__(self, vae, text: TextEncoder, settings: Encode, made_by: str, raw: Path, runtime: Runtime):
+        self.vae, self.text, self.settings, self.made_by, self.raw, self.runtime = vae, text, settings, made_by, raw, runtime
 
-    @torch.no_grad()
-    def encode(self, captions: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """For each caption its tokens (L, E) up to end-of-text and its pooled vector (P,), fp16 on the CPU.
+    def bytes_of(self, images: int, lengths: list[int]) -> int:
+        """What so many images and captions of these lengths take in a shard."""
+        settings, text = self.settings, self.text.model.config
+        latent = 2 * self.vae.config.latent_channels * (settings.image_size // FACTOR) ** 2
+        return 2 * (
+            images * 2 * (1 + settings.crops) * latent + sum(lengths) * text.hidden_size + len(lengths) * text.projection_dim
+        )
 
-        Longer captions are cut at the model's 77 tokens, as CLIP itself does. Every caption is padded to that length
-        while it is encoded, so that its numbers do not depend on its neighbours.
+    def write(self, plans: list[Plan], parts: Path) -> None:
+        """Write those shards into `parts` that do not lie there as a whole, of the same images and captions.
+
+        Raises:
+            UserError: a picture cannot be read, the encoders' numbers overflow, or a batch does not fit into memory.
         """
-        length = self.model.config.max_position_embeddings
-        inputs = self.tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        lengths = inputs.attention_mask.sum(1).tolist()
-        out = self.model(input_ids=inputs.input_ids.to(self.model.device))
-        hidden, pooled = out.last_hidden_state.half().cpu(), out.text_embeds.half().cpu()
-        return [(row[:count], vector) for row, count, vector in zip(hidden, lengths, pooled, strict=True)]
+        parts.mkdir(parents=True, exist_ok=True)
+        size = self.settings.batch_size
+        looked_at = tqdm(plans, desc="look what is there", unit="shard", delay=2)
+        missing = [plan for plan in looked_at if not self._is_written(plan, parts)]
+        count = sum(len(plan.images) for plan in missing)
+        total = sum(len(plan.images) for plan in plans)
+        if count < total:
+            print(f"encode: going on where the last run was stopped, {total - count} of {total} images are done", flush=True)
+        views = self._load(missing)
+        progress = tqdm(total=total, initial=total - count, desc="encode", unit="image")
+        for plan in missing:
+            buffer = ShardBuffer(
+                [entries[0].split == "val" for entries in plan.images],
+                [len(entries) for entries in plan.images],
+                plan.lengths,
+                [has_side(entry.text) for entry in plan.captions],
+            )
+            digests: list[str] = []
+            for start in range(0, len(plan.images), size):
+                chunk = plan.images[start : start + size]
+                pixels, found = next(views)
+                tokens, pooled = self.text.encode([entry.text for entry in chain.from_iterable(chunk)])
+                buffer.add(encode_moments(self.vae, pixels, self.settings), tokens, pooled)
+                digests += found
+                progress.update(len(chunk))
+            rows = [{"image": entry.image, "text": entry.text, "split": entry.split} for entry in plan.captions]
+            buffer.write(parts, plan.number, rows, self.made_by, _inputs(plan, digests))
+        progress.close()
 
-
-def _by_image(entries: list[Entry]) -> list[list[Entry]]:
-    """Group the captions of each image, in the order in which the images appear."""
-    images: dict[str, list[Entry]] = {}
-    for entry in entries:
-        images.setdefault(entry.image, []).append(entry)
-    return list(images.values())
-
-
-def _bytes(image: dict) -> int:
-    """How much of a shard an image takes, roughly."""
-    return 2 * image["moments"].numel() + sum(2 * tokens.numel() + 2 * len(pooled) for _, tokens, pooled, _ in image["captions"])
-
-
-@torch.no_grad()
-def measure_reconstruction(vae, raw: Path, images: list[list[Entry]], settings: Encode, picture: Path) -> float:
-    """PSNR in dB of up to SAMPLED pictures of the set decoded again; the ceiling of anything that is trained on the cache."""
-    chosen = np.random.default_rng(0).permutation(len(images))[:SAMPLED]
-    squared, shown = [], []
-    for start in range(0, len(chosen), settings.batch_size):
-        originals = [
-            load_square(raw / images[i][0].image, settings.image_size) for i in chosen[start : start + settings.batch_size]
+    def _load(self, plans: list[Plan]) -> Iterator[tuple[torch.Tensor, list[str]]]:
+        """The pixels of all batches of these shards, one after the other."""
+        size = self.settings.batch_size
+        batches = [
+            [(entries[0].image, entries[0].stored) for entries in plan.images[start : start + size]]
+            for plan in plans
+            for start in range(0, len(plan.images), size)
         ]
-        pixels = to_tensor(originals)
-        decoded = vae.decode(vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()).sample.float().cpu().clamp(-1, 1)
-        squared.append((decoded - pixels).square().flatten(1).mean(1))
-        if len(shown) < SHOWN:
-            shown += list(zip(originals, to_images(decoded), strict=True))
-    _draw_pairs(shown[:SHOWN], picture)
-    return round(10 * math.log10(4 / torch.cat(squared).mean().item()), 2)
+        settings, runtime = self.settings, self.runtime
+        return load_views(self.raw, batches, settings.image_size, settings.crops, runtime.num_workers, runtime.prefetch_factor)
+
+    def _is_written(self, plan: Plan, parts: Path) -> bool:
+        record = read_record(parts, plan.number)
+        if record is None:
+            return False
+        images = StoredImages(self.raw)
+        digests = [hashlib.sha256(images.read(entries[0].stored)).hexdigest() for entries in plan.images]
+        return record["inputs"] == _inputs(plan, digests)
 
 
-def _draw_pairs(pairs: list[tuple[Image.Image, Image.Image]], picture: Path) -> None:
-    originals, decoded = zip(*pairs, strict=True)
-    scale = max(1, 128 // originals[0].width)
-    sheet = grid([*originals, *decoded], columns=len(pairs), scale=scale)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(picture)
+def unfinished_folder(made_by: str, batch_size: int, device: torch.device) -> Path:
+    """Where the shards of these settings wait for the last of them: outside DVC's outs, which it deletes before it starts."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    key = _digest([made_by, batch_size, hardware, torch.__version__])[:12]
+    return Path(os.environ.get("DVC_ROOT", ".")) / ".state" / "encode" / key
+
+
+def mention_others(parts: Path) -> None:
+    """Say what unfinished work of other settings takes on the disk."""
+    others = [path for path in parts.parent.glob("*") if path != parts]
+    size = sum(file.stat().st_size for path in others for file in path.rglob("*") if file.is_file())
+    if others:
+        print(
+            f"encode: {parts.parent} holds unfinished work of other settings, {size / 1e9:.1f} GB; delete what you do not need",
+            flush=True,
+        )
+
+
+def _inputs(plan: Plan, digests: list[str]) -> str:
+    """Digest of all that a shard was made of: the captions, and the bytes of the pictures."""
+    return _digest([[(entry.image, entry.text, entry.split) for entry in plan.captions], digests])
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,8 @@
-"""Writing files so that nothing half-written is ever seen under its final name."""
+"""Writing files so that nothing half-written is ever seen under its final name; hashing them."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,6 +21,12 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def place(source: Path, target: Path) -> None:

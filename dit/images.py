@@ -1,28 +1,15 @@
-"""Between picture files and tensors: orientation, crop, resize, grids."""
+"""Between pictures and tensors; grids of pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 
-def load_square(path: Path, image_size: int) -> Image.Image:
-    """Open a picture, turn it upright, make it RGB, cut the central square and resize it (Lanczos) to `image_size`."""
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.LANCZOS)
-
-
-def to_tensor(images: list[Image.Image]) -> torch.Tensor:
-    """RGB pictures of one size to (N, 3, H, W) float32 in [-1, 1]."""
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (N, H, W, 3)
+def to_tensor(pixels: torch.Tensor) -> torch.Tensor:
+    """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in [-1, 1]."""
     return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 

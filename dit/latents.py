@@ -1,38 +1,34 @@
 """The latent cache: what the encoders say about every image and caption, computed once, read by memory map.
 
-A cache folder holds `shard-00000.safetensors` …, `captions.jsonl` and `index.json`. A shard of N images with M captions
-and K text tokens in all holds
-
-    moments   (N, 2, 2C, H, W) fp16   posterior mean and log-variance of the image [:, 0] and of its mirror image [:, 1]
-    captions  (N + 1,)         int64  captions of image i are rows captions[i] to captions[i + 1]
-    tokens    (K, E)           fp16   last hidden states of all captions, one after the other, end-of-text included
-    offsets   (M + 1,)         int64  tokens of caption m are rows offsets[m] to offsets[m + 1]
-    pooled    (M, P)           fp16   projected pooled text vectors
-    sided     (M,)             bool   the caption says left or right, so the mirror image would contradict it
-    val       (N,)             bool   the image belongs to the validation set
-
-and `index.json` what made it, the sizes, and the SHA-256 of every shard. `text.safetensors` holds `empty_tokens` (L, E) fp16
-and `empty_pooled` (P,) fp16 of the caption "", and over all captions the mean and standard deviation of every channel of the
-tokens and of the pooled vectors, float32: `tokens_mean`, `tokens_std` (E,), `pooled_mean`, `pooled_std` (P,).
+A cache folder holds `shard-00000.safetensors` … (see dit/shards.py), `captions.jsonl` with a row per caption, and
+`index.json`: what made it, the sizes, and the SHA-256 of every shard. `text.safetensors` holds `empty_tokens` (L, E) fp16
+and `empty_pooled` (P,) fp16 of the caption "", and over all captions the mean and standard deviation of every channel of
+the tokens and of the pooled vectors, float32: `tokens_mean`, `tokens_std` (E,), `pooled_mean`, `pooled_std` (P,).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from dit.errors import UserError
-from dit.files import write_json
+from dit.files import file_hash, place, write_json
+from dit.index import FORMAT, ShardEntry, read_index
+from dit.shards import mean_std, open_shard, shard_paths
 
-FORMAT = 1
-TEXT = "text.safetensors"
+TEXT, CAPTIONS, INDEX = "text.safetensors", "captions.jsonl", "index.json"
+# Bytes read after which the memory maps are made anew: the pages that were read would count as this process's memory.
+RENEW_BYTES = 256 * 2**20
+AGAIN = "run `dvc repro encode`"
 
 
 @dataclass(frozen=True)
@@ -51,149 +47,111 @@ class Batch:
         return Batch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
 
 
-class CacheWriter:
-    """Write a cache, shard by shard; `index.json` comes last, so that a folder without it is not a cache."""
+def assemble_cache(
+    parts: Path, count: int, folder: Path, about: dict[str, Any], empty: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """Make a cache of shards that lie whole in `parts`; `index.json` comes last: a folder without it is not a cache.
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.shards: list[dict] = []
-        self._captions = (self.folder / "captions.jsonl.part").open("w", encoding="utf-8", newline="\n")
-        self._tokens, self._pooled = Statistics(), Statistics()
+    The shards stay in `parts`, too (as hard links where the file system has them), so that this can be done again.
 
-    def add_shard(self, images: list[dict]) -> None:
-        """Write one shard.
-
-        Args:
-            images: for each image `image` (name), `val`, `moments` (2, 2C, H, W) and `captions`: a list of
-                (text, tokens (L, E), pooled (P,), sided).
-        """
-        captions = [caption for image in images for caption in image["captions"]]
-        tensors = {
-            "moments": torch.stack([image["moments"] for image in images]).half(),
-            "captions": _starts([len(image["captions"]) for image in images]),
-            "tokens": torch.cat([tokens for _, tokens, _, _ in captions]).half(),
-            "offsets": _starts([len(tokens) for _, tokens, _, _ in captions]),
-            "pooled": torch.stack([pooled for _, _, pooled, _ in captions]).half(),
-            "sided": torch.tensor([sided for _, _, _, sided in captions]),
-            "val": torch.tensor([image["val"] for image in images]),
-        }
-        self._tokens.add(tensors["tokens"])
-        self._pooled.add(tensors["pooled"])
-        name = f"shard-{len(self.shards):05d}.safetensors"
-        self._save(tensors, name)
-        for image in images:
-            split = "val" if image["val"] else "train"
-            for text, *_ in image["captions"]:
-                row = {"image": image["image"], "text": text, "split": split}
-                self._captions.write(json.dumps(row, ensure_ascii=False) + "\n")
-        longest = int((tensors["offsets"][1:] - tensors["offsets"][:-1]).max())
-        self.shards.append(
-            {
-                "file": name,
-                "images": len(images),
-                "captions": len(captions),
-                "longest_caption": longest,
-                "sha256": file_hash(self.folder / name),
-            }
-        )
-
-    def _save(self, tensors: dict[str, torch.Tensor], name: str) -> None:
-        part = self.folder / f"{name}.part"
-        save_file(tensors, part)
-        part.replace(self.folder / name)
-
-    def close(self, about: dict, empty: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Write what holds for all shards.
-
-        Args:
-            about: what made the cache.
-            empty: tokens (L, E) and pooled vector (P,) of the caption "".
-        """
-        tensors = {"empty_tokens": empty[0].half().contiguous(), "empty_pooled": empty[1].half()}
-        for name, statistics in (("tokens", self._tokens), ("pooled", self._pooled)):
-            tensors[f"{name}_mean"], tensors[f"{name}_std"] = statistics.mean_std()
-        self._save(tensors, TEXT)
-        self._captions.close()
-        Path(self._captions.name).replace(self.folder / "captions.jsonl")
-        index = {
-            "format": FORMAT,
-            **about,
-            "images": sum(shard["images"] for shard in self.shards),
-            "captions": sum(shard["captions"] for shard in self.shards),
-            "longest_caption": max(len(empty[0]), *(shard["longest_caption"] for shard in self.shards)),
-            "captions_sha256": file_hash(self.folder / "captions.jsonl"),
-            "shards": self.shards,
-        }
-        write_json(self.folder / "index.json", index)
-
-
-class Statistics:
-    """Mean and standard deviation of every channel, of rows that come a few at a time."""
-
-    def __init__(self):
-        self.count, self.sum, self.squares = 0, 0.0, 0.0
-
-    def add(self, rows: torch.Tensor) -> None:
-        """Take in `rows` (N, channels)."""
-        rows = rows.double()
-        self.count += len(rows)
-        self.sum = self.sum + rows.sum(0)
-        self.squares = self.squares + rows.square().sum(0)
-
-    def mean_std(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both (channels,) float32; a channel that never changes has the deviation 1."""
-        mean = self.sum / self.count
-        std = (self.squares / self.count - mean.square()).clamp(min=0).sqrt()
-        return mean.float(), torch.where(std > 1e-6, std, 1.0).float()
-
-
-def _starts(lengths: list[int]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    Args:
+        parts: where `ShardBuffer.write` wrote.
+        count: the number of shards.
+        folder: where the cache goes.
+        about: what made it; goes into the index.
+        empty: tokens (L, E) and pooled vector (P,) of the caption "".
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    records = [json.loads(shard_paths(parts, number)[2].read_text(encoding="utf-8")) for number in range(count)]
+    with (folder / CAPTIONS).open("wb") as captions:
+        for number in range(count):
+            file, listed, _ = shard_paths(parts, number)
+            place(file, folder / file.name)
+            captions.write(listed.read_bytes())
+    tensors = {"empty_tokens": empty[0].half().contiguous(), "empty_pooled": empty[1].half()}
+    for name in ("tokens", "pooled"):
+        tensors[f"{name}_mean"], tensors[f"{name}_std"] = mean_std([record["sums"][name] for record in records])
+    save_file(tensors, folder / TEXT)
+    shards = [record["about"] for record in records]
+    index = {
+        "format": FORMAT,
+        **about,
+        "images": sum(shard["images"] for shard in shards),
+        "captions": sum(shard["captions"] for shard in shards),
+        "tokens": sum(shard["tokens"] for shard in shards),
+        "longest_caption": max(len(empty[0]), *(shard["longest_caption"] for shard in shards)),
+        "captions_sha256": file_hash(folder / CAPTIONS),
+        "text_sha256": file_hash(folder / TEXT),
+        "shards": shards,
+    }
+    write_json(folder / INDEX, index)
 
 
 class LatentCache:
     """Random access to a cache folder. Images are numbered through all shards, in the order they were written.
+
+    Opening looks at the headers only, so it takes as long for 118,000 images as for 1,000; `verify` reads everything.
 
     Attributes:
         index: the content of index.json.
         train, val: numbers of the images of each split, int64 arrays.
         empty: (tokens (L, E), pooled (P,)) of the caption "".
         text_statistics: `tokens_mean`, `tokens_std` (E,), `pooled_mean` and `pooled_std` (P,), float32.
+
+    Raises:
+        UserError: the cache is not whole, damaged, or holds a shard of another one; one line that names the file.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         try:
-            self.index = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
-            if self.index["format"] != FORMAT:
-                raise UserError(f"{self.folder}: a cache of format {self.index['format']}; run the encode stage again")
+            self.index = read_index(self.folder / INDEX)
             self._shards = [self._open(shard) for shard in self.index["shards"]]
             text = load_file(self.folder / TEXT)
+            self.empty = (text.pop("empty_tokens"), text.pop("empty_pooled"))
         except FileNotFoundError as error:
-            raise UserError(
-                f"{self.folder}: not a whole latent cache, {error.filename} is missing; run `dvc repro encode`"
-            ) from None
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(f"{self.folder}: not a readable latent cache ({error}); run `dvc repro encode`") from None
-        self._first = np.cumsum([0] + [shard["images"] for shard in self.index["shards"]])
+            raise UserError(f"{self.folder}: not a whole latent cache, {error.filename} is missing; {AGAIN}") from None
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.folder}: not a readable latent cache ({reason}); {AGAIN}") from None
+        self.text_statistics = text
+        self._first = np.cumsum([0] + [len(shard["val"]) for shard in self._shards])
+        self._first_caption = np.cumsum([0] + [len(shard["sided"]) for shard in self._shards])
         is_val = np.concatenate([shard["val"].numpy() for shard in self._shards])
         self.train, self.val = np.flatnonzero(~is_val), np.flatnonzero(is_val)
-        self.empty = (text.pop("empty_tokens"), text.pop("empty_pooled"))
-        self.text_statistics = text
+        self._read_since = 0
 
-    def _open(self, shard: dict) -> dict[str, torch.Tensor]:
-        with safe_open(self.folder / shard["file"], framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping); views of the map
-        if len(tensors["moments"]) != shard["images"]:
-            raise UserError(f"{self.folder / shard['file']}: {len(tensors['moments'])} images, not {shard['images']}")
+    def _open(self, shard: ShardEntry) -> dict[str, torch.Tensor]:
+        path = self.folder / shard["file"]
+        if path.stat().st_size != shard["bytes"]:
+            raise UserError(f"{path}: {path.stat().st_size} bytes, not {shard['bytes']}: only half written?; {AGAIN}")
+        try:
+            tensors, made_by = open_shard(path)
+        except (ValueError, SafetensorError) as error:
+            raise UserError(f"{path}: not a readable shard ({' '.join(str(error).split())}); {AGAIN}") from None
+        if made_by != self.index["made_by"]:
+            raise UserError(f"{path}: made by other encoders or settings than {INDEX} names; {AGAIN}")
+        if len(tensors["val"]) != shard["images"] or len(tensors["sided"]) != shard["captions"]:
+            raise UserError(f"{path}: {len(tensors['val'])} images, not {shard['images']} as {INDEX} says; {AGAIN}")
         return tensors
+
+    def verify(self) -> None:
+        """Compare every byte with the hashes in the index, so that damage shows before training and not in the pictures.
+
+        Raises:
+            UserError: one line that names the first file that is not what it was.
+        """
+        expected = {shard["file"]: shard["sha256"] for shard in self.index["shards"]}
+        expected |= {CAPTIONS: self.index["captions_sha256"], TEXT: self.index["text_sha256"]}
+        paths = [self.folder / name for name in expected]
+        try:
+            with ThreadPoolExecutor(4) as pool:
+                hashes = pool.map(file_hash, paths)
+                for path, found in zip(paths, tqdm(hashes, total=len(paths), desc="verify", unit="file", delay=2), strict=True):
+                    if found != expected[path.name]:
+                        raise UserError(f"{path}: damaged, its SHA-256 is not the one in {INDEX}; `dvc checkout` or {AGAIN}")
+        except FileNotFoundError as error:
+            raise UserError(f"{self.folder}: not a whole latent cache, {error.filename} is missing; {AGAIN}") from None
 
     def __len__(self) -> int:
         return self.index["images"]
@@ -203,6 +161,11 @@ class LatentCache:
         """(C, H, W) of one latent."""
         channels, height, width = self._shards[0]["moments"].shape[2:]
         return channels // 2, height, width
+
+    @property
+    def crops(self) -> int:
+        """How many crops there are of each image, beside the central one."""
+        return self._shards[0]["moments"].shape[1] // 2 - 1
 
     @property
     def text_size(self) -> int:
@@ -219,22 +182,37 @@ class LatentCache:
         """Length that captions are padded to: the longest of the set, rounded up to a multiple of 8."""
         return -(-self.index["longest_caption"] // 8) * 8
 
-    def texts(self) -> list[list[str]]:
-        """The captions of every image, in order."""
-        rows = [json.loads(line) for line in (self.folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
-        counts = [np.diff(shard["captions"].numpy()) for shard in self._shards]
-        starts = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
-        return [[row["text"] for row in rows[a:b]] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    def captions(self, images: np.ndarray) -> list[list[dict[str, str]]]:
+        """Of each of `images` (numbers), its captions as rows of `image` (name), `text` and `split`."""
+        ranges = []
+        for number in images:
+            shard = np.searchsorted(self._first, number, side="right") - 1
+            within = number - self._first[shard]
+            start, end = (self._shards[shard]["captions"][within : within + 2] + self._first_caption[shard]).tolist()
+            ranges.append(range(start, end))
+        wanted = set().union(*ranges)
+        with (self.folder / CAPTIONS).open(encoding="utf-8") as lines:
+            rows = {k: json.loads(line) for k, line in enumerate(lines) if k in wanted}
+        return [[rows[k] for k in each] for each in ranges]
 
-    def read(self, images: np.ndarray, caption_choice: np.ndarray, mirrored: np.ndarray) -> Batch:
+    def read(
+        self, images: np.ndarray, caption_choice: np.ndarray, mirrored: np.ndarray, crop_choice: np.ndarray | None = None
+    ) -> Batch:
         """Gather a batch.
 
         Args:
             images: (B,) numbers of images.
             caption_choice: (B,) float in [0, 1): which of an image's captions, as a fraction of their number.
             mirrored: (B,) bool: take the mirror image, unless the chosen caption says left or right.
+            crop_choice: (B,) float in [0, 1): which of an image's crops; None for the central one.
         """
+        if self._read_since > RENEW_BYTES:
+            self._shards = [self._open(shard) for shard in self.index["shards"]]
+            self._read_since = 0
         numbers = np.searchsorted(self._first, images, side="right") - 1  # of the shards
+        crops = (
+            np.zeros(len(images), dtype=np.int64) if crop_choice is None else (crop_choice * (1 + self.crops)).astype(np.int64)
+        )
         channels, height, width = self.latent_shape
         moments = torch.empty(len(images), 2 * channels, height, width, dtype=torch.float16)
         tokens = torch.empty(len(images), self.max_tokens, self.text_size, dtype=torch.float16)
@@ -248,10 +226,11 @@ class LatentCache:
             mirror = torch.from_numpy(mirrored[rows]) & ~shard["sided"][caption]
             place = shard["offsets"][caption][:, None] + torch.arange(self.max_tokens)  # (rows, L)
             there = place < shard["offsets"][caption + 1][:, None]
-            moments[rows] = shard["moments"][i, mirror.long()]
+            moments[rows] = shard["moments"][i, 2 * torch.from_numpy(crops[rows]) + mirror]
             tokens[rows] = shard["tokens"][place.clamp(max=len(shard["tokens"]) - 1)] * there[:, :, None]
             mask[rows] = there
             pooled[rows] = shard["pooled"][caption]
+        self._read_since += sum(value.nbytes for value in (moments, tokens, pooled))
         return Batch(moments, tokens, mask, pooled)
 
     def read_empty(self, count: int) -> Batch:

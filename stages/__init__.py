@@ -17,16 +17,34 @@ from dit.config import Params, load_config
 from dit.errors import UserError
 
 
-def run_stage(name: str, main: Callable[[Params], None], metrics: list[str]) -> None:
+def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], parallel: bool = False) -> None:
     """Run `main` on params.yaml as stage `name`; on a `UserError`, say it in one line and exit with 1.
+
+    A `parallel` stage runs `runtime.num_processes` times side by side, as accelerate does it: one process per GPU.
 
     DVC deletes a stage's outs before it starts it. `dvc checkout` brings those in its cache back; `metrics`, the outs
     that live in git instead, are brought back here: every good run leaves a copy in .state/metrics/ under its hash, and
     after a clone the last commit has them.
     """
+    if "RANK" in os.environ:  # one of several processes: the one that started them does the rest
+        try:
+            main(load_config())
+        except BaseException as error:
+            problem = _in_one_line(error)
+            if problem is None:
+                raise
+            print(f"{name}: {problem}", file=sys.stderr)
+            sys.exit(1)
+        return
     kept = Path(os.environ.get("DVC_ROOT", ".")) / ".state" / "metrics"
     try:
-        main(load_config())
+        params = load_config()
+        if parallel and params.runtime.num_processes > 1:
+            from stages.processes import run_processes  # imports torch, which the download stage needs not wait for
+
+            run_processes([sys.executable, "-m", f"stages.{name}"], params.runtime.num_processes)
+        else:
+            main(params)
     except BaseException as error:
         _restore(name, metrics, kept)
         problem = _in_one_line(error)

@@ -17,11 +17,14 @@ def main(params: Params) -> None:
         raw=Path("data/raw"),
         folder=Path("data/latents"),
         settings=params.active.encode,
+        runtime=params.runtime,
         picture=Path("data/reconstructions.png"),
     )
+    if metrics is None:  # not the first of several processes
+        return
     write_json(Path(METRICS), metrics)
     print(f"reconstruction {metrics['reconstruction_psnr']} dB: see data/reconstructions.png", flush=True)
 
 
 if __name__ == "__main__":
-    run_stage("encode", main, metrics=[METRICS])
+    run_stage("encode", main, metrics=[METRICS], parallel=True)

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from dit.config import Params
 from dit.encoders import EncoderSource, load_vae
-from dit.files import write_json
+from dit.files import file_hash, write_json
 from dit.images import to_images
-from dit.latents import LatentCache, file_hash
+from dit.latents import LatentCache
 from dit.tracking import flatten, start_run
 from dit.training.export import save_model
 from dit.training.loop import Watchers, train_transformer
@@ -27,6 +27,7 @@ def main(params: Params) -> None:
     recipe = params.active
     latents = Path("data/latents")
     cache = LatentCache(latents)
+    cache.verify()
     digest = file_hash(latents / "index.json")
     tracker = start_run(params.recipe, tags={"data.latents": digest})
     blocks = {"data": recipe.data, "encode": recipe.encode, "model": recipe.model, "schedule": recipe.schedule}

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import yaml
 from conftest import REPO
+from PIL import Image
 
 from dit import cli
 from dit.config import parse_config
+from dit.encoding import encode_dataset
+from dit.sources import fetch
 
 
 @pytest.fixture
@@ -90,3 +94,31 @@ def test_help_has_examples_and_where_names_the_way_to_mlflow(project, capsys):
 def test_generating_without_a_model_says_what_to_do(project, capsys):
     assert cli.main(["generate", "a red circle"]) == 1
     assert "not a trained model" in capsys.readouterr().err
+
+
+def test_inspect_says_what_a_cache_holds_and_draws_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    params = parse_config(yaml.safe_load((REPO / "params.yaml").read_text()))
+    runtime = replace(params.runtime, num_workers=0)
+    fetch(replace(params.shapes.data, num_samples=12, layout="shards"), tmp_path / "raw", runtime)
+    encode_dataset(tmp_path / "raw", tmp_path / "latents", params.shapes.encode, runtime, tmp_path / "picture.png")
+    sheet = tmp_path / "sheet.png"
+    arguments = ["inspect", str(tmp_path / "latents"), "--decode", "6", "--raw", str(tmp_path / "raw"), "--output", str(sheet)]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    for fact in ("12, 11 to train on and 1 to validate with", "64 pixels, as latents 4 x 8 x 8", "every file is what"):
+        assert fact in printed
+    pixels = np.asarray(Image.open(sheet).convert("RGB")).astype(int)
+    original, decoded = pixels[8:136, 8:136], pixels[8:136, 136:264]  # twice as large as 64 pixels, 8 pixels from the border
+    assert np.abs(original - decoded).mean() < 6 < np.abs(original - pixels[8:136, 280:408]).mean()
+
+    index = tmp_path / "latents" / "index.json"
+    shard = tmp_path / "latents" / "shard-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    assert cli.main(arguments) == 1
+    assert f"{shard}: damaged" in capsys.readouterr().err
+    index.write_text("{}")
+    assert cli.main(arguments) == 1
+    assert "not a readable latent cache" in capsys.readouterr().err

@@ -57,7 +57,7 @@ def test_reconstructions_of_the_vae_in_the_box_are_judged_right():
     vae, _ = load_vae(EncoderSource("builtin"))
     decoded = []
     for start in range(0, COUNT, 100):
-        pixels = to_tensor(pictures[start : start + 100])
+        pixels = to_tensor(torch.from_numpy(np.stack([np.asarray(p) for p in pictures[start : start + 100]])))
         decoded += to_images(vae.decode(vae.encode(pixels).latent_dist.mode()).sample)
     assert share_right(decoded, captions) >= 0.98
 

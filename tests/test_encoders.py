@@ -7,14 +7,17 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import REPO
 from diffusers import AutoencoderKL
 
+from dit.config import load_config
 from dit.encoders import BUILTIN, EncoderSource, load_clip, load_text_encoder, load_vae
 from dit.encoders.alternatives import alternatives
 from dit.encoders.fit import CLIP_STREAM, MEASURE_STREAM, VAE_STREAM, draw_scenes
 from dit.encoders.fit_clip import choice_accuracy, embed_images, embed_texts
 from dit.encoders.fit_vae import reconstruction_psnr
-from dit.encoding import TextEncoder, encode_moments
+from dit.encoders.moments import encode_moments
+from dit.encoders.text import TextEncoder
 from dit.errors import UserError
 from dit.sources.captions import describe
 from dit.sources.scene import UNSEEN_PAIRS
@@ -76,17 +79,21 @@ def test_any_text_can_be_tokenised():
 
 def test_text_is_ragged_and_does_not_depend_on_its_neighbours():
     encoder = TextEncoder(EncoderSource("builtin"), torch.float32, torch.device("cpu"))
-    short = encoder.encode(["a red circle", "a star"])[0]
-    among = encoder.encode(["a red circle", "a small blue star to the left of a large green cross"])
-    assert torch.equal(short[0], among[0][0]) and torch.equal(short[1], among[0][1])  # in batches of one size
-    assert len(among[0][0]) < len(among[1][0]) < 77
-    assert len(encoder.encode(["word " * 200])[0][0]) == 77
+    (short, _), short_pooled = encoder.encode(["a red circle", "a star"])
+    among, among_pooled = encoder.encode(["a red circle", "a small blue star to the left of a large green cross"])
+    assert torch.equal(short, among[0]) and torch.equal(short_pooled[0], among_pooled[0])  # in batches of one size
+    assert len(among[0]) < len(among[1]) < 77
+    assert [len(row) for row in among] == encoder.count_tokens(
+        ["a red circle", "a small blue star to the left of a large green cross"]
+    )
+    assert len(encoder.encode(["word " * 200])[0][0]) == 77 == encoder.count_tokens(["word " * 200])[0]
 
 
 def test_moments_of_the_mirror_image_are_those_of_the_mirrored_image(fresh):
     vae, _ = load_vae(EncoderSource("builtin"))
-    pixels = torch.from_numpy(fresh[0][:2]).permute(0, 3, 1, 2).float() / 127.5 - 1
-    assert torch.equal(encode_moments(vae, pixels)[:, 1], encode_moments(vae, pixels.flip(-1))[:, 0])
+    settings = load_config(REPO / "params.yaml").shapes.encode
+    pixels = torch.from_numpy(fresh[0][:2])[:, None]  # (B, 1, H, W, 3)
+    assert torch.equal(encode_moments(vae, pixels, settings)[:, 1], encode_moments(vae, pixels.flip(-2), settings)[:, 0])
 
 
 def test_a_local_folder_is_loaded_like_the_one_in_the_box(tmp_path):

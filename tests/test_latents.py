@@ -10,7 +10,8 @@ import torch
 from conftest import write_cache
 
 from dit.errors import UserError
-from dit.latents import LatentCache, Statistics, sample_posterior
+from dit.latents import LatentCache, sample_posterior
+from dit.shards import channel_sums, mean_std
 
 
 def test_images_are_numbered_through_all_shards_and_split(cache):
@@ -27,7 +28,7 @@ def test_text_is_ragged_on_disk_and_padded_only_when_read(cache):
     batch = cache.read(np.array([6, 20]), np.array([0.0, 0.99]), np.array([False, False]))
     assert batch.mask.sum(1).tolist() == [3 + 12 % 7, 3 + 41 % 7]
     assert not batch.tokens[~batch.mask].any()
-    assert cache.texts()[20][1] == "caption 1 of image 20, top"
+    assert cache.captions(np.array([20, 3]))[0][1]["text"] == "caption 1 of image 20, top"
 
 
 def test_a_mirrored_image_has_other_moments_unless_its_caption_has_a_side(cache):
@@ -56,9 +57,7 @@ def test_the_texts_statistics_are_those_of_all_captions_in_all_shards(cache):
 
 
 def test_a_channel_that_never_changes_is_not_divided_by_nothing():
-    statistics = Statistics()
-    statistics.add(torch.full((5, 2), 3.0))
-    mean, std = statistics.mean_std()
+    mean, std = mean_std([channel_sums(torch.full((5, 2), 3.0)), channel_sums(torch.full((7, 2), 3.0))])
     assert mean.tolist() == [3, 3] and std.tolist() == [1, 1]
 
 

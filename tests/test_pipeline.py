@@ -10,7 +10,7 @@ from conftest import REPO, write_cache
 from dit.config import Model, load_config
 from dit.encoders import EncoderSource
 from dit.errors import UserError
-from dit.latents import file_hash
+from dit.files import file_hash
 from dit.model import DiT
 from dit.pipeline import DiTTextToImagePipeline, make_scheduler
 from dit.training.export import save_model
@@ -122,10 +122,9 @@ def test_a_folder_that_is_no_model_is_one_clear_line(tmp_path):
 
 
 def test_the_pipeline_embeds_text_as_the_cache_does(pipeline):
-    from dit.encoding import TextEncoder
+    from dit.encoders.text import TextEncoder
 
     tokens, mask, pooled = pipeline.encode_prompt(["a red circle above a blue star"])
-    row, vector = TextEncoder(EncoderSource("builtin"), torch.float32, torch.device("cpu")).encode(
-        ["a red circle above a blue star"]
-    )[0]
+    encoder = TextEncoder(EncoderSource("builtin"), torch.float32, torch.device("cpu"))
+    (row,), (vector,) = encoder.encode(["a red circle above a blue star"])
     assert torch.allclose(tokens[0][mask[0]].half(), row, atol=1e-3) and torch.allclose(pooled[0].half(), vector, atol=1e-3)

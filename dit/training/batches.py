@@ -48,10 +48,10 @@ def global_batch(images: np.ndarray, seed: int, step: int, batch_size: int) -> n
 
 
 def read_step(cache: LatentCache, seed: int, step: int, batch_size: int, flip: bool, rows: slice) -> Batch:
-    """Rows `rows` of step `step`'s global batch, from the training images, each with one of its captions."""
-    chance = np.random.default_rng([seed, CHOICES, step]).random((2, batch_size))
+    """Rows `rows` of step `step`'s global batch, from the training images, each with one of its captions and crops."""
+    chance = np.random.default_rng([seed, CHOICES, step]).random((3, batch_size))
     images = global_batch(cache.train, seed, step, batch_size)
-    return cache.read(images[rows], chance[0, rows], (chance[1, rows] < 0.5) & flip)
+    return cache.read(images[rows], chance[0, rows], (chance[1, rows] < 0.5) & flip, chance[2, rows])
 
 
 def draw_step(

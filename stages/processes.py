@@ -1,0 +1,61 @@
+"""Several processes for one stage, as torch.distributed and accelerate expect to find each other."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import tempfile
+import time
+
+import torch
+
+from dit.errors import UserError
+
+
+class ProcessFailed(UserError):
+    """One of the processes ended with an error; it has said which."""
+
+
+def run_processes(command: list[str], count: int) -> None:
+    """Run `command` `count` times side by side, each with its rank in the environment, and wait for all.
+
+    As soon as one fails the others are ended. What went wrong is printed once: a mistake in the settings is found by all.
+
+    Raises:
+        UserError: there are fewer GPUs.
+        ProcessFailed: one of them failed.
+    """
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < count:
+        raise UserError(f"runtime.num_processes: {count}, but there are {gpus} GPUs; {gpus} would be right")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
+    if not gpus:
+        shared["ACCELERATE_USE_CPU"] = "true"
+    with tempfile.TemporaryFile("w+") as others:
+        processes = [
+            subprocess.Popen(
+                command,
+                env=threads | os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=others if rank else None,
+                stderr=others if rank else None,
+            )
+            for rank in range(count)
+        ]
+        try:
+            while None in (codes := [process.poll() for process in processes]) and not any(codes):
+                time.sleep(0.1)
+            if any(codes):
+                if not codes[0]:  # the first has nothing to say, the others have
+                    others.seek(0)
+                    print(others.read(), end="", flush=True)
+                rank = next(rank for rank, code in enumerate(codes) if code)
+                raise ProcessFailed(f"process {rank} of {count} failed ({command[-1]}), see above")
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
