@@ -52,21 +52,9 @@ def check_weights(encode: Encode) -> None:
         known = made_with.get("name") == name and made_with.get("revision") == revision
         if known or name == "builtin":
             continue
-        if Path(name).is_dir():
-            if not (Path(name) / "config.json").exists():
-                raise UserError(f"encode.{kind}: {name} has no config.json; a folder written by save_pretrained would be right")
-            continue
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        from dit.encoders.repository import EncoderSource, find_encoder
 
-        try:
-            hf_hub_download(name, "config.json", revision=revision)
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(
-                f"encode.{kind}: cannot reach {name!r} on the Hub ({reason}); check the id and your network, "
-                "or set it to a local folder or to builtin"
-            ) from None
+        find_encoder(kind, EncoderSource(name, revision), weights=False)
 
 
 def check_disk(params: Params) -> None:

@@ -111,9 +111,15 @@ def test_weights_that_changed_since_are_refused(tmp_path):
         load_vae(EncoderSource(str(tmp_path), None, "sha256:0000"))
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "other class"])
-def test_weights_that_cannot_be_loaded_are_one_clear_line(tmp_path, damage, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ("missing", "is no folder"),
+        ("empty", "has no config.json"),
+        ("other class", "is of class 'UNet2DModel', and AutoencoderKL is needed"),
+    ],
+)
+def test_weights_that_cannot_be_loaded_are_one_clear_line(tmp_path, damage, says):
     folder = tmp_path / "vae"
     if damage != "missing":
         folder.mkdir()
@@ -121,7 +127,7 @@ def test_weights_that_cannot_be_loaded_are_one_clear_line(tmp_path, damage, monk
         (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     with pytest.raises(UserError) as error:
         load_vae(EncoderSource(str(folder)))
-    assert "encode.vae: cannot load" in str(error.value) and "\n" not in str(error.value)
+    assert f"encode.vae: '{folder}' {says}" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_box_is_small_and_says_how_good_it_is():

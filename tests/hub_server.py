@@ -1,0 +1,164 @@
+"""A loopback server that speaks the Hugging Face Hub's routes, as far as downloading needs them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+LARGE = 10_000  # bytes from which on a file is redirected, as large files are on the Hub
+
+
+def commit_of(repository: str) -> str:
+    """The one commit that `repository` has; its names are main, v1 and the commit itself."""
+    return hashlib.sha1(repository.encode()).hexdigest()
+
+
+@dataclass
+class Hub:
+    """A folder of repositories, owner/name/files, and what was asked for.
+
+    Attributes:
+        gated: repositories whose files nobody may download.
+        cut: names of files whose first answer breaks off half-way; `always_cut` every answer.
+        asked: (file, first byte) of every request for a file's content.
+    """
+
+    folder: Path
+    gated: set[str] = field(default_factory=set)
+    cut: set[str] = field(default_factory=set)
+    always_cut: set[str] = field(default_factory=set)
+    down: bool = False
+    asked: list[tuple[str, int]] = field(default_factory=list)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET and HEAD of model information, of trees and of files."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        if self.server.hub.down:
+            return self.refuse(500, "", "internal error")
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/]+)", path):
+            return self.describe(*found.groups())
+        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            return self.resolve(*found.groups())
+        if found := re.fullmatch(r"/cdn/(.+)", path):
+            return self.send_file(self.server.hub.folder / found[1])
+        return self.refuse(404, "", "no such route")
+
+    def known(self, repository: str, revision: str) -> bool:
+        """Whether there is such a repository and revision; answers if not, as the Hub does one who is not logged in."""
+        if not (self.server.hub.folder / repository).is_dir():
+            self.refuse(401, "RepoNotFound", "Repository not found")
+        elif revision not in ("main", "v1", commit_of(repository)):
+            self.refuse(404, "RevisionNotFound", "Revision not found")
+        else:
+            return True
+        return False
+
+    def describe(self, repository: str, what: str, revision: str) -> None:
+        if not self.known(repository, revision):
+            return
+        root = self.server.hub.folder / repository
+        files = sorted(path for path in root.rglob("*") if path.is_file())
+        if what == "tree":
+            answer = []
+            for path in files:
+                row = {"type": "file", "path": path.relative_to(root).as_posix(), "size": path.stat().st_size, "oid": "0" * 40}
+                if row["size"] > LARGE:
+                    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                    row["lfs"] = {"oid": digest, "size": row["size"], "pointerSize": 130}
+                answer.append(row)
+        else:
+            siblings = [{"rfilename": path.relative_to(root).as_posix()} for path in files]
+            answer = {"id": repository, "sha": commit_of(repository), "siblings": siblings, "private": False, "tags": []}
+        body = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def resolve(self, repository: str, revision: str, name: str) -> None:
+        if not self.known(repository, revision):
+            return
+        path = self.server.hub.folder / repository / name
+        if repository in self.server.hub.gated:
+            self.refuse(401, "GatedRepo", "Access to this model is restricted")
+        elif not path.is_file():
+            self.refuse(404, "EntryNotFound", "Entry not found")
+        elif path.stat().st_size > LARGE:
+            self.send_response(302)
+            self.about(path, repository)
+            # Another host, as on the Hub: the library follows a redirection to it for GET only.
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/cdn/{repository}/{name}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        else:
+            self.send_file(path, repository)
+
+    def about(self, path: Path, repository: str) -> None:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.send_header("X-Repo-Commit", commit_of(repository))
+        self.send_header("X-Linked-Size", str(path.stat().st_size))
+        self.send_header("X-Linked-Etag", f'"{digest}"')
+        self.send_header("ETag", f'"{digest}"')
+
+    def send_file(self, path: Path, repository: str | None = None) -> None:
+        hub = self.server.hub
+        content = path.read_bytes()
+        wanted = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(wanted[1]) if wanted else 0
+        if self.command == "GET":
+            hub.asked.append((path.relative_to(hub.folder).as_posix(), start))
+        self.send_response(206 if wanted else 200)
+        if wanted:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        if repository:
+            self.about(path, repository)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        body = content[start:]
+        if path.name in hub.cut | hub.always_cut:
+            hub.cut.discard(path.name)
+            body = body[: len(body) // 2]
+            self.close_connection = True
+        self.wfile.write(body)
+
+    def refuse(self, status: int, code: str, message: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", message)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+@contextmanager
+def serve_hub(folder: Path):
+    """Serve the repositories in `folder`; yields the address and the `Hub`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.hub = Hub(folder)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", server.hub
+    finally:
+        server.shutdown()
+        server.server_close()
