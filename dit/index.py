@@ -11,6 +11,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 FORMAT = 2
 Count = Annotated[int, Field(strict=True, ge=1)]
+Length = Annotated[int, Field(strict=True, ge=1, le=4096)]  # of a caption, in tokens; a CLIP reads 77
 Text = Annotated[str, Field(strict=True)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -22,7 +23,7 @@ class ShardEntry(TypedDict):
     images: Count
     captions: Count
     tokens: Count
-    longest_caption: Count
+    longest_caption: Length
     bytes: Count
     sha256: Text
 
@@ -50,7 +51,7 @@ class Index(TypedDict):
     images: Count
     captions: Count
     tokens: Count
-    longest_caption: Count
+    longest_caption: Length
     captions_sha256: Text
     text_sha256: Text
     shards: Annotated[list[ShardEntry], Field(min_length=1)]

@@ -110,7 +110,8 @@ class LatentCache:
             text = load_file(self.folder / TEXT)
             self.empty = (text.pop("empty_tokens"), text.pop("empty_pooled"))
         except FileNotFoundError as error:
-            raise UserError(f"{self.folder}: not a whole latent cache, {error.filename} is missing; {AGAIN}") from None
+            missing = error.filename or self.folder / TEXT  # safetensors does not say which
+            raise UserError(f"{self.folder}: not a whole latent cache, {missing} is missing; {AGAIN}") from None
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.folder}: not a readable latent cache ({reason}); {AGAIN}") from None

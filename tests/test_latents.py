@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 
+import conftest
 import numpy as np
 import pytest
 import torch
 from conftest import write_cache
 
+from dit import latents
 from dit.errors import UserError
 from dit.latents import LatentCache, sample_posterior
 from dit.shards import channel_sums, mean_std
@@ -67,23 +71,66 @@ def test_the_posterior_is_sampled_scaled_and_shifted():
     assert torch.allclose(latents, torch.full((1, 4, 2, 2), (3 + 0.5 - 1) * 2.0))
 
 
-@pytest.mark.parametrize("damage", ["index", "no index", "shard", "no shard", "no text"])
-def test_a_damaged_cache_is_named_in_one_line(tmp_path, damage):
+def damage_index(folder, **changes) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(index | changes))
+
+
+DAMAGE = {
+    "no index": (lambda folder: (folder / "index.json").unlink(), "index.json is missing"),
+    "no JSON": (lambda folder: (folder / "index.json").write_text("{"), "not a readable latent cache"),
+    "another format": (lambda folder: damage_index(folder, format=1), "index.json: format: Input should be 2"),
+    "a wrong sum": (lambda folder: damage_index(folder, images=25), "index.json: the shards hold 24 images, not 25"),
+    "no shard": (lambda folder: (folder / "shard-00001.safetensors").unlink(), "shard-00001.safetensors is missing"),
+    "half a shard": (lambda folder: os.truncate(folder / "shard-00001.safetensors", 1000), "1000 bytes, not"),
+    "other encoders": (lambda folder: damage_index(folder, made_by="others"), "made by other encoders or settings"),
+    "no text": (lambda folder: (folder / "text.safetensors").unlink(), "text.safetensors is missing"),
+    "half a text": (lambda folder: os.truncate(folder / "text.safetensors", 100), "not a readable latent cache"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_cache_is_named_when_it_is_opened(tmp_path, name):
     write_cache(tmp_path)
-    shard, index = tmp_path / "shard-00001.safetensors", tmp_path / "index.json"
-    if damage == "index":
-        index.write_text("{")
-    elif damage == "no index":
-        index.unlink()
-    elif damage == "no text":
-        (tmp_path / "text.safetensors").unlink()
-    elif damage == "shard":
-        shard.write_bytes(shard.read_bytes()[:1000])
-    else:
-        shard.unlink()
+    damage, says = DAMAGE[name]
+    damage(tmp_path)
     with pytest.raises(UserError) as error:
         LatentCache(tmp_path)
-    assert str(tmp_path) in str(error.value) and "dvc repro encode" in str(error.value) and "\n" not in str(error.value)
+    message = str(error.value)
+    assert says in message and str(tmp_path) in message and "dvc repro encode" in message and "\n" not in message
+
+
+def test_a_shard_of_another_cache_is_named_when_it_is_opened(tmp_path, monkeypatch):
+    write_cache(tmp_path / "mine")
+    monkeypatch.setattr(conftest, "MADE_BY", "other tests")
+    write_cache(tmp_path / "other")
+    name = "shard-00001.safetensors"
+    shutil.copy(tmp_path / "other" / name, tmp_path / "mine" / name)
+    damage_index(tmp_path / "mine", shards=json.loads((tmp_path / "other" / "index.json").read_text())["shards"])
+    with pytest.raises(UserError, match=f"{name}: made by other encoders or settings than index.json names"):
+        LatentCache(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("name", ["shard-00000.safetensors", "shard-00001.safetensors", "captions.jsonl", "text.safetensors"])
+def test_a_single_flipped_bit_is_found_by_verifying(tmp_path, name):
+    cache = write_cache(tmp_path)
+    cache.verify()
+    content = bytearray((tmp_path / name).read_bytes())
+    content[-3] ^= 4
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: damaged"):
+        LatentCache(tmp_path).verify()
+
+
+def test_memory_maps_that_are_made_anew_read_the_same(tmp_path, monkeypatch):
+    cache = write_cache(tmp_path)
+    every, no = np.arange(24), np.zeros(24, dtype=bool)
+    before = cache.read(every, np.zeros(24), no)
+    first = cache._shards[0]["moments"].data_ptr()
+    monkeypatch.setattr(latents, "RENEW_BYTES", 1)
+    again = cache.read(every, np.zeros(24), no)
+    assert cache._shards[0]["moments"].data_ptr() != first
+    assert all(torch.equal(a, b) for a, b in zip(vars(before).values(), vars(again).values(), strict=True))
 
 
 def test_the_index_comes_last_and_nothing_half_written_stays(tmp_path):
