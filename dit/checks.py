@@ -14,7 +14,7 @@ from dit.config import CocoData, Encode, Params, load_config
 from dit.errors import UserError
 
 # Bytes on disk per image, generously: raw data, latent cache (moments of two views, text rows), and DVC's copy of both.
-RAW_BYTES = {"shapes": 4_000, "coco": 200_000, "folder": 0}
+RAW_BYTES = {"shapes": 4_000, "coco": 200_000, "folder": 0, "hub": 200_000}
 MODEL_BYTES = 16  # per parameter: weights, DVC's copy, and as much again
 
 
@@ -42,6 +42,10 @@ def check_data(params: Params) -> None:
         from dit.sources.folder import find_captioned
 
         find_captioned(data)
+    elif data.source == "hub":
+        from dit.sources.hub import open_stream
+
+        open_stream(data)
 
 
 def check_weights(encode: Encode) -> None:

@@ -1,6 +1,6 @@
 """params.yaml as frozen dataclasses, and one clear line for whatever is wrong with it.
 
-`load_config` is the only place that reads params.yaml. All three recipes are checked, so that switching to another one
+`load_config` is the only place that reads params.yaml. All recipes are checked, so that switching to another one
 later holds no surprise.
 """
 
@@ -67,6 +67,22 @@ class FolderData:
 
 
 @_settings
+class HubData:
+    source: Literal["hub"]
+    dataset: Text
+    config: Text | None
+    revision: Text | None
+    split: Text
+    image_column: Text
+    caption_columns: Annotated[tuple[Text, ...], Field(min_length=1)]
+    num_samples: Annotated[int, Field(strict=True, ge=2)]
+    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    layout: Layout
+    max_bad_fraction: Fraction
+    seed: NonNegativeInt
+
+
+@_settings
 class Encode:
     image_size: PositiveInt
     vae: Text
@@ -98,7 +114,7 @@ class Schedule:
 
 @_settings
 class Recipe:
-    """What the three recipes have in common; each adds its own `data`."""
+    """What all recipes have in common; each adds its own `data`."""
 
     encode: Encode
     model: Model
@@ -118,6 +134,11 @@ class CocoRecipe(Recipe):
 @_settings
 class FolderRecipe(Recipe):
     data: FolderData
+
+
+@_settings
+class HubRecipe(Recipe):
+    data: HubData
 
 
 @_settings
@@ -165,24 +186,25 @@ class Runtime:
     data_on_device: Literal["auto"] | Flag
 
 
-RECIPES = ("shapes", "coco", "folder")
+RECIPES = ("shapes", "coco", "folder", "hub")
 
 
 @_settings
 class Params:
     """The whole of params.yaml."""
 
-    recipe: Literal["shapes", "coco", "folder"]
+    recipe: Literal["shapes", "coco", "folder", "hub"]
     shapes: ShapesRecipe
     coco: CocoRecipe
     folder: FolderRecipe
+    hub: HubRecipe
     train: Train
     sample: Sample
     evaluate: Evaluate
     runtime: Runtime
 
     @property
-    def active(self) -> ShapesRecipe | CocoRecipe | FolderRecipe:
+    def active(self) -> ShapesRecipe | CocoRecipe | FolderRecipe | HubRecipe:
         """The block that `recipe` names."""
         return getattr(self, self.recipe)
 

@@ -1,17 +1,25 @@
-"""A file server on loopback as bad as a bad line: it drops, delays and truncates some of its answers."""
+"""A file server on loopback as bad as a bad line: it drops, delays and truncates some of its answers. What it may serve."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import io
+import json
 import random
 import re
 import threading
 import time
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dit.sources.usable import inside
 
 DELAY = 0.3  # seconds
 
@@ -100,3 +108,27 @@ def once(trick: str, names):
         return None
 
     return choose
+
+
+def picture(seed: int, size: tuple[int, int] = (48, 32), kind: str = "JPEG") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind)
+    return stream.getvalue()
+
+
+def make_mirror(folder: Path, names: list[str], split: str = "val2017") -> None:
+    """The layout of the COCO site; image k has licence k, of which the first three are known."""
+    images = [{"id": 100 - k, "file_name": name, "license": k} for k, name in enumerate(names)]
+    rows = [
+        {"id": 10 * k + c, "image_id": 100 - k, "caption": f"caption {c} of {k}\n"} for k in range(len(names)) for c in range(3)
+    ]
+    licences = [{"id": k, "url": f"https://example.org/{k}"} for k in range(3)]
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    (folder / split).mkdir()
+    with zipfile.ZipFile(folder / "annotations" / "annotations_trainval2017.zip", "a") as archive:
+        content = {"licenses": licences, "images": images, "annotations": rows}
+        archive.writestr(f"annotations/captions_{split}.json", json.dumps(content))
+    for k, name in enumerate(names):
+        if inside(name) and "/" not in name:
+            (folder / split / name).write_bytes(picture(k, (320, 240)))

@@ -49,7 +49,7 @@ def test_settings_cannot_be_changed_by_accident():
         ("train.batch_size", True, "train.batch_size: True: must be a valid integer"),
         ("train.caption_dropout", 1.0, "train.caption_dropout: 1.0: must be less than 1"),
         ("shapes.schedule.compile_model", "yes", "compile_model: 'yes': must be a valid boolean"),
-        ("recipe", "circles", "recipe: 'circles': must be shapes, coco or folder"),
+        ("recipe", "circles", "recipe: 'circles': must be shapes, coco, folder or hub"),
         ("coco.data.split", "test2017", "coco.data.split: 'test2017': must be train2017, val2017 or both"),
         ("folder.data.paths", "pictures", "folder.data.paths: 'pictures': must be a valid tuple"),
         ("shapes.encode", None, "shapes.encode: None: must be a block of settings"),

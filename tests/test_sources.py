@@ -11,12 +11,11 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 from conftest import REPO, SHARED
 from PIL import Image
-from servers import bad_line, once, serve
+from servers import bad_line, make_mirror, once, picture, serve
 
 from dit.config import CocoData, FolderData, ShapesData, load_config
 from dit.errors import UserError
@@ -26,16 +25,9 @@ from dit.sources.dataset import read_metadata, split_by_image
 from dit.sources.http import CHUNK, Downloader
 from dit.sources.scene import UNSEEN_PAIRS
 from dit.sources.storage import StoredImages
-from dit.sources.usable import check_image, inside
+from dit.sources.usable import check_image
 
 RUNTIME = replace(load_config(REPO / "params.yaml").runtime, download_connections=4)
-
-
-def picture(seed: int, size: tuple[int, int] = (48, 32), kind: str = "JPEG") -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, kind)
-    return stream.getvalue()
 
 
 def captions_of(folder: Path) -> dict[str, list[str]]:
@@ -241,23 +233,6 @@ def test_a_folder_without_pairs_is_one_clear_line(tmp_path):
 
 
 # --- coco -----------------------------------------------------------------------------------------------------------
-
-
-def make_mirror(folder: Path, names: list[str], split: str = "val2017") -> None:
-    """The layout of the COCO site; image k has licence k, of which the first three are known."""
-    images = [{"id": 100 - k, "file_name": name, "license": k} for k, name in enumerate(names)]
-    rows = [
-        {"id": 10 * k + c, "image_id": 100 - k, "caption": f"caption {c} of {k}\n"} for k in range(len(names)) for c in range(3)
-    ]
-    licences = [{"id": k, "url": f"https://example.org/{k}"} for k in range(3)]
-    (folder / "annotations").mkdir(parents=True, exist_ok=True)
-    (folder / split).mkdir()
-    with zipfile.ZipFile(folder / "annotations" / "annotations_trainval2017.zip", "a") as archive:
-        content = {"licenses": licences, "images": images, "annotations": rows}
-        archive.writestr(f"annotations/captions_{split}.json", json.dumps(content))
-    for k, name in enumerate(names):
-        if inside(name) and "/" not in name:
-            (folder / split / name).write_bytes(picture(k, (320, 240)))
 
 
 @pytest.fixture

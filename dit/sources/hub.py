@@ -1,0 +1,124 @@
+"""Source `hub`: an image–caption data set from the Hugging Face Hub, or one in its formats in a local folder.
+
+It is streamed: the first `num_samples` rows of the split, in the data set's own order, and nothing that comes after them.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from dit.config import HubData, Runtime
+from dit.errors import UserError
+from dit.sources.dataset import DatasetWriter, Report, refuse_too_many_bad
+from dit.sources.usable import check_captions, check_image, clean_caption
+
+LOGIN = "if it is private or gated, accept its conditions and log in with `hf auth login`, or set HF_TOKEN"
+
+
+def fetch(data: HubData, folder: Path, runtime: Runtime) -> Report:
+    """Stream `data.num_samples` images and their captions into `folder`, the bytes as they come."""
+    report = Report()
+    writer = DatasetWriter(folder, data, data.num_samples)
+    rows = 0
+    for number, row in enumerate(tqdm(_rows(data), total=data.num_samples, desc="download", unit="image")):
+        rows += 1
+        name = f"row {number}"
+        content = _read_image(row[data.image_column])
+        captions, problem = _read_captions(row, data)
+        problem = check_image(content) or problem or check_captions(captions)
+        if problem:
+            report.set_aside(name, problem)
+            continue
+        with Image.open(io.BytesIO(content)) as image:
+            suffix = {"JPEG": "jpg", "MPO": "jpg"}.get(image.format, image.format.lower())
+        writer.add(f"images/{number:08d}.{suffix}", content, captions)
+    if rows < data.num_samples:
+        raise UserError(f"hub.data.num_samples: {data.num_samples} images wanted, split {data.split!r} has {rows}")
+    refuse_too_many_bad(report, rows, data.max_bad_fraction, "hub.data.max_bad_fraction")
+    return writer.close(report)
+
+
+def open_stream(data: HubData):
+    """The split as an iterable data set, of which nothing has been read yet.
+
+    Raises:
+        UserError: it is not to be had, or has no such configuration, split or column; one line that says which there are.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("hub.data.source: needs the library datasets; pip install -c constraints.txt -e '.[hub]'") from None
+    known = f"hub.data.dataset: {data.dataset!r}"
+    try:
+        stream = datasets.load_dataset(data.dataset, name=data.config, revision=data.revision, split=data.split, streaming=True)
+        columns = stream.column_names or list(next(iter(stream), {}))
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise UserError(f"{known} is not to be had ({_reason(error)}); check the id and the revision; {LOGIN}") from None
+    except datasets.exceptions.DataFilesNotFoundError:
+        raise UserError(f"{known} holds no files of a known format; Parquet or a folder of images would be right") from None
+    except (ConnectionError, TimeoutError) as error:
+        raise UserError(
+            f"{known} cannot be reached ({_reason(error)}); check your network, HF_ENDPOINT and HF_HUB_OFFLINE"
+        ) from None
+    except ValueError as error:
+        key = "config" if "config" in str(error).lower() else "split"
+        raise UserError(f"hub.data.{key}: {getattr(data, key)!r}: {_reason(error)}") from None
+    except (datasets.exceptions.DatasetsError, OSError, RuntimeError) as error:
+        raise UserError(f"{known} cannot be read ({_reason(error)}); check the id and your network") from None
+    for key, column in (("image_column", data.image_column), *(("caption_columns", name) for name in data.caption_columns)):
+        if column not in columns:
+            raise UserError(f"hub.data.{key}: {column!r}: no such column; {data.dataset} has {', '.join(columns)}")
+    kind = (stream.features or {}).get(data.image_column)
+    if isinstance(kind, datasets.Value) and "binary" not in kind.dtype:
+        raise UserError(f"hub.data.image_column: {data.image_column!r} holds {kind.dtype}, and images are needed")
+    return stream.cast_column(data.image_column, datasets.Image(decode=False))
+
+
+def _rows(data: HubData) -> Iterator[dict[str, Any]]:
+    number = 0
+    try:
+        for number, row in enumerate(islice(open_stream(data), data.num_samples)):  # noqa: B007 (the error names it)
+            yield row
+    except UserError:
+        raise
+    except Exception as error:  # whatever a reader of a foreign format raises
+        raise UserError(
+            f"hub.data.dataset: {data.dataset!r} breaks off after row {number} ({_reason(error)}); "
+            "run again, or lower hub.data.num_samples"
+        ) from None
+
+
+def _read_image(value: Any) -> bytes:
+    """The bytes of a picture, which stand in the row or in a file that it names; none if it holds neither."""
+    if not isinstance(value, dict):
+        return b""
+    if value.get("bytes") is not None:
+        return value["bytes"]
+    if not value.get("path"):
+        return b""
+    import fsspec  # comes with datasets, and opens hf:// addresses, too
+
+    with fsspec.open(value["path"], "rb") as file:
+        return file.read()
+
+
+def _read_captions(row: dict[str, Any], data: HubData) -> tuple[list[str], str | None]:
+    """All captions of a row, and what is wrong with them, if anything."""
+    captions = []
+    for column in data.caption_columns:
+        texts = row[column] if isinstance(row[column], list) else [row[column]]
+        if not all(isinstance(text, str) or text is None for text in texts):
+            return [], f"column {column!r} holds no text"
+        captions += [clean_caption(text) for text in texts if text and clean_caption(text)]
+    return captions, None
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
