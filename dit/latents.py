@@ -1,4 +1,4 @@
-"""The latent cache: what the encoders say about every image and caption, computed once, read by memory map.
+"""The latent cache: what the encoders say about every image and caption, computed once, read at random.
 
 A cache folder holds `shard-00000.safetensors` … (see dit/shards.py), `captions.jsonl` with a row per caption, and
 `index.json`: what made it, the sizes, and the SHA-256 of every shard. `text.safetensors` holds `empty_tokens` (L, E) fp16
@@ -23,11 +23,9 @@ from tqdm import tqdm
 from dit.errors import UserError
 from dit.files import file_hash, place, write_json
 from dit.index import FORMAT, ShardEntry, read_index
-from dit.shards import mean_std, open_shard, shard_paths
+from dit.shards import Shard, mean_std, shard_paths
 
 TEXT, CAPTIONS, INDEX = "text.safetensors", "captions.jsonl", "index.json"
-# Bytes read after which the memory maps are made anew: the pages that were read would count as this process's memory.
-RENEW_BYTES = 256 * 2**20
 AGAIN = "run `dvc repro encode`"
 
 
@@ -116,25 +114,24 @@ class LatentCache:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.folder}: not a readable latent cache ({reason}); {AGAIN}") from None
         self.text_statistics = text
-        self._first = np.cumsum([0] + [len(shard["val"]) for shard in self._shards])
-        self._first_caption = np.cumsum([0] + [len(shard["sided"]) for shard in self._shards])
-        is_val = np.concatenate([shard["val"].numpy() for shard in self._shards])
+        self._first = np.cumsum([0] + [len(shard.val) for shard in self._shards])
+        self._first_caption = np.cumsum([0] + [len(shard.sided) for shard in self._shards])
+        is_val = np.concatenate([shard.val for shard in self._shards])
         self.train, self.val = np.flatnonzero(~is_val), np.flatnonzero(is_val)
-        self._read_since = 0
 
-    def _open(self, shard: ShardEntry) -> dict[str, torch.Tensor]:
-        path = self.folder / shard["file"]
-        if path.stat().st_size != shard["bytes"]:
-            raise UserError(f"{path}: {path.stat().st_size} bytes, not {shard['bytes']}: only half written?; {AGAIN}")
+    def _open(self, entry: ShardEntry) -> Shard:
+        path = self.folder / entry["file"]
+        if path.stat().st_size != entry["bytes"]:
+            raise UserError(f"{path}: {path.stat().st_size} bytes, not {entry['bytes']}: only half written?; {AGAIN}")
         try:
-            tensors, made_by = open_shard(path)
+            shard = Shard(path)
         except (ValueError, SafetensorError) as error:
             raise UserError(f"{path}: not a readable shard ({' '.join(str(error).split())}); {AGAIN}") from None
-        if made_by != self.index["made_by"]:
+        if shard.made_by != self.index["made_by"]:
             raise UserError(f"{path}: made by other encoders or settings than {INDEX} names; {AGAIN}")
-        if len(tensors["val"]) != shard["images"] or len(tensors["sided"]) != shard["captions"]:
-            raise UserError(f"{path}: {len(tensors['val'])} images, not {shard['images']} as {INDEX} says; {AGAIN}")
-        return tensors
+        if len(shard.val) != entry["images"] or len(shard.sided) != entry["captions"]:
+            raise UserError(f"{path}: {len(shard.val)} images, not {entry['images']} as {INDEX} says; {AGAIN}")
+        return shard
 
     def verify(self) -> None:
         """Compare every byte with the hashes in the index, so that damage shows before training and not in the pictures.
@@ -160,23 +157,23 @@ class LatentCache:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one latent."""
-        channels, height, width = self._shards[0]["moments"].shape[2:]
+        channels, height, width = self._shards[0].shapes["moments"][2:]
         return channels // 2, height, width
 
     @property
     def crops(self) -> int:
         """How many crops there are of each image, beside the central one."""
-        return self._shards[0]["moments"].shape[1] // 2 - 1
+        return self._shards[0].shapes["moments"][1] // 2 - 1
 
     @property
     def text_size(self) -> int:
         """Width E of the text tokens."""
-        return self._shards[0]["tokens"].shape[1]
+        return self._shards[0].shapes["tokens"][1]
 
     @property
     def pooled_size(self) -> int:
         """Width P of the pooled text vector."""
-        return self._shards[0]["pooled"].shape[1]
+        return self._shards[0].shapes["pooled"][1]
 
     @property
     def max_tokens(self) -> int:
@@ -189,7 +186,7 @@ class LatentCache:
         for number in images:
             shard = np.searchsorted(self._first, number, side="right") - 1
             within = number - self._first[shard]
-            start, end = (self._shards[shard]["captions"][within : within + 2] + self._first_caption[shard]).tolist()
+            start, end = (self._shards[shard].captions[within : within + 2] + self._first_caption[shard]).tolist()
             ranges.append(range(start, end))
         wanted = set().union(*ranges)
         with (self.folder / CAPTIONS).open(encoding="utf-8") as lines:
@@ -207,31 +204,24 @@ class LatentCache:
             mirrored: (B,) bool: take the mirror image, unless the chosen caption says left or right.
             crop_choice: (B,) float in [0, 1): which of an image's crops; None for the central one.
         """
-        if self._read_since > RENEW_BYTES:
-            self._shards = [self._open(shard) for shard in self.index["shards"]]
-            self._read_since = 0
-        numbers = np.searchsorted(self._first, images, side="right") - 1  # of the shards
-        crops = (
-            np.zeros(len(images), dtype=np.int64) if crop_choice is None else (crop_choice * (1 + self.crops)).astype(np.int64)
-        )
         channels, height, width = self.latent_shape
         moments = torch.empty(len(images), 2 * channels, height, width, dtype=torch.float16)
-        tokens = torch.empty(len(images), self.max_tokens, self.text_size, dtype=torch.float16)
-        mask = torch.empty(len(images), self.max_tokens, dtype=torch.bool)
+        tokens = torch.zeros(len(images), self.max_tokens, self.text_size, dtype=torch.float16)
         pooled = torch.empty(len(images), self.pooled_size, dtype=torch.float16)
-        for number in np.unique(numbers):
-            shard, rows = self._shards[number], np.flatnonzero(numbers == number)
-            i = torch.from_numpy(images[rows] - self._first[number])
-            start, end = shard["captions"][i], shard["captions"][i + 1]
-            caption = start + (torch.from_numpy(caption_choice[rows]) * (end - start)).long()
-            mirror = torch.from_numpy(mirrored[rows]) & ~shard["sided"][caption]
-            place = shard["offsets"][caption][:, None] + torch.arange(self.max_tokens)  # (rows, L)
-            there = place < shard["offsets"][caption + 1][:, None]
-            moments[rows] = shard["moments"][i, 2 * torch.from_numpy(crops[rows]) + mirror]
-            tokens[rows] = shard["tokens"][place.clamp(max=len(shard["tokens"]) - 1)] * there[:, :, None]
-            mask[rows] = there
-            pooled[rows] = shard["pooled"][caption]
-        self._read_since += sum(value.nbytes for value in (moments, tokens, pooled))
+        lengths = torch.empty(len(images), dtype=torch.int64)
+        numbers = np.searchsorted(self._first, images, side="right") - 1  # of the shards
+        crops = (np.zeros(len(images)) if crop_choice is None else crop_choice * (1 + self.crops)).astype(np.int64)
+        for k, (image, number) in enumerate(zip(images, numbers, strict=True)):
+            shard, i = self._shards[number], int(image - self._first[number])
+            start, end = shard.captions[i : i + 2]
+            caption = int(start + int(caption_choice[k] * (end - start)))
+            view = 2 * int(crops[k]) + int(mirrored[k] and not shard.sided[caption])
+            first, last = shard.offsets[caption : caption + 2]
+            lengths[k] = last - first
+            shard.read_rows("moments", i * shard.shapes["moments"][1] + view, moments.numpy()[k])
+            shard.read_rows("tokens", int(first), tokens.numpy()[k, : last - first])
+            shard.read_rows("pooled", caption, pooled.numpy()[k])
+        mask = torch.arange(self.max_tokens)[None] < lengths[:, None]
         return Batch(moments, tokens, mask, pooled)
 
     def read_empty(self, count: int) -> Batch:

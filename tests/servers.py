@@ -83,6 +83,7 @@ def serve(folder: Path, choose=lambda name: None):
     """Serve `folder`; yields its address and a `Log`. `choose(name)` says which trick, if any, is played on a request."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
     server.log, server.lock, server.choose = Log(), threading.Lock(), choose
+    server.handle_error = lambda *_: None  # a client that was killed is no news
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", server.log
