@@ -65,7 +65,8 @@ def check_disk(params: Params) -> None:
     """Whether what the pipeline writes will fit."""
     recipe = params.active
     count = getattr(recipe.data, "num_samples", 0)
-    latents = (recipe.encode.image_size // 8) ** 2 * 4 * 2 * 2 * 2 + 60_000
+    views = 2 * (1 + recipe.encode.crops)
+    latents = (recipe.encode.image_size // 8) ** 2 * 4 * 2 * views * 2 + 60_000
     parameters = recipe.model.num_layers * 24 * recipe.model.hidden_size**2
     needed = 2 * count * (RAW_BYTES[params.recipe] + latents) + MODEL_BYTES * parameters
     free = shutil.disk_usage(".").free

@@ -10,6 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import REPO, write_cache
 from PIL import Image
+from safetensors.torch import load_file
 
 from dit.config import Model, Schedule, load_config
 from dit.errors import UserError
@@ -39,6 +40,19 @@ def run(cache, epochs: int = 3, train: dict | None = None, watchers: Watchers | 
     runtime = replace(PARAMS.runtime, log_every=2, validate_every=4, sample_every=4)
     AcceleratorState._reset_state()  # accelerate keeps the precision of a process's first training
     return train_transformer(cache, MODEL, schedule, settings, runtime, watchers or watch())
+
+
+def test_a_step_draws_among_all_crops_and_mirror_images(tmp_path):
+    cache = write_cache(tmp_path, views=6)
+    views = torch.cat([load_file(path)["moments"] for path in sorted(tmp_path.glob("shard-*"))])[cache.train]
+    seen = set()
+    for step in range(20):
+        for moments in read_step(cache, 0, step, 9, True, slice(0, 9)).moments:
+            seen |= {int(view) for view in (views == moments).flatten(2).all(2).nonzero()[:, 1]}
+    assert seen == set(range(6))
+    fixed = {step: read_step(cache, 0, step, 9, False, slice(0, 9)).moments for step in range(5)}
+    shown = [int((views == m).flatten(2).all(2).nonzero()[0, 1]) for moments in fixed.values() for m in moments]
+    assert set(shown) == {0, 2, 4}  # never mirrored
 
 
 def test_every_epoch_shows_every_image_once_in_another_order():
