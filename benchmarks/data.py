@@ -52,8 +52,8 @@ def main() -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", nargs="*", choices=["download", "encode", "read", []], help="default: all three")
-    parser.add_argument("--images", type=int, default=32, help="to encode; eight times as many to download; default: %(default)s")
+    parser.add_argument("what", nargs="?", default="all", choices=["all", "download", "encode", "read"], help="default: all")
+    parser.add_argument("--images", type=int, default=16, help="to encode; 16 times as many to download; default: %(default)s")
     parser.add_argument(
         "--entries", type=int, nargs="*", default=[1000, 10_000, 118_000], help="sizes of caches to read; default: %(default)s"
     )
@@ -63,14 +63,13 @@ def main() -> None:
     if arguments.one_cache:
         read_cache(arguments.one_cache)
         return
-    what = arguments.what or ["download", "encode", "read"]
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         os.environ["DVC_ROOT"] = folder
-        if "download" in what:
-            download(Path(folder), 8 * arguments.images)
-        if "encode" in what:
+        if arguments.what in ("all", "download"):
+            download(Path(folder), 16 * arguments.images)
+        if arguments.what in ("all", "encode"):
             encode(Path(folder), arguments.images)
-        if "read" in what:
+        if arguments.what in ("all", "read"):
             print(
                 "\n| entries | written in | writer's peak memory | bytes per image | of float32, 77 tokens | opened in | "
                 "memory after opening | peak while reading | of which anonymous | batches of 96 | of a plain copy |"
