@@ -50,12 +50,16 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
+        path, query = unquote(urlsplit(self.path).path), urlsplit(self.path).query
         if self.server.hub.down:
             return self.refuse(500, "", "internal error")
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/]+)", path):
+        if found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/revision/([^/]+)", path):
             return self.describe(*found.groups())
-        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/([^/]+)/?(.*)", path):
+            return self.list_files(*found.groups(), recursive="recursive=true" in query.lower())
+        if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)", path):
+            return self.describe(found[1], "main")
+        if found := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self.resolve(*found.groups())
         if found := re.fullmatch(r"/cdn/(.+)", path):
             return self.send_file(self.server.hub.folder / found[1])
@@ -71,22 +75,29 @@ class Handler(BaseHTTPRequestHandler):
             return True
         return False
 
-    def describe(self, repository: str, what: str, revision: str) -> None:
+    def describe(self, repository: str, revision: str) -> None:
+        if self.known(repository, revision):
+            root = self.server.hub.folder / repository
+            siblings = [{"rfilename": path.relative_to(root).as_posix()} for path in sorted(root.rglob("*")) if path.is_file()]
+            sha = commit_of(repository)
+            self.send_json({"id": repository, "sha": sha, "siblings": siblings, "private": False, "tags": [], "downloads": 0})
+
+    def list_files(self, repository: str, revision: str, within: str, recursive: bool) -> None:
         if not self.known(repository, revision):
             return
         root = self.server.hub.folder / repository
-        files = sorted(path for path in root.rglob("*") if path.is_file())
-        if what == "tree":
-            answer = []
-            for path in files:
-                row = {"type": "file", "path": path.relative_to(root).as_posix(), "size": path.stat().st_size, "oid": "0" * 40}
-                if row["size"] > LARGE:
-                    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-                    row["lfs"] = {"oid": digest, "size": row["size"], "pointerSize": 130}
-                answer.append(row)
-        else:
-            siblings = [{"rfilename": path.relative_to(root).as_posix()} for path in files]
-            answer = {"id": repository, "sha": commit_of(repository), "siblings": siblings, "private": False, "tags": []}
+        rows = []
+        for path in sorted((root / within).rglob("*") if recursive else (root / within).glob("*")):
+            row = {"type": "directory", "path": path.relative_to(root).as_posix(), "size": 0, "oid": "0" * 40}
+            if path.is_file():
+                row |= {"type": "file", "size": path.stat().st_size}
+            if row["size"] > LARGE:
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                row["lfs"] = {"oid": digest, "size": row["size"], "pointerSize": 130}
+            rows.append(row)
+        self.send_json(rows)
+
+    def send_json(self, answer: object) -> None:
         body = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")

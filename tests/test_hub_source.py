@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 import datasets
 import pytest
 from conftest import REPO
+from hub_server import serve_hub
 from PIL import Image
 from servers import picture
 
@@ -181,3 +183,57 @@ def test_a_picture_in_a_file_of_its_own_keeps_its_bytes(tmp_path):
     datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / "set" / "train.parquet")
     fetch(hub_data(tmp_path / "set"), tmp_path / "out", RUNTIME)
     assert [(tmp_path / "out" / f"images/{k:08d}.jpg").read_bytes() for k in range(6)] == [picture(k) for k in range(6)]
+
+
+STREAM = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+from dit.config import load_config
+from dit.errors import UserError
+from dit.sources import fetch
+params = load_config(sys.argv[1])
+results = []
+for number, changes in enumerate(json.loads(sys.argv[3])):
+    try:
+        data = replace(params.hub.data, layout="files", max_bad_fraction=0.0, **changes)
+        results.append(fetch(data, Path(sys.argv[2]) / str(number), params.runtime).images)
+    except UserError as error:
+        results.append(str(error))
+print("RESULTS" + json.dumps(results))
+"""
+
+
+def stream(home: Path, wanted: list[dict], **environment: str) -> list:
+    """What a fresh process fetches, into home/0, home/1 …; or the error's line. The Hub's library reads HF_… at import."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    settings = {"HF_HOME": str(home / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-c", STREAM, str(REPO / "params.yaml"), str(home), json.dumps(wanted)]
+    done = subprocess.run(command, capture_output=True, text=True, env=kept | settings | environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.split("RESULTS")[1])
+
+
+def test_over_the_network_only_the_files_that_are_used_are_asked_for(tmp_path):
+    pictures = write_parquet(tmp_path / "hub" / "some" / "set")
+    write_parquet(tmp_path / "hub" / "some" / "gated")
+    with serve_hub(tmp_path / "hub") as (address, hub):
+        hub.gated.add("some/gated")
+        wanted = [
+            {"dataset": "some/set", "num_samples": 4},
+            {"dataset": "some/set", "num_samples": 2, "revision": "v1"},
+            {"dataset": "some/set", "num_samples": 2, "revision": "v9"},
+            {"dataset": "some/nothing", "num_samples": 2},
+            {"dataset": "some/gated", "num_samples": 2},
+        ]
+        results = stream(tmp_path, wanted, HF_ENDPOINT=address)
+        assert {name for name, _ in hub.asked} == {"some/set/data/train-00000-of-00003.parquet"}
+    (gone,) = stream(tmp_path / "b", wanted[:1], HF_ENDPOINT=address)
+    (offline,) = stream(tmp_path / "c", wanted[:1], HF_HUB_OFFLINE="1")
+    assert results[:2] == [4, 2]
+    assert [(tmp_path / "0" / entry.image).read_bytes() for entry in read_metadata(tmp_path / "0")] == pictures[:4]
+    for line, name in zip([*results[2:], gone, offline], ["set", "nothing", "gated", "set", "set"], strict=True):
+        assert line.startswith(f"hub.data.dataset: 'some/{name}' ") and "\n" not in line, line
+    assert "log in with `hf auth login`" in results[3] and "log in with `hf auth login`" in results[4]
+    assert "v9" in results[2]
+    assert "check your network" in gone and "HF_HUB_OFFLINE" in offline
