@@ -10,13 +10,14 @@ from PIL import Image
 
 from dit.encoders import EncoderSource, load_vae
 from dit.errors import UserError
-from dit.images import grid, labelled_grid, to_images
+from dit.images import labelled_grid, to_images
 from dit.latents import LatentCache, sample_posterior
 from dit.sources.dataset import read_metadata
 from dit.sources.storage import StoredImages
 from dit.views import central_square, open_upright
 
 CLIP_TOKENS = 77
+GAP = 2  # pixels between an original and what was decoded
 SAMPLED = 512  # images that the spread of the latents is measured on
 
 
@@ -77,10 +78,17 @@ def decode_pictures(cache: LatentCache, raw: Path, count: int) -> Image.Image:
     decoded = [to_images(vae.decode(mean[None]).sample)[0] for mean in means]  # one at a time: any size fits into memory
     captions = cache.captions(chosen)
     originals = _originals(raw, [rows[0]["image"] for rows in captions], decoded[0].width)
-    pairs = [grid([o, d], columns=2, gap=0) for o, d in zip(originals, decoded, strict=True)] if originals else decoded
+    pairs = [_side_by_side(*pair) for pair in zip(originals, decoded, strict=True)] if originals else decoded
     columns = 4 if originals else 8
     cell = 320 if originals else 160  # pixels
     return labelled_grid(pairs, [rows[0]["text"] for rows in captions], columns=min(columns, len(pairs)), cell=cell)
+
+
+def _side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+    both = Image.new("RGB", (left.width + GAP + right.width, left.height), "white")
+    both.paste(left)
+    both.paste(right, (left.width + GAP, 0))
+    return both
 
 
 def _originals(raw: Path, names: list[str], image_size: int) -> list[Image.Image]:

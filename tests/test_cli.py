@@ -109,8 +109,8 @@ def test_inspect_says_what_a_cache_holds_and_draws_it(tmp_path, capsys, monkeypa
     for fact in ("12, 11 to train on and 1 to validate with", "64 pixels, as latents 4 x 8 x 8", "every file is what"):
         assert fact in printed
     pixels = np.asarray(Image.open(sheet).convert("RGB")).astype(int)
-    original, decoded = pixels[8:136, 8:136], pixels[8:136, 136:264]  # twice as large as 64 pixels, 8 pixels from the border
-    assert np.abs(original - decoded).mean() < 6 < np.abs(original - pixels[8:136, 280:408]).mean()
+    original, decoded = pixels[8:136, 8:136], pixels[8:136, 140:268]  # twice as large as 64 pixels, 8 pixels from the border
+    assert np.abs(original - decoded).mean() < 6 < np.abs(original - pixels[8:136, 276:404]).mean()
 
     index = tmp_path / "latents" / "index.json"
     shard = tmp_path / "latents" / "shard-00000.safetensors"
