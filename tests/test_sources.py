@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import pickle
 import shutil
 import tarfile
 import zipfile
@@ -440,6 +441,9 @@ def test_both_layouts_hold_the_same_images_under_the_same_names(tmp_path, monkey
         content = (mine / row.image.removeprefix("images/")).read_bytes()
         assert StoredImages(tmp_path / "shards").read(row.stored) == content
         assert StoredImages(tmp_path / "files").read(row.image) == content
+    images = StoredImages(tmp_path / "shards")
+    first = images.read(rows["shards"][0].stored)
+    assert pickle.loads(pickle.dumps(images)).read(rows["shards"][0].stored) == first  # as where workers are not forked
     assert not list((tmp_path / "shards").rglob("*.part")) and not list((tmp_path / "shards").rglob("*.JPG"))
 
 

@@ -91,6 +91,9 @@ class StoredImages:
         self.folder = folder
         self._members = lru_cache(maxsize=4)(self._open)  # images are read in the order of their shards
 
+    def __reduce__(self):
+        return StoredImages, (self.folder,)  # a worker process opens the shards for itself
+
     def read(self, stored: str) -> bytes:
         """The image that lies at `stored`, as a writer's `add` returned it.
 
