@@ -28,7 +28,7 @@ Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(min_length=1)]
 Layout = Literal["auto", "files", "shards"]
 Precision = Literal["fp32", "fp16", "bf16"]
-Scheduler = Literal["euler", "heun", "dpm++", "unipc", "stochastic"]
+Scheduler = Literal["euler", "heun", "dpm++", "unipc", "ddim", "stochastic"]
 
 _settings = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 
@@ -109,7 +109,7 @@ class Schedule:
     num_epochs: PositiveInt
     learning_rate: PositiveFloat
     logit_mean: Annotated[float, Field(ge=-3, le=3)]
-    compile_model: Flag
+    compile_model: Literal["auto"] | Flag
 
 
 @_settings
@@ -145,7 +145,9 @@ class HubRecipe(Recipe):
 class Train:
     batch_size: PositiveInt
     mixed_precision: Literal["no", "fp16", "bf16"]
-    objective: Literal["flow"]
+    objective: Literal["flow", "ddpm"]
+    prediction_type: Literal["epsilon", "v_prediction"]
+    snr_gamma: PositiveFloat | None
     gradient_accumulation_steps: PositiveInt
     gradient_checkpointing: Flag
     max_grad_norm: PositiveFloat
@@ -155,6 +157,9 @@ class Train:
     ema_decay: Fraction
     caption_dropout: Fraction
     horizontal_flip: Flag
+    validate_every: PositiveInt
+    early_stopping_patience: PositiveInt | None
+    max_skipped: PositiveInt
     seed: NonNegativeInt
 
 
@@ -179,9 +184,11 @@ class Runtime:
     num_workers: NonNegativeInt
     prefetch_factor: PositiveInt
     num_processes: PositiveInt
+    checkpoint_every: PositiveInt
+    keep_checkpoints: PositiveInt
     sample_every: PositiveInt
-    validate_every: PositiveInt
     log_every: PositiveInt
+    deterministic: Flag
     download_connections: PositiveInt
     data_on_device: Literal["auto"] | Flag
 
@@ -233,6 +240,8 @@ def parse_config(values: dict[str, Any], name: str = "params.yaml") -> Params:
         params = TypeAdapter(Params).validate_python(values)
     except ValidationError as error:
         raise UserError(f"{name}: {_explain(error.errors()[0])}") from None
+    if params.train.objective == "flow" and params.sample.scheduler == "ddim":
+        raise UserError(f"{name}: sample.scheduler: ddim is for train.objective ddpm; for a flow the same thing is called euler")
     for recipe in RECIPES:
         problem = _impossible(recipe, getattr(params, recipe))
         if problem:

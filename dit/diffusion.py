@@ -1,53 +1,150 @@
-"""Rectified flow: the path from image to noise, the loss on it, and the integrator back. None of them knows the network.
+"""Objectives: the path from image to noise, what the network predicts on it, and the way back. None knows the network.
 
-Liu et al. 2022 (arXiv:2209.03003); logit-normal timesteps from Esser et al. 2024 (arXiv:2403.03206, section 3.1).
-t = 0 is the image, t = 1 pure noise.
+`Flow` is the rectified flow of Liu et al. 2022 (arXiv:2209.03003) with the logit-normal timesteps of Esser et al. 2024
+(arXiv:2403.03206, section 3.1); `DDPM` is Ho et al. 2020 (arXiv:2006.11239), predicting the noise or v (Salimans and Ho
+2022, arXiv:2202.00512). Timesteps t are in [0, 1] for both: 0 is the image, 1 pure noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+
+TRAINING_STEPS = 1000  # diffusers counts timesteps from 0 to 1000; the transformer from 0 to 1
+# The linear schedule of Ho et al.: its last step keeps 1/150 of the image, so that drawing may start from pure noise.
+BETAS = {"num_train_timesteps": TRAINING_STEPS, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+
+PredictionType = Literal["flow_prediction", "epsilon", "v_prediction"]  # in the words of diffusers
 
 
-def sample_timesteps(count: int, generator: torch.Generator, logit_mean: float) -> torch.Tensor:
-    """Logit-normal timesteps, (count,) float32 in (0, 1), on the generator's device.
+class Flow:
+    """Rectified flow: x_t = (1 - t) x + t noise; the network predicts dx_t / dt = noise - x.
 
-    A larger `logit_mean` (m in Esser et al.) spends more of the training on noisy images, where it is decided what goes where.
+    Args:
+        logit_mean: of the logit-normal timesteps, m in Esser et al. A larger one spends more of the training on noisy
+            images, where it is decided what goes where.
     """
-    return torch.sigmoid(logit_mean + torch.randn(count, generator=generator, device=generator.device))
+
+    prediction_type: PredictionType = "flow_prediction"
+
+    def __init__(self, logit_mean: float = 0.0):
+        self.logit_mean = logit_mean
+
+    def timesteps(self, quantiles: torch.Tensor) -> torch.Tensor:
+        """Timesteps (N,) float32 at `quantiles` (N,) in [0, 1] of their distribution."""
+        return torch.sigmoid(self.logit_mean + torch.special.ndtri(quantiles))
+
+    def path(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The shares of image and noise at `t` (N,): each (N, 1, 1, 1)."""
+        t = t[:, None, None, None]
+        return 1 - t, t
+
+    def add_noise(self, images: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t (N, C, H, W) of `images` and `noise` (N, C, H, W) at `t` (N,)."""
+        kept, added = self.path(t)
+        return kept * images + added * noise
+
+    def target(self, images: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What the network shall predict, (N, C, H, W)."""
+        return noise - images
+
+    def weight(self, t: torch.Tensor) -> torch.Tensor:
+        """Of each timestep's error in the loss, (N,)."""
+        return torch.ones_like(t)
+
+    def split(self, prediction: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The image and the noise that `prediction` says `noisy` is made of, each (N, C, H, W)."""
+        kept, added = self.path(t)
+        return noisy - added * prediction, noisy + kept * prediction
 
 
-def add_noise(images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """The straight path x_t = (1 - t) x + t noise; `images` and `noise` (N, C, H, W), `timesteps` (N,)."""
-    t = timesteps[:, None, None, None]
-    return (1 - t) * images + t * noise
+class DDPM:
+    """The variance-preserving path x_t = sqrt(a) x + sqrt(1 - a) noise, in 1,000 steps, through diffusers' scheduler.
+
+    Args:
+        prediction_type: "epsilon", the noise, or "v_prediction", sqrt(a) noise - sqrt(1 - a) x.
+        snr_gamma: of the min-SNR weighting (Hang et al. 2023, arXiv:2303.09556, section 3.4); None for equal weights.
+    """
+
+    def __init__(self, prediction_type: PredictionType, snr_gamma: float | None = None):
+        self.prediction_type, self.snr_gamma = prediction_type, snr_gamma
+        self.scheduler = DDPMScheduler(**BETAS, prediction_type=prediction_type)
+
+    def _index(self, t: torch.Tensor) -> torch.Tensor:
+        return (t * TRAINING_STEPS).round().long().clamp(max=TRAINING_STEPS - 1)
+
+    def timesteps(self, quantiles: torch.Tensor) -> torch.Tensor:
+        """Timesteps (N,) float32 at `quantiles` (N,) in [0, 1]: equally many of each, 0 to 0.999."""
+        return (quantiles * TRAINING_STEPS).floor().clamp(max=TRAINING_STEPS - 1) / TRAINING_STEPS
+
+    def path(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The shares of image and noise at `t` (N,): each (N, 1, 1, 1)."""
+        kept = self.scheduler.alphas_cumprod.to(t.device)[self._index(t)][:, None, None, None]
+        return kept.sqrt(), (1 - kept).sqrt()
+
+    def add_noise(self, images: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t (N, C, H, W) of `images` and `noise` (N, C, H, W) at `t` (N,)."""
+        return self.scheduler.add_noise(images, noise, self._index(t))
+
+    def target(self, images: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What the network shall predict, (N, C, H, W)."""
+        return noise if self.prediction_type == "epsilon" else self.scheduler.get_velocity(images, noise, self._index(t))
+
+    def weight(self, t: torch.Tensor) -> torch.Tensor:
+        """Of each timestep's error in the loss, (N,): of the error in the image it is min(SNR, gamma)."""
+        if self.snr_gamma is None:
+            return torch.ones_like(t)
+        snr = compute_snr(self.scheduler, self._index(t))
+        return snr.clamp(max=self.snr_gamma) / (snr if self.prediction_type == "epsilon" else snr + 1)
+
+    def split(self, prediction: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The image and the noise that `prediction` says `noisy` is made of, each (N, C, H, W)."""
+        kept, added = self.path(t)
+        if self.prediction_type == "epsilon":
+            return (noisy - added * prediction) / kept, prediction
+        return kept * noisy - added * prediction, added * noisy + kept * prediction
 
 
-def velocity(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """What the network predicts: dx_t / dt = noise - x, (N, C, H, W)."""
-    return noise - images
+Objective = Flow | DDPM
 
 
-def loss(prediction: torch.Tensor, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Mean squared error to the velocity for each image: (N,) float32."""
-    return (prediction.float() - velocity(images, noise)).square().flatten(1).mean(1)
+def make_objective(
+    objective: str, prediction_type: PredictionType, snr_gamma: float | None = None, logit_mean: float = 0.0
+) -> Objective:
+    """The objective that `train.objective` names; the settings of the other one are passed over."""
+    return Flow(logit_mean) if objective == "flow" else DDPM(prediction_type, snr_gamma)
+
+
+def loss(objective: Objective, prediction: torch.Tensor, images: torch.Tensor, noise: torch.Tensor, t: torch.Tensor):
+    """Weighted mean squared error for each image: (N,) float32."""
+    error = (prediction.float() - objective.target(images, noise, t)).square().flatten(1).mean(1)
+    return objective.weight(t) * error
 
 
 @torch.no_grad()
-def integrate(predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], noise: torch.Tensor, steps: int) -> torch.Tensor:
-    """Euler's method from `noise` (N, C, H, W) at t = 1 to images at t = 0.
+def integrate(
+    objective: Objective, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], noise: torch.Tensor, steps: int
+) -> torch.Tensor:
+    """From `noise` (N, C, H, W) at t = 1 to images at t = 0: Euler's method for a flow, DDIM (Song et al. 2020) for DDPM.
+
+    The two are one: split what is there into image and noise, and put them together again at the next timestep.
 
     Args:
-        predict: velocity (N, C, H, W) of latents (N, C, H, W) at timesteps (N,).
+        objective: whose path it is.
+        predict: the network's output (N, C, H, W) for latents (N, C, H, W) at timesteps (N,).
         noise: standard normal.
         steps: number of evaluations of `predict`, equally far apart.
     """
     x = noise
     times = torch.linspace(1, 0, steps + 1, device=noise.device)
-    for t, following in zip(times[:-1], times[1:], strict=True):
-        x = x + (following - t) * predict(x, t.expand(len(x)))
+    for t, following in zip(times[:-1].unsqueeze(1).expand(-1, len(x)), times[1:], strict=True):
+        image, rest = objective.split(predict(x, t), x, t)
+        kept, added = objective.path(following.expand(len(x)))
+        x = kept * image + added * rest if following > 0 else image
     return x
 
 

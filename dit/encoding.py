@@ -24,6 +24,7 @@ from dit.config import Encode, Runtime
 from dit.encoders import PRECISIONS, EncoderSource, load_vae
 from dit.encoders.moments import encode_moments
 from dit.encoders.text import TextEncoder
+from dit.files import mention_others
 from dit.latents import assemble_cache
 from dit.reconstruction import measure_reconstruction
 from dit.shards import ShardBuffer, read_record
@@ -101,7 +102,7 @@ def encode_dataset(raw: Path, folder: Path, settings: Encode, runtime: Runtime, 
                 f"{picture}); set encode.vae to stabilityai/sd-vae-ft-mse and encode.clip to openai/clip-vit-large-patch14",
                 flush=True,
             )
-        mention_others(parts)
+        mention_others("encode", parts)
     encoder.write([plan for plan in plans if plan.number % state.num_processes == state.process_index], parts)
     state.wait_for_everyone()
     if not state.is_main_process:
@@ -206,17 +207,6 @@ def unfinished_folder(made_by: str, batch_size: int, device: torch.device) -> Pa
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     key = _digest([made_by, batch_size, hardware, torch.__version__])[:12]
     return Path(os.environ.get("DVC_ROOT", ".")) / ".state" / "encode" / key
-
-
-def mention_others(parts: Path) -> None:
-    """Say what unfinished work of other settings takes on the disk."""
-    others = [path for path in parts.parent.glob("*") if path != parts]
-    size = sum(file.stat().st_size for path in others for file in path.rglob("*") if file.is_file())
-    if others:
-        print(
-            f"encode: {parts.parent} holds unfinished work of other settings, {size / 1e9:.1f} GB; delete what you do not need",
-            flush=True,
-        )
 
 
 def _inputs(plan: Plan, digests: list[str]) -> str:

@@ -37,3 +37,14 @@ def place(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def mention_others(stage: str, own: Path) -> None:
+    """Say what the unfinished work of other settings, in the neighbours of the folder `own`, takes on the disk."""
+    others = [path for path in own.parent.glob("*") if path != own]
+    size = sum(file.stat().st_size for path in others for file in path.rglob("*") if file.is_file())
+    if others:
+        print(
+            f"{stage}: {own.parent} holds unfinished work of other settings, {size / 1e9:.1f} GB; delete what you do not need",
+            flush=True,
+        )

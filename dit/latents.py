@@ -44,6 +44,20 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         return Batch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
 
+    def pin_memory(self) -> Batch:
+        """In memory that a GPU reads by itself; torch's DataLoader calls this."""
+        return Batch(*(value.pin_memory() for value in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of the cache, counted through all shards, make a batch; each (B,) int64."""
+
+    views: np.ndarray
+    captions: np.ndarray
+    first_tokens: np.ndarray
+    lengths: np.ndarray
+
 
 def assemble_cache(
     parts: Path, count: int, folder: Path, about: dict[str, Any], empty: tuple[torch.Tensor, torch.Tensor]
@@ -116,6 +130,10 @@ class LatentCache:
         self.text_statistics = text
         self._first = np.cumsum([0] + [len(shard.val) for shard in self._shards])
         self._first_caption = np.cumsum([0] + [len(shard.sided) for shard in self._shards])
+        self._first_token = np.cumsum([0] + [int(shard.offsets[-1]) for shard in self._shards])
+        self._captions = _join([shard.captions for shard in self._shards], self._first_caption)
+        self._offsets = _join([shard.offsets for shard in self._shards], self._first_token)
+        self._sided = np.concatenate([shard.sided for shard in self._shards])
         is_val = np.concatenate([shard.val for shard in self._shards])
         self.train, self.val = np.flatnonzero(~is_val), np.flatnonzero(is_val)
 
@@ -161,9 +179,14 @@ class LatentCache:
         return channels // 2, height, width
 
     @property
+    def views(self) -> int:
+        """How many moments there are of each image: of every crop and of its mirror image."""
+        return self._shards[0].shapes["moments"][1]
+
+    @property
     def crops(self) -> int:
         """How many crops there are of each image, beside the central one."""
-        return self._shards[0].shapes["moments"][1] // 2 - 1
+        return self.views // 2 - 1
 
     @property
     def text_size(self) -> int:
@@ -182,12 +205,7 @@ class LatentCache:
 
     def captions(self, images: np.ndarray) -> list[list[dict[str, str]]]:
         """Of each of `images` (numbers), its captions as rows of `image` (name), `text` and `split`."""
-        ranges = []
-        for number in images:
-            shard = np.searchsorted(self._first, number, side="right") - 1
-            within = number - self._first[shard]
-            start, end = (self._shards[shard].captions[within : within + 2] + self._first_caption[shard]).tolist()
-            ranges.append(range(start, end))
+        ranges = [range(*self._captions[number : number + 2].tolist()) for number in images]
         wanted = set().union(*ranges)
         with (self.folder / CAPTIONS).open(encoding="utf-8") as lines:
             rows = {k: json.loads(line) for k, line in enumerate(lines) if k in wanted}
@@ -205,24 +223,40 @@ class LatentCache:
             crop_choice: (B,) float in [0, 1): which of an image's crops; None for the central one.
         """
         channels, height, width = self.latent_shape
+        rows = self.locate(images, caption_choice, mirrored, crop_choice)
         moments = torch.empty(len(images), 2 * channels, height, width, dtype=torch.float16)
         tokens = torch.zeros(len(images), self.max_tokens, self.text_size, dtype=torch.float16)
         pooled = torch.empty(len(images), self.pooled_size, dtype=torch.float16)
-        lengths = torch.empty(len(images), dtype=torch.int64)
         numbers = np.searchsorted(self._first, images, side="right") - 1  # of the shards
-        crops = (np.zeros(len(images)) if crop_choice is None else crop_choice * (1 + self.crops)).astype(np.int64)
-        for k, (image, number) in enumerate(zip(images, numbers, strict=True)):
-            shard, i = self._shards[number], int(image - self._first[number])
-            start, end = shard.captions[i : i + 2]
-            caption = int(start + int(caption_choice[k] * (end - start)))
-            view = 2 * int(crops[k]) + int(mirrored[k] and not shard.sided[caption])
-            first, last = shard.offsets[caption : caption + 2]
-            lengths[k] = last - first
-            shard.read_rows("moments", i * shard.shapes["moments"][1] + view, moments.numpy()[k])
-            shard.read_rows("tokens", int(first), tokens.numpy()[k, : last - first])
-            shard.read_rows("pooled", caption, pooled.numpy()[k])
-        mask = torch.arange(self.max_tokens)[None] < lengths[:, None]
+        views, captions = rows.views - self._first[numbers] * self.views, rows.captions - self._first_caption[numbers]
+        first_tokens = rows.first_tokens - self._first_token[numbers]
+        for k, number in enumerate(numbers):
+            shard = self._shards[number]
+            shard.read_rows("moments", int(views[k]), moments.numpy()[k])
+            shard.read_rows("tokens", int(first_tokens[k]), tokens.numpy()[k, : rows.lengths[k]])
+            shard.read_rows("pooled", int(captions[k]), pooled.numpy()[k])
+        mask = torch.arange(self.max_tokens)[None] < torch.from_numpy(rows.lengths)[:, None]
         return Batch(moments, tokens, mask, pooled)
+
+    def locate(
+        self, images: np.ndarray, caption_choice: np.ndarray, mirrored: np.ndarray, crop_choice: np.ndarray | None = None
+    ) -> Rows:
+        """The rows that `read` reads for the same arguments."""
+        starts, ends = self._captions[images], self._captions[images + 1]
+        captions = starts + (caption_choice * (ends - starts)).astype(np.int64)
+        crops = (np.zeros(len(images)) if crop_choice is None else crop_choice * (1 + self.crops)).astype(np.int64)
+        views = images * self.views + 2 * crops + (np.asarray(mirrored) & ~self._sided[captions])
+        return Rows(views, captions, self._offsets[captions], self._offsets[captions + 1] - self._offsets[captions])
+
+    def copy_rows(self, name: str, target: torch.Tensor) -> None:
+        """Fill `target` with all rows of "moments" (N * V, 2C, H, W), "tokens" (K, E) or "pooled" (M, P), shard by shard."""
+        start = 0
+        for shard in self._shards:
+            rows = torch.empty(shard.shapes[name], dtype=torch.float16)
+            rows = rows.flatten(0, 1) if name == "moments" else rows
+            shard.read_rows(name, 0, rows.numpy())
+            target[start : start + len(rows)].copy_(rows)
+            start += len(rows)
 
     def read_empty(self, count: int) -> Batch:
         """`count` rows of the caption ""; the moments are zeros."""
@@ -230,6 +264,11 @@ class LatentCache:
         channels, height, width = self.latent_shape
         moments = torch.zeros(count, 2 * channels, height, width, dtype=torch.float16)
         return Batch(moments, tokens, mask, self.empty[1].expand(count, -1))
+
+
+def _join(starts: list[np.ndarray], first: np.ndarray) -> np.ndarray:
+    """The starts of all shards' rows as one array: each shard's, shifted by the rows before it, and the end."""
+    return np.concatenate([part[:-1] + before for part, before in zip(starts, first[:-1], strict=True)] + [first[-1:]])
 
 
 def pad(rows: list[torch.Tensor], length: int) -> tuple[torch.Tensor, torch.Tensor]:

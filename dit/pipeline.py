@@ -6,59 +6,20 @@ import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
+from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 
-from dit.config import Scheduler
-from dit.diffusion import guide
+from dit.diffusion import PredictionType, guide
 from dit.encoders import EncoderSource, load_text_encoder, load_vae
 from dit.errors import UserError
 from dit.images import to_images
 from dit.latents import pad
 from dit.model import DiT
 from dit.precision import has_bf16
-
-TRAINING_STEPS = 1000  # diffusers counts timesteps from 0 to 1000; the transformer from 0 to 1
-
-
-def make_scheduler(name: str):
-    """The diffusers scheduler that `sample.scheduler` names, for a rectified flow.
-
-    All but one follow the flow from the noise to one image. `stochastic` goes at each step all the way to the predicted
-    image and back to the next noise level with fresh noise (as Song et al. 2023, algorithm 1), so that later steps mend
-    what earlier ones got wrong. More of its steps are spent on noisy images, where the layout is decided. Of 1,000 prompts
-    after 1,200 steps of the default recipe `euler` drew 71 % right, this 80 %.
-
-    DPM-Solver and UniPC are told that the model predicts a flow: made from another scheduler's config they would take
-    it for a noise prediction.
-    """
-    flow = {
-        "num_train_timesteps": TRAINING_STEPS,
-        "prediction_type": "flow_prediction",
-        "use_flow_sigmas": True,
-        "flow_shift": 1.0,
-    }
-    if name == "euler":
-        return FlowMatchEulerDiscreteScheduler(TRAINING_STEPS)
-    if name == "stochastic":
-        return FlowMatchEulerDiscreteScheduler(TRAINING_STEPS, shift=2.0, stochastic_sampling=True)
-    if name == "heun":
-        return FlowMatchHeunDiscreteScheduler(TRAINING_STEPS)
-    if name == "dpm++":
-        return DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", **flow)
-    if name == "unipc":
-        return UniPCMultistepScheduler(**flow)
-    raise UserError(f"sample.scheduler: {name!r} is unknown; one of {', '.join(get_args(Scheduler))} would be right")
+from dit.schedulers import fit_problem, make_scheduler, model_times, scheduler_steps
 
 
 @dataclass
@@ -73,16 +34,20 @@ class DiTTextToImagePipeline(DiffusionPipeline):
 
     Args:
         transformer: the trained `DiT`.
-        scheduler: a diffusers scheduler of a flow, see `make_scheduler`.
+        scheduler: a diffusers scheduler for what the transformer predicts, see `make_scheduler`.
         vae: the `AutoencoderKL` whose latents the transformer was trained on.
         text_encoder: the `CLIPTextModelWithProjection` it was trained with.
         tokenizer: its `CLIPTokenizer`.
+        prediction_type: what the transformer predicts: "flow_prediction", "epsilon" or "v_prediction".
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
 
-    def __init__(self, transformer, scheduler, vae, text_encoder, tokenizer):
+    def __init__(
+        self, transformer, scheduler, vae, text_encoder, tokenizer, prediction_type: PredictionType = "flow_prediction"
+    ):
         super().__init__()
+        self.register_to_config(prediction_type=prediction_type)
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
@@ -106,14 +71,15 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         folder = Path(folder)
         try:
             index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-            encoders = index["encoders"]
+            encoders, prediction_type = index["encoders"], index["prediction_type"]
             vae_source, clip_source = EncoderSource(**encoders["vae"]), EncoderSource(**encoders["clip"])
             transformer = DiT.from_pretrained(folder, subfolder="transformer", torch_dtype=transformer_dtype or torch_dtype)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: not a trained model ({' '.join(str(error).split())[:120]}); run `dvc repro`") from None
         vae, _ = load_vae(vae_source, torch_dtype)
         text_encoder, tokenizer, _ = load_text_encoder(clip_source, torch_dtype)
-        pipeline = cls(transformer.eval(), make_scheduler("euler"), vae, text_encoder, tokenizer)
+        scheduler = make_scheduler("euler", prediction_type)
+        pipeline = cls(transformer.eval(), scheduler, vae, text_encoder, tokenizer, prediction_type)
         pipeline.default_size = encoders["image_size"]
         return pipeline
 
@@ -143,7 +109,8 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         Args:
             prompt: one caption or several.
             height, width: in pixels; multiples of 8 x patch size. Default: the size that was trained on.
-            num_inference_steps: scheduler steps; each is two evaluations of the transformer unless `guidance_scale` is 1.
+            num_inference_steps: evaluations of the transformer, of one batch with and without caption unless
+                `guidance_scale` is 1. Heun's method makes half as many steps of two evaluations each.
             guidance_scale: how far to lean away from what would be drawn without a caption; 1 is not at all.
             generator: one for all, or one for each prompt, so that a picture does not depend on its neighbours.
             output_type: "pil" or "latent".
@@ -154,18 +121,24 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         cell = factor * self.transformer.config.patch_size
         if height % cell or width % cell:
             raise UserError(f"height and width must be multiples of {cell}, not {height} x {width}")
+        problem = fit_problem(self.scheduler, self.config.prediction_type)
+        if problem:
+            raise UserError(problem)
         guided = guidance_scale > 1
         tokens, mask, pooled = self.encode_prompt([*prompts, *([""] * len(prompts) if guided else [])])
         keys_values = self.transformer.text_keys_values(tokens)
         shape = (1, self.transformer.config.in_channels, height // factor, width // factor)
         latents = self._noise(shape, len(prompts), generator).to(self.device)  # fp32 all the way, whatever the networks are
-        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
+        self.scheduler.set_timesteps(scheduler_steps(self.scheduler, num_inference_steps), device=self.device)
+        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         takes_noise = "generator" in inspect.signature(self.scheduler.step).parameters
         fresh_noise = {"generator": generator} if takes_noise else {}
-        for t in self.progress_bar(self.scheduler.timesteps):
-            inputs = latents.repeat(2, 1, 1, 1) if guided else latents
-            times = (t / TRAINING_STEPS).expand(len(inputs))
-            predicted = self.transformer(inputs, times, None, mask, pooled, keys_values)
+        rescale = getattr(self.scheduler, "scale_model_input", lambda latents, t: latents)
+        times = model_times(self.scheduler)
+        for t, time in zip(self.progress_bar(self.scheduler.timesteps), times, strict=True):
+            inputs = rescale(latents, t)
+            inputs = inputs.repeat(2, 1, 1, 1) if guided else inputs
+            predicted = self.transformer(inputs, time.expand(len(inputs)), None, mask, pooled, keys_values)
             if guided:
                 predicted = guide(*predicted.chunk(2), guidance_scale)
             latents = self.scheduler.step(predicted, t, latents, return_dict=False, **fresh_noise)[0]
@@ -188,5 +161,5 @@ def load_pipeline(folder: str | Path, scheduler: str) -> DiTTextToImagePipeline:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fast = torch.bfloat16 if has_bf16(device) else torch.float32
     pipeline = DiTTextToImagePipeline.from_pretrained(folder, transformer_dtype=fast).to(device)
-    pipeline.scheduler = make_scheduler(scheduler)
+    pipeline.scheduler = make_scheduler(scheduler, pipeline.config.prediction_type)
     return pipeline

@@ -92,6 +92,12 @@ class Tracker:
                 tags = [InputTag("mlflow.data.context", "training")]
                 self.client.log_inputs(self.run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
 
+    def go_on(self) -> None:
+        """A run that had been stopped is running again."""
+        if self.run_id:
+            with self._tolerant():
+                self.client.update_run(self.run_id, status="RUNNING")
+
     def finish(self, status: str = "FINISHED") -> None:
         if self.run_id:
             with self._tolerant():

@@ -20,7 +20,8 @@ from dit.errors import UserError
 def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], parallel: bool = False) -> None:
     """Run `main` on params.yaml as stage `name`; on a `UserError`, say it in one line and exit with 1.
 
-    A `parallel` stage runs `runtime.num_processes` times side by side, as accelerate does it: one process per GPU.
+    A `parallel` stage runs `runtime.num_processes` times side by side, as accelerate does it: one process per GPU. What
+    stands behind its name on the command line is passed on.
 
     DVC deletes a stage's outs before it starts it. `dvc checkout` brings those in its cache back; `metrics`, the outs
     that live in git instead, are brought back here: every good run leaves a copy in .state/metrics/ under its hash, and
@@ -42,7 +43,7 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], par
         if parallel and params.runtime.num_processes > 1:
             from stages.processes import run_processes  # imports torch, which the download stage needs not wait for
 
-            run_processes([sys.executable, "-m", f"stages.{name}"], params.runtime.num_processes)
+            run_processes([sys.executable, "-m", f"stages.{name}", *sys.argv[1:]], params.runtime.num_processes)
         else:
             main(params)
     except BaseException as error:

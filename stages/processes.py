@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import tempfile
@@ -11,6 +12,8 @@ import time
 import torch
 
 from dit.errors import UserError
+
+PATIENCE = 5.0  # seconds for the others to end by themselves, once one has
 
 
 class ProcessFailed(UserError):
@@ -21,6 +24,7 @@ def run_processes(command: list[str], count: int) -> None:
     """Run `command` `count` times side by side, each with its rank in the environment, and wait for all.
 
     As soon as one fails the others are ended. What went wrong is printed once: a mistake in the settings is found by all.
+    SIGTERM is passed on to them (Ctrl-C they get themselves), and they may take their time to save and stop.
 
     Raises:
         UserError: there are fewer GPUs.
@@ -46,16 +50,27 @@ def run_processes(command: list[str], count: int) -> None:
             )
             for rank in range(count)
         ]
+
+        def pass_on(number: int, frame) -> None:
+            for process in processes:
+                process.send_signal(number)
+
+        before = signal.signal(signal.SIGTERM, pass_on), signal.signal(signal.SIGINT, lambda number, frame: None)
         try:
             while None in (codes := [process.poll() for process in processes]) and not any(codes):
+                time.sleep(0.1)
+            deadline = time.monotonic() + PATIENCE
+            while None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline:
                 time.sleep(0.1)
             if any(codes):
                 if not codes[0]:  # the first has nothing to say, the others have
                     others.seek(0)
                     print(others.read(), end="", flush=True)
                 rank = next(rank for rank, code in enumerate(codes) if code)
-                raise ProcessFailed(f"process {rank} of {count} failed ({command[-1]}), see above")
+                raise ProcessFailed(f"process {rank} of {count} failed ({command[2]}), see above")
         finally:
+            signal.signal(signal.SIGTERM, before[0])
+            signal.signal(signal.SIGINT, before[1])
             for process in processes:
                 process.kill()
                 process.wait()

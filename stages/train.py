@@ -1,22 +1,35 @@
-"""Stage 3: train the transformer on the latent cache, and nothing but the transformer."""
+"""Stage 3: train the transformer on the latent cache, and nothing but the transformer.
+
+    python -m stages.train                      as `dvc repro train` does; goes on where a killed run of the same settings was
+    python -m stages.train --resume CHECKPOINT  goes on from this one, whatever settings it was of
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
-import pandas as pd
 import torch
+from accelerate import PartialState
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from PIL import Image
 from tqdm import tqdm
 
 from dit.config import Params
 from dit.encoders import EncoderSource, load_vae
-from dit.files import file_hash, write_json
+from dit.errors import UserError
+from dit.files import file_hash, mention_others, write_json
 from dit.images import to_images
 from dit.latents import LatentCache
-from dit.tracking import flatten, start_run
+from dit.tracking import Tracker, flatten, resume_run, start_run
+from dit.training.checkpoint import Checkpoints, open_checkpoint, training_key
 from dit.training.export import save_model
-from dit.training.loop import Watchers, train_transformer
+from dit.training.journal import Journal, Silent
+from dit.training.loop import train_transformer
+from dit.training.stop import Stopped
 from stages import run_stage
 
 METRICS, CURVES, RUN = "metrics/train.json", "metrics/curves.csv", "metrics/mlflow.json"
@@ -24,60 +37,88 @@ MODEL, LOG, PROGRESS = Path("models/dit"), Path("models/train.log"), Path("sampl
 
 
 def main(params: Params) -> None:
-    recipe = params.active
-    latents = Path("data/latents")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resume", type=Path, metavar="CHECKPOINT", help="a step-….safetensors of .state/train")
+    arguments = parser.parse_args()
+    recipe, latents = params.active, Path("data/latents")
     cache = LatentCache(latents)
     cache.verify()
     digest = file_hash(latents / "index.json")
-    tracker = start_run(params.recipe, tags={"data.latents": digest})
-    blocks = {"data": recipe.data, "encode": recipe.encode, "model": recipe.model, "schedule": recipe.schedule}
-    for name, block in (blocks | {"train": params.train}).items():
-        tracker.params(flatten(name, block))
-    tracker.dataset(params.recipe, digest, "data/latents")
+    settings = [asdict(block) for block in (recipe.model, recipe.schedule, params.train)]
+    state = Path(os.environ.get("DVC_ROOT", ".")) / ".state" / "train" / training_key(digest, *settings)
+    checkpoints = Checkpoints(state, params.runtime.keep_checkpoints)
+    resume = open_checkpoint(arguments.resume) if arguments.resume else checkpoints.newest(print)
     vae, _ = load_vae(EncoderSource(**cache.index["vae"]), device="cuda" if torch.cuda.is_available() else "cpu")
-    curves: dict[int, dict[str, float]] = {}
-    for folder in (MODEL, PROGRESS, Path("metrics")):
-        folder.mkdir(parents=True, exist_ok=True)
 
     @torch.no_grad()
     def decode(values: torch.Tensor) -> list[Image.Image]:
         return to_images(vae.decode(values / cache.index["vae_scaling"] + cache.index["vae_shift"]).sample)
 
-    def on_metrics(step: int, values: dict[str, float]) -> None:
-        curves.setdefault(step, {}).update(values)
-        tracker.metrics(values, step)
+    def run(journal: Journal) -> tuple:
+        return train_transformer(
+            cache, recipe.model, recipe.schedule, params.train, params.runtime, journal, decode, checkpoints, resume
+        )
 
-    def on_preview(step: int, picture: Image.Image) -> None:
-        picture.save(PROGRESS / f"step-{step:06d}.png")
-        tracker.picture(picture, "preview", step)
-
-    with LOG.open("w", encoding="utf-8", newline="\n") as log:
-
-        def on_log(line: str) -> None:
-            log.write(line + "\n")
-            log.flush()
-            if not line.startswith("step "):
-                tqdm.write(line)
-
-        status = "FAILED"
-        try:
-            transformer, summary = train_transformer(
-                cache,
-                recipe.model,
-                recipe.schedule,
-                params.train,
-                params.runtime,
-                Watchers(on_metrics, on_preview, on_log, decode),
-            )
-            status = "FINISHED"
-        finally:
-            tracker.finish(status)
+    if not PartialState(cpu=not torch.cuda.is_available()).is_main_process:
+        run(Silent())
+        return
+    mention_others("train", state)
+    tracker = open_run(params, digest, state)
+    journal = Journal(
+        LOG,
+        PROGRESS,
+        state / "progress",
+        on_metrics=lambda step, values: tracker.metrics(values, step),
+        on_preview=lambda step, picture: tracker.picture(picture, "preview", step),
+        say=tqdm.write,
+    )
+    status = "FAILED"
+    try:
+        with lock(state):
+            transformer, summary = run(journal)
+        status = "FINISHED"
+    except Stopped:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
     save_model(MODEL, transformer, cache, recipe.model, recipe.schedule, params.train)
-    table = pd.DataFrame.from_dict(curves, orient="index").rename_axis("step").sort_index()
-    table.to_csv(CURVES, float_format="%.6g", lineterminator="\n")
+    journal.write_curves(Path(CURVES))
     write_json(Path(METRICS), {key: round(value, 5) for key, value in summary.items()})
     write_json(Path(RUN), {"run_id": tracker.run_id})
+    shutil.rmtree(state)
+
+
+def open_run(params: Params, digest: str, state: Path) -> Tracker:
+    """MLflow's run of this training: the one that it began with, also where it goes on after it was killed."""
+    noted = state / "run_id"
+    known = resume_run(noted.read_text(encoding="utf-8")) if noted.exists() else None
+    if known:
+        known.go_on()
+        return known
+    tracker = start_run(params.recipe, tags={"data.latents": digest})
+    recipe = params.active
+    blocks = {"data": recipe.data, "encode": recipe.encode, "model": recipe.model, "schedule": recipe.schedule}
+    for name, block in (blocks | {"train": params.train}).items():
+        tracker.params(flatten(name, block))
+    tracker.dataset(params.recipe, digest, "data/latents")
+    state.mkdir(parents=True, exist_ok=True)
+    noted.write_text(tracker.run_id or "", encoding="utf-8")
+    return tracker
+
+
+def lock(state: Path) -> AcquireReturnProxy:
+    """A context in which no other training writes there: two of the same settings would overwrite each other's checkpoints.
+
+    Raises:
+        UserError: there is another one.
+    """
+    state.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(state / "lock").acquire(timeout=10)
+    except Timeout:
+        raise UserError(f"{state}: another training with the same settings is running") from None
 
 
 if __name__ == "__main__":
-    run_stage("train", main, metrics=[METRICS, CURVES, RUN])
+    run_stage("train", main, metrics=[METRICS, CURVES, RUN], parallel=True)

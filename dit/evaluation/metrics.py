@@ -12,6 +12,7 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from dit.config import Evaluate
+from dit.diffusion import make_objective
 from dit.encoders import EncoderSource, load_clip
 from dit.evaluation.judge import judge
 from dit.images import labelled_grid
@@ -51,9 +52,11 @@ def evaluate_samples(samples: Path, model: Path, latents: Path, settings: Evalua
         picked = [not problems[k] for k in np.flatnonzero((groups == group) & judged)]
         if picked:
             results |= accuracy(name, picked, settings.confidence)
+    prediction_type = json.loads((model / "model_index.json").read_text(encoding="utf-8"))["prediction_type"]
+    objective = make_objective("flow" if prediction_type == "flow_prediction" else "ddpm", prediction_type)
     transformer = DiT.from_pretrained(model, subfolder="transformer").eval().to(_device())
     results["clip_score"] = round(float(scores.mean()), 3)
-    results["val_loss"] = round(validation_loss(transformer, cache, BATCH_SIZE, settings.val_passes), 5)
+    results["val_loss"] = round(validation_loss(transformer, cache, BATCH_SIZE, objective, settings.val_passes), 5)
     draw_worst(pictures, texts, problems, scores, worst)
     return results
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dit.diffusion import sample_timesteps
+from dit.diffusion import Objective
 from dit.latents import Batch, LatentCache
 
 # One number per independent use of chance, so that adding one never shifts another.
@@ -55,14 +55,14 @@ def read_step(cache: LatentCache, seed: int, step: int, batch_size: int, flip: b
 
 
 def draw_step(
-    shape: tuple[int, int, int], seed: int, step: int, batch_size: int, dropout: float, logit_mean: float, device: torch.device
+    shape: tuple[int, int, int], seed: int, step: int, batch_size: int, dropout: float, objective: Objective, device: torch.device
 ) -> Draw:
     """Step `step`'s chance for the whole global batch; `shape` is (C, H, W)."""
     source = generator(device, seed, NOISE, step)
     return Draw(
         posterior_noise=torch.randn(batch_size, *shape, generator=source, device=device),
         noise=torch.randn(batch_size, *shape, generator=source, device=device),
-        timesteps=sample_timesteps(batch_size, source, logit_mean),
+        timesteps=objective.timesteps(torch.rand(batch_size, generator=source, device=device)),
         dropped=torch.rand(batch_size, generator=source, device=device) < dropout,
     )
 

