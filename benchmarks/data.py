@@ -187,7 +187,7 @@ def write_encoders(folder: Path) -> tuple[Path, Path]:
 def measure_cache(folder: Path, count: int) -> None:
     """Write a cache of real shapes and read it, each in a process of its own; prints a row of the table."""
     script = (
-        "import sys; from pathlib import Path; from benchmarks.synthetic import write_synthetic; "
+        "import sys; from pathlib import Path; from dit.synthetic import write_synthetic; "
         "from benchmarks.data import memory; write_synthetic(Path(sys.argv[1]), int(sys.argv[2])); print(memory('VmHWM'))"
     )
     started = time.perf_counter()

@@ -35,6 +35,23 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--decode", type=int, default=0, metavar="N", help="draw N originals beside their decoded latents")
     inspect.add_argument("--raw", type=Path, default=Path("data/raw"), help="where the originals are; default: %(default)s")
     inspect.add_argument("--output", type=Path, default=Path("latents.png"), help="default: %(default)s")
+    bench = commands.add_parser(
+        "benchmark",
+        help="measure training: against the hardware's peak, other transformers, and encoding at every step",
+        epilog="example: dit benchmark --batch-size 96     (a GPU)      dit benchmark --batch-size 2 --steps 3     (a CPU)",
+    )
+    bench.add_argument("--batch-size", type=int, help="default: 96 on a GPU, 2 on a CPU")
+    bench.add_argument("--text-tokens", type=int, default=24, help="length that captions are padded to; default: %(default)s")
+    bench.add_argument("--steps", type=int, default=5, help="of each; the fastest counts; default: %(default)s")
+    bench.add_argument("--hidden-size", type=int, default=768, help="default: %(default)s")
+    bench.add_argument("--num-layers", type=int, default=16, help="default: %(default)s")
+    bench.add_argument("--num-heads", type=int, default=12, help="default: %(default)s")
+    bench.add_argument("--patch-size", type=int, default=2, choices=[1, 2, 4, 8], help="default: %(default)s")
+    bench.add_argument("--precision", choices=["no", "fp16", "bf16"], default="bf16", help="default: %(default)s")
+    bench.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile this model and its peers; default: on a GPU"
+    )
+    bench.add_argument("--output", type=Path, default=Path("benchmark.json"), help="default: %(default)s")
     generate = commands.add_parser(
         "generate",
         help="draw captions with the trained model",
@@ -60,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
             check()
         elif arguments.command == "where":
             where()
+        elif arguments.command == "benchmark":
+            run_benchmark(arguments)
         elif arguments.command == "inspect":
             inspect(arguments)
         else:
@@ -112,6 +131,30 @@ def inspect(arguments: argparse.Namespace) -> None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(arguments.output)
         print(f"{'picture':16} {arguments.output}: originals on the left, decoded latents on the right")
+
+
+def run_benchmark(arguments: argparse.Namespace) -> None:
+    """Print the benchmark's table and write its figures as JSON."""
+    import torch
+
+    from dit.benchmark import benchmark, table
+    from dit.config import Model, load_config
+    from dit.files import write_json
+
+    gpu = torch.cuda.is_available()
+    sizes = {name: getattr(arguments, name) for name in ("patch_size", "hidden_size", "num_layers", "num_heads")}
+    results = benchmark(
+        load_config(),
+        Model(**sizes),
+        batch=arguments.batch_size or (96 if gpu else 2),
+        tokens=arguments.text_tokens,
+        rounds=arguments.steps,
+        precision=arguments.precision,
+        compiled=gpu if arguments.compile is None else arguments.compile,
+    )
+    print(table(results))
+    write_json(arguments.output, results)
+    print(f"\n{arguments.output}")
 
 
 def generate(arguments: argparse.Namespace) -> None:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from conftest import REPO, write_cache
+from test_diffusion import DEVIATION, MEAN, ideal
 
 from dit.config import Model, load_config
+from dit.diffusion import make_objective
 from dit.encoders import EncoderSource
 from dit.errors import UserError
 from dit.files import file_hash
 from dit.model import DiT
-from dit.pipeline import DiTTextToImagePipeline, make_scheduler
+from dit.pipeline import DiTTextToImagePipeline
+from dit.schedulers import make_scheduler, model_times, scheduler_steps
 from dit.training.export import save_model
 
 PARAMS = load_config(REPO / "params.yaml")
 SOLVERS = ["euler", "heun", "dpm++", "unipc"]
+PAIRS = [(name, "flow_prediction") for name in SOLVERS] + [
+    (name, kind) for name in [*SOLVERS, "ddim"] for kind in ("epsilon", "v_prediction")
+]
 
 
 def random_transformer() -> DiT:
@@ -27,11 +35,11 @@ def random_transformer() -> DiT:
     return transformer
 
 
-def save(folder) -> None:
+def save(folder, **train) -> None:
     cache = write_cache(folder / "latents")
     model = Model(patch_size=2, hidden_size=32, num_layers=2, num_heads=2)
     cache.index["clip"] = cache.index["vae"] = EncoderSource("builtin").to_dict()
-    save_model(folder / "dit", random_transformer(), cache, model, PARAMS.shapes.schedule, PARAMS.train)
+    save_model(folder / "dit", random_transformer(), cache, model, PARAMS.shapes.schedule, replace(PARAMS.train, **train))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +58,7 @@ def draw(pipeline, prompts, seeds, **settings) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("scheduler", ["euler", "stochastic"])
 def test_a_picture_depends_on_prompt_and_seed_and_not_on_its_neighbours(pipeline, scheduler, monkeypatch):
-    monkeypatch.setattr(pipeline, "scheduler", make_scheduler(scheduler))
+    monkeypatch.setattr(pipeline, "scheduler", make_scheduler(scheduler, "flow_prediction"))
     a, b, c = draw(pipeline, ["a red circle", "a red circle", "a blue star"], [1, 2, 1])
     assert a.shape == (64, 64, 3)
     assert not np.array_equal(a, b) and not np.array_equal(a, c)
@@ -69,24 +77,54 @@ def test_guidance_changes_the_picture_and_one_is_without(pipeline):
     assert not np.array_equal(with_guidance, without)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
-def test_every_solver_solves_a_flow_that_is_known_in_closed_form(name):
-    """Images from N(m, s^2): the ideal velocity carries noise z to m + s z, unless it is taken for a noise prediction."""
-    mean, deviation = 2.0, 0.5
-    scheduler = make_scheduler(name)
-    scheduler.set_timesteps(60)
-    x = noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    for timestep in scheduler.timesteps:
-        t = timestep / 1000
-        surprise = (x - (1 - t) * mean) / ((1 - t) ** 2 * deviation**2 + t**2)
-        x = scheduler.step(t * surprise - (mean + (1 - t) * deviation**2 * surprise), timestep, x, return_dict=False)[0]
-    assert (x - (mean + deviation * noise)).abs().max() < 0.12
+@pytest.mark.parametrize(("name", "prediction_type"), PAIRS)
+def test_every_solver_solves_what_is_known_in_closed_form(name, prediction_type):
+    """Images from N(m, s^2): the ideal prediction carries noise z to m + s z, unless it is taken for something else."""
+    flow = prediction_type == "flow_prediction"
+    objective = make_objective("flow" if flow else "ddpm", prediction_type)
+    scheduler = make_scheduler(name, prediction_type)
+    scheduler.set_timesteps(scheduler_steps(scheduler, 60))
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    x, evaluations = noise * getattr(scheduler, "init_noise_sigma", 1.0), 0
+    for timestep, t in zip(scheduler.timesteps, model_times(scheduler), strict=True):
+        seen = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(ideal(objective)(seen, t[None]), timestep, x, return_dict=False)[0]
+        evaluations += 1
+    assert (x - (MEAN + DEVIATION * noise)).abs().max() < 0.12
+    assert evaluations in (59, 60)
+
+
+@pytest.mark.parametrize("name", ["dpm++", "unipc"])
+def test_a_flows_timesteps_are_the_noise_levels_and_not_rounded(name):
+    scheduler = make_scheduler(name, "flow_prediction")
+    scheduler.set_timesteps(7)
+    assert torch.allclose(model_times(scheduler), scheduler.sigmas[:7].float())
+    assert (model_times(scheduler) * 1000 - scheduler.timesteps).abs().max() > 0.1  # diffusers' own are
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_ddpms_own_sampler_draws_a_gaussian_world(prediction_type):
+    objective, scheduler = make_objective("ddpm", prediction_type), make_scheduler("stochastic", prediction_type)
+    scheduler.set_timesteps(200)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, 32, 32, generator=generator)
+    for timestep, t in zip(scheduler.timesteps, model_times(scheduler), strict=True):
+        x = scheduler.step(ideal(objective)(x, t[None]), timestep, x, return_dict=False, generator=generator)[0]
+    assert abs(x.mean() - MEAN) < 0.03 and abs(x.std() / DEVIATION - 1) < 0.06
+
+
+def test_a_scheduler_that_takes_the_prediction_for_another_is_refused(pipeline, monkeypatch):
+    from diffusers import DPMSolverMultistepScheduler
+
+    monkeypatch.setattr(pipeline, "scheduler", DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config))
+    with pytest.raises(UserError, match="trained for flow_prediction, and this DPMSolverMultistepScheduler takes .* epsilon"):
+        pipeline("a red circle", num_inference_steps=2)
 
 
 def test_the_stochastic_scheduler_draws_what_can_be_said_in_closed_form():
     """The same images: at each step the best guess of the image, whose variance is known, and fresh noise on it."""
     mean, deviation = 2.0, 0.5
-    scheduler = make_scheduler("stochastic")
+    scheduler = make_scheduler("stochastic", "flow_prediction")
     scheduler.set_timesteps(60)
     generator = torch.Generator().manual_seed(0)
     x = noise = torch.randn(1, 4, 32, 32, generator=generator)
@@ -104,7 +142,20 @@ def test_the_stochastic_scheduler_draws_what_can_be_said_in_closed_form():
 
 def test_an_unknown_scheduler_is_refused():
     with pytest.raises(UserError, match="euler, heun"):
-        make_scheduler("ddim")
+        make_scheduler("plms", "epsilon")
+    with pytest.raises(UserError, match="ddim is for train.objective ddpm"):
+        make_scheduler("ddim", "flow_prediction")
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_model_of_ddpm_is_saved_loaded_and_drawn_with_as_one(tmp_path, prediction_type):
+    save(tmp_path, objective="ddpm", prediction_type=prediction_type)
+    pipeline = DiTTextToImagePipeline.from_pretrained(tmp_path / "dit")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.config.prediction_type == pipeline.scheduler.config.prediction_type == prediction_type
+    (picture,) = draw(pipeline, ["a red circle"], [1])
+    assert picture.shape == (64, 64, 3)
+    assert "DDPM" in (tmp_path / "dit" / "README.md").read_text()
 
 
 def test_the_model_folder_holds_no_pickle_and_is_the_same_each_time(tmp_path):

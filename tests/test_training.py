@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import itertools
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from conftest import REPO, write_cache
-from PIL import Image
+from conftest import write_cache
 from safetensors.torch import load_file
+from training import CPU, MODEL, PARAMS, Notes, run, same, settings
 
-from dit.config import Model, Schedule, load_config
+from dit.diffusion import Flow
 from dit.errors import UserError
+from dit.resident import ResidentCache
 from dit.training import loop
 from dit.training.batches import draw_step, drop_captions, global_batch, read_step
-from dit.training.loop import Watchers, choose_precision, train_transformer
+from dit.training.data import Steps, load_batches
+from dit.training.loop import choose_precision
 from dit.training.schedule import learning_rate_factor
 from dit.training.validation import validation_loss
-
-PARAMS = load_config(REPO / "params.yaml")
-MODEL = Model(patch_size=2, hidden_size=64, num_layers=2, num_heads=4)
-CPU = torch.device("cpu")
-
-
-def watch(metrics: dict | None = None, lines: list | None = None, previews: dict | None = None) -> Watchers:
-    return Watchers(
-        metrics=lambda step, values: (metrics if metrics is not None else {}).setdefault(step, {}).update(values),
-        preview=lambda step, picture: (previews if previews is not None else {}).update({step: picture}),
-        log=(lines if lines is not None else []).append,
-        decode=lambda latents: [Image.new("RGB", (64, 64))] * len(latents),
-    )
-
-
-def run(cache, epochs: int = 3, train: dict | None = None, watchers: Watchers | None = None, rate: float = 1e-3):
-    settings = replace(PARAMS.train, **{"batch_size": 6, "warmup_steps": 2, "mixed_precision": "no"} | (train or {}))
-    schedule = Schedule(num_epochs=epochs, learning_rate=rate, logit_mean=0.0, compile_model=False)
-    runtime = replace(PARAMS.runtime, log_every=2, validate_every=4, sample_every=4)
-    AcceleratorState._reset_state()  # accelerate keeps the precision of a process's first training
-    return train_transformer(cache, MODEL, schedule, settings, runtime, watchers or watch())
 
 
 def test_a_step_draws_among_all_crops_and_mirror_images(tmp_path):
@@ -66,7 +46,7 @@ def test_every_epoch_shows_every_image_once_in_another_order():
 
 def test_a_step_depends_on_seed_and_step_alone(cache):
     def everything(seed: int, step: int):
-        chance = draw_step(cache.latent_shape, seed, step, 8, 0.5, 0.0, CPU)
+        chance = draw_step(cache.latent_shape, seed, step, 8, 0.5, Flow(), CPU)
         return [*vars(read_step(cache, seed, step, 8, True, slice(0, 8))).values(), *vars(chance).values()]
 
     torch.manual_seed(5)
@@ -100,67 +80,166 @@ def test_the_learning_rate_warms_up_and_falls():
     assert learning_rate_factor("constant", 99, 10, 100) == 1
 
 
-def test_the_same_settings_train_the_same_weights_and_another_seed_others(cache):
-    first, again, other = (run(cache, train={"seed": seed})[0].state_dict() for seed in (0, 0, 1))
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["unpatch.weight"], other["unpatch.weight"])
+def test_the_same_settings_train_the_same_weights_and_another_seed_others(cache, tmp_path):
+    first, again, other = (run(cache, tmp_path, {"seed": seed})[0] for seed in (0, 0, 1))
+    assert same(first, again)
+    assert not torch.equal(first.unpatch.weight, other.unpatch.weight)
 
 
-def test_training_reports_curves_previews_and_a_log(cache):
-    metrics, lines, previews = {}, [], {}
-    _, summary = run(cache, watchers=watch(metrics, lines, previews))
+def test_training_reports_curves_previews_and_a_log(cache, tmp_path):
+    notes = Notes()
+    _, summary = run(cache, tmp_path, journal=notes)
+    curves = notes.curves
     assert summary["steps"] == 9 and summary["images_per_second"] > 0
-    assert sorted(metrics) == [2, 4, 6, 8, 9] and "val_loss" in metrics[4] and "val_loss" not in metrics[2]
-    assert {"train_loss", "grad_norm", "learning_rate", "images_per_second", "mfu"} <= set(metrics[9])
-    assert sorted(previews) == [4, 8, 9] and previews[9].width > 500
-    assert any("step 9/9 loss" in line for line in lines)
+    assert sorted(curves) == [2, 4, 6, 8, 9] and "val_loss" in curves[4] and "val_loss" not in curves[2]
+    assert {"train_loss", "grad_norm", "learning_rate", "images_per_second", "mfu", "val_loss", "val_loss_raw"} <= set(curves[9])
+    assert curves[4]["val_loss"] != curves[4]["val_loss_raw"]
+    assert sorted(notes.pictures) == [4, 8, 9] and notes.pictures[9].width > 500
+    assert any("step 9/9 loss" in line for line in notes.lines)
 
 
-def test_mixed_precision_trains_validates_and_draws_close_to_what_fp32_does(cache, monkeypatch):
-    monkeypatch.setattr(loop, "has_bf16", lambda device: True)  # emulated where it is not there: slow, and the same numbers
-    curves: list[dict] = [{}, {}]
-    for precision, curve in zip(("no", "bf16"), curves, strict=True):
-        run(cache, train={"mixed_precision": precision}, watchers=watch(curve))
-    assert curves[1][8]["val_loss"] == pytest.approx(curves[0][8]["val_loss"], rel=0.02)
-    assert curves[1][9]["train_loss"] == pytest.approx(curves[0][9]["train_loss"], rel=0.05)
+def test_the_loss_is_reported_by_timestep(cache, tmp_path):
+    notes = Notes()
+    run(cache, tmp_path, runtime={"log_every": 9}, journal=notes)
+    bins = [notes.curves[9][f"loss_t_{k / 5:.1f}_{(k + 1) / 5:.1f}"] for k in range(5)]
+    assert all(loss > 0 for loss in bins)
+    assert min(bins) < notes.curves[9]["train_loss"] < max(bins)
 
 
-def test_eight_images_are_learned_by_heart(tmp_path):
-    cache = write_cache(tmp_path, images=10, val=2, shards=1, captions=1)
-    metrics: dict = {}
-    run(cache, 150, {"caption_dropout": 0.0, "horizontal_flip": False, "ema_decay": 0.9}, watch(metrics), rate=3e-3)
-    losses = [metrics[step]["train_loss"] for step in sorted(metrics)]
-    assert np.mean(losses[-10:]) < 0.5 * losses[0]
+def test_the_window_counts_each_row_in_its_bin_and_no_skipped_step(monkeypatch):
+    class Alone:
+        num_processes, is_main_process = 1, True
+
+    window = loop.Window(CPU)
+    window.add(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.1, 0.15, 0.99]), torch.tensor(3.0))
+    window.add(torch.tensor([float("nan")]), torch.tensor([0.5]), torch.tensor(float("nan")))
+    assert window.in_a_row == 1
+    values = window.close(Alone(), 3, 0.0)
+    assert values["train_loss"] == 3 and values["grad_norm"] == 3 and values["skipped_steps"] == 1
+    assert values["loss_t_0.0_0.2"] == 1.5 and values["loss_t_0.8_1.0"] == 6 and np.isnan(values["loss_t_0.4_0.6"])
+    window.add(torch.tensor([float("inf")]), torch.tensor([0.5]), torch.tensor(float("inf")))
+    assert window.in_a_row == 2  # over the border of two windows
+    window.add(torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor(1.0))
+    assert window.in_a_row == 0
 
 
-def test_accumulating_gradients_trains_as_one_larger_batch_does(cache):
-    whole = run(cache, train={"batch_size": 6})[0]
-    assert whole is not None
-    parts = replace(PARAMS.train, batch_size=3, gradient_accumulation_steps=2, warmup_steps=2, mixed_precision="no")
-    schedule = Schedule(num_epochs=3, learning_rate=1e-3, logit_mean=0.0, compile_model=False)
-    runtime = replace(PARAMS.runtime, log_every=2, validate_every=100, sample_every=100)
-    split, _ = train_transformer(cache, MODEL, schedule, parts, runtime, watch())
+def test_mixed_precision_trains_validates_and_draws_close_to_what_fp32_does(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "has_bf16", lambda device: True)  # slow where it is emulated, and the same numbers
+    fp32, bf16 = Notes(), Notes()
+    for precision, notes in (("no", fp32), ("bf16", bf16)):
+        run(cache, tmp_path, {"mixed_precision": precision}, journal=notes)
+    assert bf16.curves[8]["val_loss"] == pytest.approx(fp32.curves[8]["val_loss"], rel=0.02)
+    assert bf16.curves[9]["train_loss"] == pytest.approx(fp32.curves[9]["train_loss"], rel=0.05)
+
+
+@pytest.mark.parametrize("objective", ["flow", "ddpm"])
+def test_eight_images_are_learned_by_heart(tmp_path, objective):
+    """Random pictures of 256 numbers each: knowing nothing of them costs about 2 for the flow's target and 1 for v."""
+    cache, notes = write_cache(tmp_path / "cache", images=10, val=2, shards=1, captions=1, size=4), Notes()
+    train = {"caption_dropout": 0.0, "horizontal_flip": False, "batch_size": 8, "objective": objective, "validate_every": 1000}
+    often = {"log_every": 50, "sample_every": 1000, "checkpoint_every": 1000}
+    run(cache, tmp_path / "state", train, often, notes, num_epochs=800, learning_rate=3e-3)
+    losses = [values["train_loss"] for values in notes.curves.values() if "train_loss" in values]
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_accumulating_gradients_trains_as_one_larger_batch_does(cache, tmp_path):
+    whole = run(cache, tmp_path, {"batch_size": 6})[0]
+    split = run(cache, tmp_path, {"batch_size": 3, "gradient_accumulation_steps": 2})[0]
     for a, b in zip(whole.parameters(), split.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
 
 
-def test_a_step_without_finite_gradients_is_skipped_and_reported(cache, monkeypatch):
-    lines: list[str] = []
-    original, calls = loop.diffusion.loss, []
+def poison(monkeypatch, calls_to_spoil: set[int], factor: float) -> None:
+    """Multiply the loss by `factor` in the given calls, counted from 1."""
+    original, calls = loop.diffusion.loss, itertools.count(1)
 
-    def poisoned(prediction, images, noise):
-        calls.append(1)
-        return original(prediction, images, noise) * (float("nan") if len(calls) == 3 else 1.0)
+    def poisoned(*arguments):
+        loss = original(*arguments)
+        return loss * factor if torch.is_grad_enabled() and next(calls) in calls_to_spoil else loss
 
     monkeypatch.setattr(loop.diffusion, "loss", poisoned)
-    model, _ = run(cache, watchers=watch(lines=lines))
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e6])
+def test_a_step_that_explodes_or_is_no_number_is_skipped_and_reported(cache, tmp_path, monkeypatch, factor):
+    notes = Notes()
+    poison(monkeypatch, {3}, factor)
+    model, _ = run(cache, tmp_path, journal=notes)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
-    assert any("1 steps up to step 4 were skipped" in line for line in lines)
+    assert any("1 steps up to step 4 were skipped" in line for line in notes.lines)
+    assert [notes.curves[step]["skipped_steps"] for step in (2, 4, 6)] == [0, 1, 0]
+
+
+def test_a_skipped_step_changes_no_weight(cache, tmp_path, monkeypatch):
+    poison(monkeypatch, set(range(1, 100)), float("nan"))
+    model = run(cache, tmp_path, {"max_skipped": 100})[0]
+    assert same(model, loop.build_model(cache, MODEL, PARAMS.train.seed))
+
+
+def test_too_many_skipped_steps_end_the_training_with_the_good_state_and_the_parameter(cache, tmp_path, monkeypatch):
+    poison(monkeypatch, set(range(4, 100)), float("nan"))
+    with pytest.raises(UserError, match=r"the 3 steps after step 3 were skipped .* parameter .* is patch\.weight\."):
+        run(cache, tmp_path, {"max_skipped": 3})
+    kept = load_file(tmp_path / "step-00000006.safetensors")
+    assert all(torch.isfinite(value).all() for value in kept.values())
+
+
+def test_training_stops_early_and_takes_the_best_weights(cache, tmp_path, monkeypatch):
+    losses = iter([0.5, 9.0, 0.4, 9.0, 0.6, 9.0, 0.7, 9.0, 0.1, 9.0])  # of the moving average and the raw weights in turn
+    seen = []
+
+    def validate(model, *arguments):
+        seen.append([parameter.detach().clone() for parameter in model.parameters()])
+        return next(losses)
+
+    monkeypatch.setattr(loop, "validation_loss", validate)
+    notes = Notes()
+    model, summary = run(cache, tmp_path, {"validate_every": 1, "early_stopping_patience": 2}, journal=notes)
+    assert summary["steps"] == 4 and summary["val_loss"] == 0.4
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), seen[2], strict=True))
+    assert "stopped early at step 4: the lowest validation loss was at step 2" in notes.lines
+
+
+def test_validating_and_drawing_do_not_change_what_is_trained(cache, tmp_path):
+    often = run(cache, tmp_path, {"validate_every": 1}, {"sample_every": 1, "log_every": 1})[0]
+    seldom = run(cache, tmp_path, {"validate_every": 100}, {"sample_every": 100, "log_every": 100})[0]
+    assert same(often, seldom)
+
+
+def test_a_batch_that_does_not_fit_in_memory_is_answered_with_one_that_does(cache, tmp_path, monkeypatch):
+    original = loop.diffusion.loss
+
+    def small_memory(objective, prediction, *arguments):
+        if len(prediction) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(objective, prediction, *arguments)
+
+    monkeypatch.setattr(loop.diffusion, "loss", small_memory)
+    with pytest.raises(UserError, match="train.batch_size: 6 images need more memory than there is; 3 fit: .*steps 2"):
+        run(cache, tmp_path)
+    with pytest.raises(UserError, match="batch_size: 15 .*; 3 fit: .*steps 5"):
+        run(cache, tmp_path, {"batch_size": 15, "gradient_checkpointing": True})
+
+
+def test_batches_are_the_same_from_files_from_workers_and_from_the_devices_memory(tmp_path):
+    cache = write_cache(tmp_path, views=6)
+    steps = Steps(cache, 3, 8, True, [slice(0, 3), slice(3, 8)])
+    expected = [read_step(cache, 3, step, 8, True, rows) for step in (2, 3) for rows in steps.parts]
+    resident = load_batches(steps, 2, 4, CPU, settings(runtime={"data_on_device": True})[2])
+    plain = load_batches(steps, 2, 4, CPU, settings()[2])
+    workers = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(4, 8), num_workers=2)
+    for batches in (resident, plain, workers):
+        found = list(batches)
+        assert len(found) == 4
+        for batch, wanted in zip(found, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(vars(batch).values(), vars(wanted).values(), strict=True))
+    assert isinstance(ResidentCache(cache, CPU).read(cache.train[:1], np.zeros(1), np.zeros(1, bool)).mask, torch.Tensor)
 
 
 def test_the_validation_loss_is_the_same_for_every_batch_size(cache):
     model = loop.build_model(cache, MODEL, 0).eval()
-    losses = [validation_loss(model, cache, batch_size, passes=2) for batch_size in (1, 4, 6)]
+    losses = [validation_loss(model, cache, batch_size, Flow(), passes=2) for batch_size in (1, 4, 6)]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
@@ -171,4 +250,11 @@ def test_a_precision_that_the_machine_cannot_do_is_refused_or_replaced(monkeypat
         choose_precision("fp16", print)
     lines: list[str] = []
     monkeypatch.setattr(loop, "has_bf16", lambda device: False)
-    assert choose_precision("bf16", lines.append) == "no" and "no bf16 instructions" in lines[0]
+    assert choose_precision("bf16", lines.append) == "no" and "not faster in bf16" in lines[0]
+
+
+@pytest.mark.slow
+def test_compiled_training_is_close_to_plain_training(cache, tmp_path):
+    plain, compiled = (run(cache, tmp_path, compile_model=wanted)[0] for wanted in (False, True))
+    for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)

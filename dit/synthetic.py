@@ -18,15 +18,17 @@ SHORTEST, LONGEST = 8, 20  # tokens of a COCO caption, beginning and end include
 SHARD_IMAGES = 3072  # about 160 MB with one caption each
 
 
-def write_synthetic(folder: Path, images: int, captions: int = 1) -> None:
-    """A cache of `images` images with `captions` captions each; one of twenty images is for validation."""
+def write_synthetic(folder: Path, images: int, captions: int = 1, longest: int = LONGEST) -> None:
+    """A cache of `images` images with `captions` captions each, of at most `longest` tokens; one of twenty images is for
+    validation."""
     rng = np.random.default_rng(0)
     pool = torch.from_numpy(rng.standard_normal(2**22, dtype=np.float32)).half()  # drawing 4 GB anew would be what is measured
     parts = folder / "parts"
     count = -(-images // SHARD_IMAGES)
     for number in tqdm(range(count), desc=f"write {images}", unit="shard", delay=2):
         own = range(number * SHARD_IMAGES, min((number + 1) * SHARD_IMAGES, images))
-        lengths = rng.integers(SHORTEST, LONGEST, len(own) * captions, endpoint=True).tolist()
+        lengths = rng.integers(SHORTEST, longest, len(own) * captions, endpoint=True).tolist()
+        lengths[0] = longest
         buffer = ShardBuffer([i % 20 == 0 for i in own], [captions] * len(own), lengths, [False] * len(lengths))
         for start in range(0, len(own), 64):
             batch = own[start : start + 64]

@@ -1,0 +1,72 @@
+"""Two gloo processes train what one does, and each says and writes what it should."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, write_cache
+from safetensors.torch import load_file
+from training import settings
+
+from dit.training.loop import own_rows
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{repo!r}, {tests!r}]
+import torch
+torch.set_num_threads(1)
+from accelerate import PartialState
+from safetensors.torch import save_file
+from dit.latents import LatentCache
+from training import Notes, run
+state = PartialState(cpu=True)
+notes = Notes()
+model, summary = run(LatentCache({cache!r}), Path({out!r}) / "checkpoints", {train!r}, journal=notes, num_epochs={epochs})
+save_file(model.state_dict(), Path({out!r}) / f"rank{{state.process_index}}.safetensors")
+losses = [values["train_loss"] for values in notes.curves.values() if "train_loss" in values]
+(Path({out!r}) / f"curve{{state.process_index}}.txt").write_text(" ".join(map(str, losses)))
+"""
+
+
+def train_with(processes: int, cache, out, train: dict, epochs: int) -> dict[str, torch.Tensor]:
+    out.mkdir()
+    code = SCRIPT.format(
+        repo=str(REPO), tests=str(REPO / "tests"), cache=str(cache.folder), out=str(out), train=train, epochs=epochs
+    )
+    launch = f"from stages.processes import run_processes; run_processes([{sys.executable!r}, '-c', {code!r}], {processes})"
+    command = [sys.executable, "-c", code if processes == 1 else launch]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return load_file(out / "rank0.safetensors")
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"batch_size": 5, "caption_dropout": 0.3},  # 3 and 2 images
+        {"batch_size": 3, "gradient_accumulation_steps": 2, "objective": "ddpm"},
+    ],
+)
+def test_two_processes_come_to_one_processs_weights(tmp_path, train):
+    cache = write_cache(tmp_path / "cache")
+    epochs = -(-50 * train["batch_size"] * train.get("gradient_accumulation_steps", 1) // len(cache.train))  # 50 steps
+    one = train_with(1, cache, tmp_path / "one", train, epochs)
+    two = train_with(2, cache, tmp_path / "two", train, epochs)
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+    other = load_file(tmp_path / "two" / "rank1.safetensors")
+    assert all(torch.equal(two[name], other[name]) for name in two)
+    curves = [np.loadtxt(tmp_path / folder / "curve0.txt") for folder in ("one", "two")]
+    assert len(curves[0]) > 20 and np.allclose(*curves, atol=1e-5)
+    assert len(list((tmp_path / "two" / "checkpoints").glob("*.safetensors"))) == 2
+
+
+def test_rows_are_shared_out_without_gap_or_overlap():
+    train = settings({"batch_size": 7, "gradient_accumulation_steps": 2})[1]
+    shares = [own_rows(train, 3, number) for number in range(3)]
+    rows = [row for parts in shares for part in parts for row in range(part.start, part.stop)]
+    assert sorted(rows) == list(range(14)) and {len(parts) for parts in shares} == {2}

@@ -1,0 +1,85 @@
+"""What the tests of training share: a small transformer, quick settings, and a journal in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from conftest import REPO
+from PIL import Image
+
+from dit.config import Model, Runtime, Schedule, Train, load_config
+from dit.latents import LatentCache
+from dit.model import DiT
+from dit.training.checkpoint import Checkpoint, Checkpoints
+from dit.training.journal import Silent
+from dit.training.loop import train_transformer
+
+PARAMS = load_config(REPO / "params.yaml")
+MODEL = Model(patch_size=2, hidden_size=64, num_layers=2, num_heads=4)
+CPU = torch.device("cpu")
+
+
+class Notes(Silent):
+    """A journal that only remembers."""
+
+    def __init__(self, on_log: Callable[[str], None] = lambda line: None):
+        super().__init__()
+        self.pictures: dict[int, Image.Image] = {}
+        self.on_log = on_log
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        self.curves.setdefault(step, {}).update(values)
+
+    def preview(self, step: int, picture: Image.Image) -> None:
+        self.pictures[step] = picture
+
+    def log(self, line: str, say: bool = True) -> None:
+        self.lines.append(line)
+        self.on_log(line)
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def restore(self, state: dict, step: int) -> None:
+        self.curves, self.lines = dict(state["curves"]), list(state["lines"])
+
+
+def settings(train: dict | None = None, runtime: dict | None = None, **schedule) -> tuple[Schedule, Train, Runtime]:
+    """Settings for seconds: 9 steps of 6 of the 18 training images of `conftest.write_cache`, unless told otherwise."""
+    quick = {"batch_size": 6, "warmup_steps": 2, "mixed_precision": "no", "validate_every": 4}
+    often = {"log_every": 2, "sample_every": 4, "checkpoint_every": 4}
+    return (
+        Schedule(**{"num_epochs": 3, "learning_rate": 1e-3, "logit_mean": 0.0, "compile_model": False} | schedule),
+        replace(PARAMS.train, **quick | (train or {})),
+        replace(PARAMS.runtime, **often | (runtime or {})),
+    )
+
+
+def run(
+    cache: LatentCache,
+    folder: Path,
+    train: dict | None = None,
+    runtime: dict | None = None,
+    journal: Notes | None = None,
+    resume: Checkpoint | None = None,
+    **schedule,
+) -> tuple[DiT, dict[str, float]]:
+    """Train with checkpoints in `folder`."""
+    AcceleratorState._reset_state()  # accelerate keeps the precision of a process's first training
+    checkpoints = Checkpoints(folder, keep=2)
+
+    def decode(latents: torch.Tensor) -> list[Image.Image]:
+        return [Image.new("RGB", (64, 64))] * len(latents)
+
+    return train_transformer(
+        cache, MODEL, *settings(train, runtime, **schedule), journal or Notes(), decode, checkpoints, resume
+    )
+
+
+def same(first: DiT, second: DiT) -> bool:
+    """Whether all weights are equal, bit by bit."""
+    return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
