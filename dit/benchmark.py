@@ -256,7 +256,8 @@ def benchmark(params: Params, model: Model, batch: int, tokens: int, rounds: int
     seconds, memory = fastest(steps, rounds, device)
     peaks.append(matmul_peak(device, dtype))
     parameters = bare.parameters
-    del steps, bare, encode, tutorial
+    steps.clear()
+    del bare, encode, tutorial
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     rate = loop_rate(params, model, batch, tokens, rounds, precision, compiled)

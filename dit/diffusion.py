@@ -66,20 +66,25 @@ class DDPM:
     """The variance-preserving path x_t = sqrt(a) x + sqrt(1 - a) noise, in 1,000 steps, through diffusers' scheduler.
 
     Args:
+        logit_mean: of the timesteps: noise levels (in terms of the signal-to-noise ratio) come as often as with a `Flow` of
+            this mean. Were all timesteps equally frequent, a quarter would go into images of almost nothing but noise.
         prediction_type: "epsilon", the noise, or "v_prediction", sqrt(a) noise - sqrt(1 - a) x.
         snr_gamma: of the min-SNR weighting (Hang et al. 2023, arXiv:2303.09556, section 3.4); None for equal weights.
     """
 
-    def __init__(self, prediction_type: PredictionType, snr_gamma: float | None = None):
-        self.prediction_type, self.snr_gamma = prediction_type, snr_gamma
+    def __init__(self, prediction_type: PredictionType, snr_gamma: float | None = None, logit_mean: float = 0.0):
+        self.prediction_type, self.snr_gamma, self.logit_mean = prediction_type, snr_gamma, logit_mean
         self.scheduler = DDPMScheduler(**BETAS, prediction_type=prediction_type)
 
     def _index(self, t: torch.Tensor) -> torch.Tensor:
         return (t * TRAINING_STEPS).round().long().clamp(max=TRAINING_STEPS - 1)
 
     def timesteps(self, quantiles: torch.Tensor) -> torch.Tensor:
-        """Timesteps (N,) float32 at `quantiles` (N,) in [0, 1]: equally many of each, 0 to 0.999."""
-        return (quantiles * TRAINING_STEPS).floor().clamp(max=TRAINING_STEPS - 1) / TRAINING_STEPS
+        """Timesteps (N,) float32 at `quantiles` (N,) in [0, 1] of their distribution: thousandths, 0 to 0.999."""
+        t = torch.sigmoid(self.logit_mean + torch.special.ndtri(quantiles))
+        kept = (1 - t) ** 2 / ((1 - t) ** 2 + t**2)  # a flow's image and noise at t, scaled to variance 1
+        falling = self.scheduler.alphas_cumprod.to(t.device)
+        return (TRAINING_STEPS - torch.searchsorted(falling.flip(0), kept)).clamp(0, TRAINING_STEPS - 1) / TRAINING_STEPS
 
     def path(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The shares of image and noise at `t` (N,): each (N, 1, 1, 1)."""
@@ -115,8 +120,8 @@ Objective = Flow | DDPM
 def make_objective(
     objective: str, prediction_type: PredictionType, snr_gamma: float | None = None, logit_mean: float = 0.0
 ) -> Objective:
-    """The objective that `train.objective` names; the settings of the other one are passed over."""
-    return Flow(logit_mean) if objective == "flow" else DDPM(prediction_type, snr_gamma)
+    """The objective that `train.objective` names; a flow has no `prediction_type` of its own and no `snr_gamma`."""
+    return Flow(logit_mean) if objective == "flow" else DDPM(prediction_type, snr_gamma, logit_mean)
 
 
 def loss(objective: Objective, prediction: torch.Tensor, images: torch.Tensor, noise: torch.Tensor, t: torch.Tensor):

@@ -76,11 +76,16 @@ def test_a_flows_timesteps_are_logit_normal(mean):
     assert abs(logits.mean() - mean) < 0.03 and abs(logits.std() - 1) < 0.03
 
 
-def test_ddpms_timesteps_are_the_schedulers_thousand_equally_often():
-    t = DDPM("epsilon").timesteps((torch.arange(5000) + 0.5) / 5000)
-    values, counts = (t * 1000).round().unique(return_counts=True)
-    assert values.tolist() == list(range(1000)) and set(counts.tolist()) == {5}
-    assert DDPM("epsilon").timesteps(torch.ones(1)).item() == pytest.approx(0.999)
+@pytest.mark.parametrize("mean", [0.0, 1.1])
+def test_ddpms_noise_levels_come_as_often_as_the_flows(mean):
+    """The log signal-to-noise ratio of a flow, 2 log((1 - t) / t), has the mean -2 m and the deviation 2."""
+    objective = DDPM("epsilon", logit_mean=mean)
+    t = objective.timesteps((torch.arange(5000) + 0.5) / 5000)
+    assert torch.allclose(t * 1000, (t * 1000).round(), atol=1e-3) and t.min() >= 0 and t.max() <= 0.999
+    kept, added = objective.path(t)
+    ratio = 2 * (kept / added).log()
+    assert abs(ratio.mean() + 2 * mean) < 0.05 and abs(ratio.std() - 2) < 0.1
+    assert objective.timesteps(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0, 0.999])
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

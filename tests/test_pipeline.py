@@ -103,14 +103,24 @@ def test_a_flows_timesteps_are_the_noise_levels_and_not_rounded(name):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_ddpms_own_sampler_draws_a_gaussian_world(prediction_type):
+def test_the_stochastic_scheduler_of_ddpm_forgets_the_first_noise_too(prediction_type):
     objective, scheduler = make_objective("ddpm", prediction_type), make_scheduler("stochastic", prediction_type)
-    scheduler.set_timesteps(200)
+    scheduler.set_timesteps(60)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 4, 32, 32, generator=generator)
-    for timestep, t in zip(scheduler.timesteps, model_times(scheduler), strict=True):
+    x = noise = torch.randn(1, 4, 32, 32, generator=generator)
+    times = model_times(scheduler)
+    for timestep, t in zip(scheduler.timesteps, times, strict=True):
         x = scheduler.step(ideal(objective)(x, t[None]), timestep, x, return_dict=False, generator=generator)[0]
-    assert abs(x.mean() - MEAN) < 0.03 and abs(x.std() / DEVIATION - 1) < 0.06
+    variance = 1.0
+    for t, following in zip(times, [*times[1:], None], strict=True):
+        kept, added = objective.path(t[None])
+        guess = (kept * DEVIATION**2 / (kept**2 * DEVIATION**2 + added**2)) ** 2 * variance
+        variance = guess
+        if following is not None:
+            kept, added = objective.path(following[None])
+            variance = kept**2 * guess + added**2
+    assert abs(x.mean() - MEAN) < 0.03 and abs(x.std() / variance.sqrt() - 1) < 0.05
+    assert abs(torch.corrcoef(torch.stack([x.flatten(), noise.flatten()]))[0, 1]) < 0.1
 
 
 def test_a_scheduler_that_takes_the_prediction_for_another_is_refused(pipeline, monkeypatch):
