@@ -109,7 +109,7 @@ class Schedule:
     num_epochs: PositiveInt
     learning_rate: PositiveFloat
     logit_mean: Annotated[float, Field(ge=-3, le=3)]
-    compile_model: Literal["auto"] | Flag
+    compile_model: Literal["auto", True, False]
 
 
 @_settings
@@ -190,7 +190,7 @@ class Runtime:
     log_every: PositiveInt
     deterministic: Flag
     download_connections: PositiveInt
-    data_on_device: Literal["auto"] | Flag
+    data_on_device: Literal["auto", True, False]
 
 
 RECIPES = ("shapes", "coco", "folder", "hub")

@@ -48,7 +48,7 @@ def test_settings_cannot_be_changed_by_accident():
         ("train.batch_size", 0, "train.batch_size: 0: must be greater than or equal to 1"),
         ("train.batch_size", True, "train.batch_size: True: must be a valid integer"),
         ("train.caption_dropout", 1.0, "train.caption_dropout: 1.0: must be less than 1"),
-        ("shapes.schedule.compile_model", "yes", "compile_model: 'yes': must be a valid boolean"),
+        ("shapes.schedule.compile_model", "yes", "compile_model: 'yes': must be auto, True or False"),
         ("recipe", "circles", "recipe: 'circles': must be shapes, coco, folder or hub"),
         ("coco.data.split", "test2017", "coco.data.split: 'test2017': must be train2017, val2017 or both"),
         ("folder.data.paths", "pictures", "folder.data.paths: 'pictures': must be a valid tuple"),
