@@ -13,9 +13,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DiTTransformer2DModel, PixArtTransformer2DModel
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
@@ -24,10 +26,11 @@ from dit.config import Model, Params
 from dit.latents import LatentCache
 from dit.model import DiT, forward_flops
 from dit.synthetic import write_synthetic
-from dit.training.checkpoint import Checkpoints
+from dit.throughput import matmul_peak
+from dit.training.checkpoint import Checkpoints, open_checkpoint
 from dit.training.journal import Silent
 from dit.training.loop import DTYPES, choose_precision, compile_whole, parameter_groups, train_transformer
-from dit.training.throughput import matmul_peak
+from dit.training.memory import keep_freed_memory
 
 LATENT = (4, 32, 32)  # of 256 pixels
 TEXT_SIZE = 768  # of openai/clip-vit-large-patch14
@@ -187,8 +190,47 @@ def encoding_first(step: Step, encode: Step) -> Step:
     return both
 
 
-def loop_rate(params: Params, model: Model, batch: int, tokens: int, steps: int, precision: str, compiled: bool) -> float:
-    """Images per second of `train_transformer` itself, on a synthetic cache, over the last `steps` steps of it."""
+def attention_kernels(step: TrainingStep) -> list[str]:
+    """Which of torch's implementations of attention run in a step, as its profiler names them."""
+    activities = [ProfilerActivity.CPU]  # where they are called from, whatever they run on
+    with profile(activities=activities) as seen, torch.autocast(step.device.type, step.dtype):
+        step.forward()
+    names = {event.key.removeprefix("aten::_scaled_dot_product_") for event in seen.key_averages()}
+    return sorted(name for name in names if "attention" in name and "::" not in name)
+
+
+@dataclass
+class CheckpointCost:
+    """Of one checkpoint: its size, for how long the loop waits, when it is on the disk, how long looking and reading takes."""
+
+    gigabytes: float
+    seconds_held: float
+    seconds_written: float
+    seconds_read: float
+
+
+class Timed(Checkpoints):
+    """Takes the time of the last checkpoint."""
+
+    cost: CheckpointCost
+
+    def save(self, step: int, tensors: dict[str, torch.Tensor], record: dict) -> None:
+        started = time.perf_counter()
+        super().save(step, tensors, record)
+        held = time.perf_counter() - started
+        self.wait()
+        written = time.perf_counter() - started
+        started = time.perf_counter()
+        checkpoint = open_checkpoint(self.folder / f"step-{step:08d}.json")
+        size = sum(value.nbytes for value in checkpoint.tensors().values())
+        self.cost = CheckpointCost(size / 1e9, held, written, time.perf_counter() - started)
+
+
+def loop_rate(
+    params: Params, model: Model, batch: int, tokens: int, steps: int, precision: str, compiled: bool, deterministic: bool
+) -> tuple[float, CheckpointCost]:
+    """Images per second of `train_transformer` itself, on a synthetic cache, in the fastest of `steps` steps; and what a
+    checkpoint costs."""
     rates: dict[int, float] = {}
 
     class Rates(Silent):
@@ -206,14 +248,16 @@ def loop_rate(params: Params, model: Model, batch: int, tokens: int, steps: int,
             params.train, batch_size=batch, gradient_accumulation_steps=1, mixed_precision=precision, validate_every=never
         )
         schedule = replace(params.active.schedule, num_epochs=1, compile_model=compiled)
-        runtime = replace(params.runtime, log_every=1, sample_every=never, checkpoint_every=never)
+        runtime = replace(params.runtime, log_every=1, sample_every=never, checkpoint_every=warm_up, deterministic=deterministic)
+        checkpoints = Timed(Path(folder) / "state", 1)
 
         def decode(latents: torch.Tensor) -> list[Image.Image]:
             return [Image.new("RGB", (8, 8))] * len(latents)
 
-        train_transformer(cache, model, schedule, train, runtime, Rates(), decode, Checkpoints(Path(folder) / "state", 1))
+        AcceleratorState._reset_state()  # accelerate keeps the precision of a process's first training
+        train_transformer(cache, model, schedule, train, runtime, Rates(), decode, checkpoints)
     measured = [rate for step, rate in rates.items() if step > warm_up]
-    return max(measured)
+    return max(measured), checkpoints.cost
 
 
 def fastest(steps: dict[str, Step], rounds: int, device: torch.device) -> tuple[dict[str, float], dict[str, float | None]]:
@@ -240,6 +284,8 @@ def fastest(steps: dict[str, Step], rounds: int, device: torch.device) -> tuple[
 def benchmark(params: Params, model: Model, batch: int, tokens: int, rounds: int, precision: str, compiled: bool) -> dict:
     """Measure everything; returns what `table` prints, as JSON has it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     precision = choose_precision(precision, print)
     dtype = DTYPES[precision]
     inputs = Inputs.random(batch, tokens, device)
@@ -249,33 +295,41 @@ def benchmark(params: Params, model: Model, batch: int, tokens: int, rounds: int
         suffix = ", compiled" if kind else ""
         steps[f"PixArtTransformer2DModel{suffix}"] = pixart_step(model, inputs, dtype, kind)
         steps[f"DiTTransformer2DModel{suffix}, classes alone"] = dit_step(model, inputs, dtype, kind)
-    steps["this model, encoding at every step"] = encoding_first(bare, encoding(batch, tokens, dtype, device))
     flops = {"this model": 3 * forward_flops(bare.network, LATENT[1:], tokens)}
     flops |= {
         name: 3 * count_flops(step.forward) // batch
         for name, step in steps.items()
-        if isinstance(step, TrainingStep) and "this" not in name and "compiled" not in name
+        if "this" not in name and "compiled" not in name
     }
     flops |= {name: flops[name.replace(", compiled", "")] for name in steps if "compiled" in name}
+    kernels = attention_kernels(own_step(model, inputs, dtype, compiled=False))
+    parameters = bare.parameters
     peaks = [matmul_peak(device, dtype)]
     seconds, memory = fastest(steps, rounds, device)
     peaks.append(matmul_peak(device, dtype))
-    parameters = bare.parameters
+    tutorial = {"this model, encoding at every step": encoding_first(bare, encoding(batch, tokens, dtype, device))}
+    for found, more in zip((seconds, memory), fastest(tutorial, 1, device), strict=True):
+        found |= more
     steps.clear()
+    tutorial.clear()
     del bare
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    rate = loop_rate(params, model, batch, tokens, rounds, precision, compiled)
+    loops: dict[str, tuple[float, float | None]] = {}
+    for deterministic in (False, True) if device.type == "cuda" else (False,):  # a CPU is deterministic anyway
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        rate, cost = loop_rate(params, model, batch, tokens, rounds, precision, compiled, deterministic)
+        used = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+        loops[f"this model, the training loop{', deterministic' if deterministic else ''}"] = (rate, used)
     peaks.append(matmul_peak(device, dtype))
     peak, own = max(peaks), batch / seconds["this model"]
-    rows = []
-    for name, best in seconds.items():
-        share = flops[name] * batch / best / peak if name in flops else None
-        rows.append(Row(name, batch / best, best, share, memory[name], own * best / batch))
-    loop_memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
-    rows.insert(
-        1, Row("this model, the training loop", rate, batch / rate, rate * flops["this model"] / peak, loop_memory, own / rate)
-    )
+
+    def row(name: str, rate: float, memory: float | None) -> Row:
+        share = rate * flops[name] / peak if name in flops else None
+        return Row(name, rate, batch / rate, share, memory, own / rate)
+
+    flops |= dict.fromkeys(loops, flops["this model"])
+    rows = [row(name, batch / best, memory[name]) for name, best in seconds.items()]
+    rows[1:1] = [row(name, rate, used) for name, (rate, used) in loops.items()]
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "precision": precision,
@@ -284,9 +338,11 @@ def benchmark(params: Params, model: Model, batch: int, tokens: int, rounds: int
         "parameters": parameters,
         "batch_size": batch,
         "text_tokens": tokens,
+        "attention": kernels,
         "matmul_peak": peak,
         "flops_per_image_and_step": flops["this model"],
         "rows": [asdict(row) for row in rows],
+        "checkpoint": asdict(cost),
     }
 
 
@@ -310,4 +366,11 @@ def table(results: dict) -> str:
             f"| {row['name']} | {row['images_per_second']:.3g} | {1000 * row['seconds_per_step']:.0f} | {share} | {memory} | "
             f"{row['ratio']:.2f} |"
         )
+    cost = results["checkpoint"]
+    lines += [
+        "",
+        f"Attention: {', '.join(results['attention'])}. A checkpoint has {cost['gigabytes']:.2f} GB; the loop waits "
+        f"{cost['seconds_held']:.2f} s for it, it is on the disk after {cost['seconds_written']:.1f} s, and looking and reading "
+        f"take {cost['seconds_read']:.1f} s.",
+    ]
     return "\n".join(lines)

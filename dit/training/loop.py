@@ -22,16 +22,16 @@ from dit.errors import UserError
 from dit.latents import Batch, LatentCache, sample_posterior
 from dit.model import DiT, forward_flops
 from dit.precision import has_bf16
+from dit.throughput import matmul_peak
 from dit.training.batches import draw_step, drop_captions, read_step
 from dit.training.checkpoint import Checkpoint, Checkpoints
 from dit.training.data import Steps, load_batches
 from dit.training.journal import Journal
-from dit.training.memory import advice, largest_that_fits
+from dit.training.memory import advice, keep_freed_memory, largest_that_fits
 from dit.training.preview import draw_preview
 from dit.training.schedule import learning_rate_factor
 from dit.training.state import Best, TrainingState
 from dit.training.stop import Stopped, StopRequest
-from dit.training.throughput import matmul_peak
 from dit.training.validation import validation_loss
 from dit.training.window import Window
 
@@ -94,7 +94,9 @@ def train_transformer(
     """
     accelerator = Accelerator(mixed_precision=choose_precision(train.mixed_precision, journal.log))
     device, precision, main = accelerator.device, accelerator.mixed_precision, accelerator.is_main_process
-    if device.type == "cuda":
+    if device.type == "cpu":
+        keep_freed_memory()
+    else:
         torch.set_float32_matmul_precision("high")  # TF32 where bf16 is not asked for
         if runtime.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

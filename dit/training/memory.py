@@ -1,13 +1,29 @@
-"""Out of memory: which batch size would fit."""
+"""Memory: keeping what a step frees for the next one, and which batch size would fit where one does not."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable
 
 import torch
 
 from dit.config import Train
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep the memory that it frees, for its next step, instead of giving it back to the system.
+
+    A step on a CPU frees gigabytes and asks for them again, and each time the kernel has to find, clear and map them page by
+    page: a step of the 768 wide transformer took 1.2 to 1.35 times as long (batches of 8). Only glibc knows how; where
+    there is another C library, nothing changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def largest_that_fits(attempt: Callable[[int], None], size: int) -> int:
