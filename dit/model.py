@@ -243,7 +243,7 @@ class DiT(ModelMixin, ConfigMixin):
 
     def text_keys_values(self, text: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Every block's keys and values of `text` (N, L, E): compute once per prompt, reuse over all sampling steps."""
-        text = ((text - self.tokens_mean) / self.tokens_std).to(self.dtype)
+        text = ((text - self.tokens_mean) / self.tokens_std).to(self.patch.weight.dtype)
         return [block.cross_attention.keys_values(text) for block in self.blocks]
 
     def forward(
@@ -269,16 +269,16 @@ class DiT(ModelMixin, ConfigMixin):
             (N, C, H, W), float32.
         """
         _, _, height, width = latents.shape
-        p = self.config.patch_size
+        p, dtype = self.config.patch_size, self.patch.weight.dtype  # ModelMixin.dtype goes through all weights
         if height % p or width % p:
             raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {p} x {p}")
         height, width = height // p, width // p
         if keys_values is None:
             keys_values = self.text_keys_values(text)
-        x = self.patch(latents.to(self.dtype)).flatten(2).transpose(1, 2)  # (N, T, D)
-        x = x + self.place(places(height, width, x.device).to(self.dtype))
-        time = self.time(timestep_frequencies(timesteps).to(self.dtype))
-        pooled = ((pooled - self.pooled_mean) / self.pooled_std).to(self.dtype)
+        x = self.patch(latents.to(dtype)).flatten(2).transpose(1, 2)  # (N, T, D)
+        x = x + self.place(places(height, width, x.device).to(dtype))
+        time = self.time(timestep_frequencies(timesteps).to(dtype))
+        pooled = ((pooled - self.pooled_mean) / self.pooled_std).to(dtype)
         condition = F.silu(time + self.pooled(pooled))  # (N, D)
         rotary = rotary_table(height, width, self.config.hidden_size // self.config.num_heads, x.device)  # (2, T, d / 2)
         for block, kv in zip(self.blocks, keys_values, strict=True):
