@@ -43,9 +43,7 @@ class DiTTextToImagePipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
 
-    def __init__(
-        self, transformer, scheduler, vae, text_encoder, tokenizer, prediction_type: PredictionType = "flow_prediction"
-    ):
+    def __init__(self, transformer, scheduler, vae, text_encoder, tokenizer, prediction_type: PredictionType = "flow_prediction"):
         super().__init__()
         self.register_to_config(prediction_type=prediction_type)
         self.register_modules(

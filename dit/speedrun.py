@@ -96,4 +96,3 @@ def speedrun_line(points: list[Point]) -> str:
     if last.accuracy < GOAL:
         reached = f"speedrun: {GOAL} was not reached; after {last.seconds:.0f} s ({last.step} steps)"
     return f"{reached} prompt_accuracy was {last.accuracy:.3f} of {last.prompts} prompts"
-

@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.normalization import AdaLayerNormZero
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dit.model import DiT, SelfAttention, forward_flops, places, rotary_table, rotate
+from dit import model as model_file
+from dit.model import Block, CrossAttention, DiT, SelfAttention, forward_flops, modulate, places, rotary_table, rotate
 
 
 def make(patch_size: int = 2, random: bool = True, **changes) -> DiT:
@@ -114,6 +118,73 @@ def test_self_attention_agrees_with_torchs_own():
     weights = torch.softmax(q @ k.transpose(-1, -2) / 8**0.5, dim=-1)
     expected = ours.out((weights @ v).transpose(1, 2).flatten(2))
     assert torch.allclose(ours(x, still), expected, atol=1e-5)
+
+
+def test_an_activation_that_is_recomputed_is_not_kept_and_changes_no_gradient(monkeypatch):
+    gradients, kept = [], []
+    for recomputed in (False, True):
+        monkeypatch.setattr(model_file, "recomputes", lambda x, recomputed=recomputed: recomputed)
+        sizes: list[int] = []
+        model = make().train()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            loss = model(*inputs()).square().mean()
+        loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        kept.append(sum(sizes))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert kept[1] <= kept[0] - 2 * (2 * 16 * 4 * 64)  # two blocks, two images of 16 tokens, four times the width
+
+
+def as_diffusers(ours: SelfAttention | CrossAttention, q, k, v, text_size: int | None) -> Attention:
+    """diffusers' attention with the weights of ours."""
+    theirs = Attention(
+        query_dim=32, cross_attention_dim=text_size, heads=4, dim_head=8, qk_norm="layer_norm", eps=1e-6, bias=False
+    ).eval()
+    with torch.no_grad():
+        for mine, other in ((ours.norm_q, theirs.norm_q), (ours.norm_k, theirs.norm_k)):
+            other.weight.copy_(torch.nn.init.uniform_(mine.weight, 0.5, 2))
+        for weight, layer in ((q, theirs.to_q), (k, theirs.to_k), (v, theirs.to_v), (ours.out.weight, theirs.to_out[0])):
+            layer.weight.copy_(weight)
+        theirs.to_out[0].bias.copy_(torch.nn.init.normal_(ours.out.bias))
+    return theirs
+
+
+def test_self_attention_agrees_with_that_of_diffusers_where_positions_do_not_turn():
+    torch.manual_seed(0)
+    ours, x = SelfAttention(32, 4), torch.randn(2, 9, 32)
+    still = torch.stack([torch.ones(9, 4), torch.zeros(9, 4)])
+    theirs = as_diffusers(ours, *ours.qkv.weight.chunk(3), text_size=None)
+    assert torch.allclose(ours(x, still), theirs(x), atol=1e-5)
+
+
+def test_cross_attention_agrees_with_that_of_diffusers_with_padding_too():
+    torch.manual_seed(0)
+    ours, x, text = CrossAttention(32, 4, 24), torch.randn(2, 9, 32), torch.randn(2, 6, 24)
+    mask = torch.arange(6)[None] < torch.tensor([[4], [6]])
+    theirs = as_diffusers(ours, ours.q.weight, *ours.kv.weight.chunk(2), text_size=24)
+    expected = theirs(x, encoder_hidden_states=text, attention_mask=mask[:, None])
+    assert torch.allclose(ours(x, ours.keys_values(text), mask), expected, atol=1e-5)
+    assert not torch.allclose(ours(x, ours.keys_values(text), torch.ones_like(mask)), expected, atol=1e-3)
+
+
+def test_adaln_zero_and_mlp_agree_with_those_of_diffusers():
+    """Theirs has six parts, for self-attention and MLP; ours nine, for cross-attention as well."""
+    torch.manual_seed(0)
+    block, x, condition = Block(32, 4, 24), torch.randn(2, 9, 32), torch.randn(2, 32)
+    torch.nn.init.normal_(block.modulation.weight)
+    torch.nn.init.normal_(block.modulation.bias)
+    norm, mlp = AdaLayerNormZero(32), FeedForward(32, activation_fn="gelu-approximate")
+    parts = block.modulation(F.silu(condition)).chunk(9, dim=-1)
+    with torch.no_grad():
+        for theirs, ours in ((norm.linear.weight, block.modulation.weight), (norm.linear.bias, block.modulation.bias)):
+            theirs.copy_(torch.cat([ours[:96], ours[192:]]))
+        for theirs, ours in ((mlp.net[0].proj, block.mlp[0]), (mlp.net[2], block.mlp[2])):
+            theirs.load_state_dict(ours.state_dict())
+    modulated, gate1, shift3, scale3, gate3 = norm(x, emb=condition)
+    assert torch.allclose(modulate(block.norm1(x), parts[0], parts[1]), modulated, atol=1e-5)
+    for ours, theirs in zip((parts[2], *parts[6:]), (gate1, shift3, scale3, gate3), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    assert torch.allclose(block.mlp(x), mlp(x), atol=1e-6)
 
 
 def test_rotary_products_depend_on_relative_positions_only():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from clones import Clone
@@ -84,6 +85,16 @@ def test_editing_the_sampler_does_not_train_again(clone):
     finally:
         path.write_text(original)
     assert stale == {"sample"}
+
+
+def test_the_speedrun_trains_judges_and_leaves_the_project_as_it_was(clone):
+    done = clone.run(sys.executable, "-m", "dit.cli", "benchmark", "--speedrun", "--output", str(clone.root.parent / "s.json"))
+    assert "speedrun: 0.95 was not reached" in done.stdout  # after a dozen steps
+    points = json.loads((clone.root.parent / "s.json").read_text())
+    assert points[-1]["step"] == clone.json("metrics/train.json")["steps"] == 12
+    assert [point["step"] for point in points] == sorted({point["step"] for point in points})
+    assert all(point["prompts"] == 8 and 0 <= point["accuracy"] <= 1 for point in points)
+    assert clone.run("git", "status", "--porcelain").stdout == ""
 
 
 @pytest.mark.parametrize(

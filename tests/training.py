@@ -75,9 +75,7 @@ def run(
     def decode(latents: torch.Tensor) -> list[Image.Image]:
         return [Image.new("RGB", (64, 64))] * len(latents)
 
-    return train_transformer(
-        cache, MODEL, *settings(train, runtime, **schedule), journal or Notes(), decode, checkpoints, resume
-    )
+    return train_transformer(cache, MODEL, *settings(train, runtime, **schedule), journal or Notes(), decode, checkpoints, resume)
 
 
 def same(first: DiT, second: DiT) -> bool:

@@ -153,9 +153,7 @@ def train_transformer(
             checkpoints.save(state.step, tensors, state.record() | {"seconds": spent, "journal": journal.state()})
 
     def validate(network: DiT) -> float:
-        return validation_loss(
-            network, cache, train.batch_size, judged, 1, VALIDATION_IMAGES, accelerator.autocast, accelerator
-        )
+        return validation_loss(network, cache, train.batch_size, judged, 1, VALIDATION_IMAGES, accelerator.autocast, accelerator)
 
     values: dict[str, float] = {}
     val_loss, before = float("nan"), resume.record["seconds"] if resume else 0.0
