@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 from clones import Clone, environment
+from safetensors.torch import load_file
 
 from dit.files import file_hash
 
@@ -39,10 +40,13 @@ def change(clone: Clone, blocks: dict[str, dict]) -> None:
     path.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
-def start(clone: Clone, output) -> subprocess.Popen:
+STAGE = (sys.executable, "-m", "stages.train")
+
+
+def start(clone: Clone, output, command: tuple[str, ...] = STAGE) -> subprocess.Popen:
     """The stage as DVC starts it, in a group of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "stages.train"],
+        command,
         cwd=clone.root,
         env=environment(clone.root) | {"DVC_ROOT": str(clone.root)},
         stdout=output,
@@ -51,12 +55,13 @@ def start(clone: Clone, output) -> subprocess.Popen:
     )
 
 
-def finish(clone: Clone) -> tuple[str, pd.DataFrame, str]:
+def finish(clone: Clone, command: tuple[str, ...] = STAGE) -> tuple[str, pd.DataFrame, str]:
     """Let it run to its end: hash of the weights, the curves without what a clock measures, and what it printed."""
     with (clone.root.parent / "output.txt").open("w+") as output:
-        assert start(clone, output).wait() == 0
+        code = start(clone, output, command).wait()
         output.seek(0)
         printed = output.read()
+    assert code == 0, printed
     curves = pd.read_csv(clone.root / "metrics" / "curves.csv").drop(columns=["images_per_second", "mfu"])
     return file_hash(clone.root / WEIGHTS), curves, printed
 
@@ -126,3 +131,16 @@ def test_an_experiment_in_a_temporary_folder_goes_on_where_it_was_killed(clone):
     again = clone.run(*command)
     assert "going on after step" in again.stdout + again.stderr
     assert not any(state.rglob("step-*"))
+
+
+def test_accelerate_launch_trains_with_two_processes_what_one_trains(clone):
+    """Any `accelerate launch` will do: the stage finds that it is one of several, and only the first one writes."""
+    change(clone, {"schedule": {"num_epochs": 16, "compile_model": False}, "runtime": {"num_processes": 1}})
+    change(clone, {"train": {"mixed_precision": "no"}})
+    launch = ("--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    finish(clone)
+    one = load_file(clone.root / WEIGHTS)
+    _, curves, printed = finish(clone, (sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "stages.train"))
+    two = load_file(clone.root / WEIGHTS)
+    assert curves["step"].max() == 48 and max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+    assert printed.count("48 steps of 16") == 1
