@@ -351,10 +351,10 @@ def table(results: dict) -> str:
     model = results["model"]
     size = " x ".join(str(model[key]) for key in ("hidden_size", "num_layers", "num_heads"))
     lines = [
-        f"{size}, patch {model['patch_size']}, {results['parameters'] / 1e6:.0f} M parameters, {results['device']}, "
+        f"{size}, patch {model['patch_size']}, {results['parameters'] / 1e6:.3g} M parameters, {results['device']}, "
         f"{results['precision']}{', compiled' if results['compiled'] else ''}, batch {results['batch_size']}, "
         f"{results['text_tokens']} text tokens; matmul peak {results['matmul_peak'] / 1e12:.2f} TFLOP/s, "
-        f"{results['flops_per_image_and_step'] / 1e9:.0f} GFLOP per image and step",
+        f"{results['flops_per_image_and_step'] / 1e9:.4g} GFLOP per image and step",
         "",
         "| a training step of | images/s | ms/step | share of the matmul peak | peak memory | this model is faster by |",
         "|---|---|---|---|---|---|",

@@ -85,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
             from dit.checks import check
 
             check()
+            print("settings, disk space, data and weights: nothing is missing")
         elif arguments.command == "where":
             where()
         elif arguments.command == "benchmark":
@@ -160,6 +161,11 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
         print(speedrun_line(points))
         write_json(arguments.output, [asdict(point) for point in points])
     else:
+        numbers = ("batch_size", "text_tokens", "steps", "hidden_size", "num_layers", "num_heads")
+        for name in (name for name in numbers if getattr(arguments, name) is not None and getattr(arguments, name) < 1):
+            raise UserError(f"--{name.replace('_', '-')}: {getattr(arguments, name)} is not a positive number")
+        if arguments.hidden_size % (4 * arguments.num_heads):
+            raise UserError(f"--hidden-size: {arguments.hidden_size} is not a multiple of 4 x --num-heads")
         gpu = torch.cuda.is_available()
         results = benchmark(
             params,

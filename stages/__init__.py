@@ -47,22 +47,35 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], par
         else:
             main(params)
     except BaseException as error:
+        missing = _missing_outs(name)
         _restore(name, metrics, kept)
         problem = _in_one_line(error)
         if problem is None:
             raise
-        print(f"{name}: {problem}\n{name}: `dvc checkout` brings the earlier outputs back", file=sys.stderr)
+        print(f"{name}: {problem}", file=sys.stderr)
+        if missing and not getattr(error, "goes_on", False):
+            print(f"{name}: `dvc checkout` brings the earlier outputs back", file=sys.stderr)
         sys.exit(1)
     kept.mkdir(parents=True, exist_ok=True)
     for path in metrics:
         shutil.copyfile(path, kept / hashlib.md5(Path(path).read_bytes()).hexdigest())
 
 
-def _restore(stage: str, metrics: list[str], kept: Path) -> None:
-    """Put back the files that dvc.lock records for `stage`: from the copies, or as git has them, after a clone."""
+def _locked_outs(stage: str) -> list[dict]:
+    """What dvc.lock records of the outs of `stage`."""
     lock = Path("dvc.lock")
     stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {}) if lock.exists() else {}
-    for out in stages.get(stage, {}).get("outs", []):
+    return stages.get(stage, {}).get("outs", [])
+
+
+def _missing_outs(stage: str) -> list[str]:
+    """Outs that were there once, and that DVC has deleted."""
+    return [out["path"] for out in _locked_outs(stage) if not Path(out["path"]).exists()]
+
+
+def _restore(stage: str, metrics: list[str], kept: Path) -> None:
+    """Put back the files that dvc.lock records for `stage`: from the copies, or as git has them, after a clone."""
+    for out in _locked_outs(stage):
         path, copy = Path(out["path"]), kept / out["md5"]
         if out["path"] not in metrics:
             continue

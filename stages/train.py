@@ -1,7 +1,7 @@
 """Stage 3: train the transformer on the latent cache, and nothing but the transformer.
 
     python -m stages.train                      as `dvc repro train` does; goes on where a killed run of the same settings was
-    python -m stages.train --resume CHECKPOINT  goes on from this one, whatever settings it was of
+    python -m stages.train --resume CHECKPOINT  goes on from this one, on purpose
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dit.files import file_hash, mention_others, write_json
 from dit.images import to_images
 from dit.latents import LatentCache
 from dit.tracking import Tracker, flatten, resume_run, start_run
-from dit.training.checkpoint import Checkpoints, open_checkpoint, training_key
+from dit.training.checkpoint import Checkpoint, Checkpoints, open_checkpoint, training_key
 from dit.training.export import save_model
 from dit.training.journal import Journal, Silent
 from dit.training.loop import train_transformer
@@ -47,7 +47,7 @@ def main(params: Params) -> None:
     settings = [asdict(block) for block in (recipe.model, recipe.schedule, params.train)]
     state = Path(os.environ.get("DVC_ROOT", ".")) / ".state" / "train" / training_key(digest, *settings)
     checkpoints = Checkpoints(state, params.runtime.keep_checkpoints)
-    resume = open_checkpoint(arguments.resume) if arguments.resume else checkpoints.newest(print)
+    resume = open_named(arguments.resume, state.parent) if arguments.resume else checkpoints.newest(print)
     vae, _ = load_vae(EncoderSource(**cache.index["vae"]), device="cuda" if torch.cuda.is_available() else "cpu")
 
     @torch.no_grad()
@@ -75,7 +75,12 @@ def main(params: Params) -> None:
     status = "FAILED"
     try:
         with lock(state):
-            transformer, summary = run(journal)
+            try:
+                transformer, summary = run(journal)
+            except UserError:
+                if not any(state.glob("step-*")):
+                    shutil.rmtree(state)  # nothing that could go on
+                raise
         status = "FINISHED"
     except Stopped:
         status = "KILLED"
@@ -87,6 +92,18 @@ def main(params: Params) -> None:
     write_json(Path(METRICS), {key: round(value, 5) for key, value in summary.items()})
     write_json(Path(RUN), {"run_id": tracker.run_id})
     shutil.rmtree(state)
+
+
+def open_named(path: Path, folder: Path) -> Checkpoint:
+    """The checkpoint that the user names.
+
+    Raises:
+        UserError: there is none; the line names some that there are in `folder`.
+    """
+    if path.is_file():
+        return open_checkpoint(path)
+    known = sorted(folder.glob("*/step-*.safetensors"), key=lambda file: file.stat().st_mtime)[-3:]
+    raise UserError(f"--resume {path}: no such file; there are " + (", ".join(map(str, known)) or f"no checkpoints in {folder}"))
 
 
 def open_run(params: Params, digest: str, state: Path) -> Tracker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ class Notes(Silent):
         self.on_log = on_log
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
+        values = {name: value for name, value in values.items() if math.isfinite(value)}  # as the real one
         self.curves.setdefault(step, {}).update(values)
 
     def preview(self, step: int, picture: Image.Image) -> None:

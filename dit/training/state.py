@@ -96,7 +96,11 @@ class TrainingState:
         shapes = {f"weights.{name}": parameter.shape for name, parameter in self.transformer.named_parameters()}
         found = {name: value.shape for name, value in tensors.items() if name.startswith("weights.")}
         if shapes != found:
-            raise UserError(f"{checkpoint.path}: of a transformer of another size than the settings ask for")
+            other = next(name for name in shapes | found if shapes.get(name) != found.get(name))
+            raise UserError(
+                f"{checkpoint.path}: of another transformer than the settings ask for: {other} is "
+                f"{list(found.get(other, []))} in it, not {list(shapes.get(other, []))}"
+            )
         for k, (name, parameter) in enumerate(self.transformer.named_parameters()):
             parameter.data.copy_(tensors[f"weights.{name}"])
             self.ema.shadow_params[k].copy_(tensors[f"ema.{name}"])

@@ -11,6 +11,8 @@ from dit.errors import UserError
 class Stopped(UserError):
     """The training was asked to stop, has saved, and will go on from there."""
 
+    goes_on = True
+
 
 class StopRequest:
     """A context in which the two signals set `name` instead of ending the process."""
