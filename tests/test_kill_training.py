@@ -24,10 +24,10 @@ WEIGHTS = Path("models/dit/transformer/diffusion_pytorch_model.safetensors")
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Clone:
-    """A clone with a latent cache, whose training takes 1,200 short steps, with a checkpoint every fifty."""
+    """A clone with a latent cache, whose training takes 300 short steps, with a checkpoint every twenty."""
     clone = Clone(tmp_path_factory.mktemp("killed"))
     clone.dvc("repro", "encode")
-    change(clone, {"schedule": {"num_epochs": 400}, "runtime": {"checkpoint_every": 50, "sample_every": 500}})
+    change(clone, {"schedule": {"num_epochs": 100}, "runtime": {"checkpoint_every": 20, "sample_every": 150}})
     return clone
 
 
