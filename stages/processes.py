@@ -67,7 +67,7 @@ def run_processes(command: list[str], count: int) -> None:
                     others.seek(0)
                     print(others.read(), end="", flush=True)
                 rank = next(rank for rank, code in enumerate(codes) if code)
-                raise ProcessFailed(f"process {rank} of {count} failed ({command[2]}), see above")
+                raise ProcessFailed(f"process {rank} of {count} failed ({' '.join(command[1:3])[:60]}), see above")
         finally:
             signal.signal(signal.SIGTERM, before[0])
             signal.signal(signal.SIGINT, before[1])
