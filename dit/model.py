@@ -144,9 +144,9 @@ class CrossAttention(nn.Module):
 class MLP(nn.Sequential):
     """Two linear layers and a GELU.
 
-    On a GPU what the GELU returns, the widest tensors of a block, is computed again on the way back rather than kept. Compiled
-    that costs nothing, since the way back reads the GELU's input anyway, and a step of 96 images of the default size keeps
-    14.3 GB of activations instead of 17.4. On a CPU, where memory is plenty, it would be a thirtieth of a step.
+    On a GPU what the GELU returns, the widest tensor of a block, is computed again on the way back rather than kept: a compiled
+    step of 96 images of the default size then keeps 14.3 GB of activations instead of 17.4 (counted, see
+    docs/performance.md). A CPU has memory enough and keeps it.
     """
 
     def __init__(self, hidden_size: int):

@@ -2,7 +2,7 @@
 
 One training with the settings of params.yaml leaves checkpoints; then its moving averages draw the validation prompts, from
 the first checkpoint on, until the share of right pictures reaches the goal. Only training counts, as `metrics/train.json`
-counts it: validations and previews with it, drawing for the judgement not.
+counts it, with validations but without previews; drawing for the judgement does not count.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from dit.config import Params
@@ -72,13 +71,10 @@ def train_in_stops(params: Params, cache: LatentCache, folder: Path, first_share
     """One whole training; then its moving average at each of `STOPS` stops, with the step and the seconds up to it."""
     train, model, schedule = params.train, params.active.model, params.active.schedule
     steps = max(1, schedule.num_epochs * len(cache.train) // (train.batch_size * train.gradient_accumulation_steps))
-    runtime = replace(params.runtime, checkpoint_every=max(1, steps // STOPS), sample_every=steps)
-
-    def no_picture(latents: torch.Tensor) -> list[Image.Image]:
-        return [Image.new("RGB", (8, 8))] * len(latents)
+    runtime = replace(params.runtime, checkpoint_every=max(1, steps // STOPS))
 
     checkpoints = Checkpoints(folder, keep=2 * STOPS)
-    result, summary = train_transformer(cache, model, schedule, train, runtime, Silent(), no_picture, checkpoints)
+    result, summary = train_transformer(cache, model, schedule, train, runtime, Silent(), None, checkpoints)
     for path in sorted(folder.glob("step-*.json")):
         checkpoint = open_checkpoint(path)
         if checkpoint.step >= first_share * steps:

@@ -77,7 +77,7 @@ def train_transformer(
     train: Train,
     runtime: Runtime,
     journal: Journal,
-    decode: Callable[[torch.Tensor], list[Image.Image]],
+    decode: Callable[[torch.Tensor], list[Image.Image]] | None,
     checkpoints: Checkpoints,
     resume: Checkpoint | None = None,
 ) -> tuple[DiT, dict[str, float]]:
@@ -85,7 +85,7 @@ def train_transformer(
 
     Args:
         journal: is told what happens; of every process but the first a `Silent` one.
-        decode: latents (N, C, H, W) as the diffusion model sees them to RGB pictures, for the previews.
+        decode: latents (N, C, H, W) as the diffusion model sees them to RGB pictures, for the previews; None for no previews.
         checkpoints: where to save.
 
     Raises:
@@ -212,7 +212,7 @@ def train_transformer(
                 if train.early_stopping_patience and state.best.worse >= train.early_stopping_patience:
                     journal.log(f"stopped early at step {done}: the lowest validation loss was at step {state.best.step}")
                     last = True
-            if main and (done % runtime.sample_every == 0 or last):
+            if main and decode and (done % runtime.sample_every == 0 or last):
                 window.pause()
                 with state.averaged() as averaged:
                     picture = draw_preview(averaged, cache, judged, PREVIEW_IMAGES, decode, accelerator.autocast)
