@@ -28,7 +28,8 @@ from dit.tracking import Tracker, flatten, resume_run, start_run
 from dit.training.checkpoint import Checkpoint, Checkpoints, open_checkpoint, training_key
 from dit.training.export import save_model
 from dit.training.journal import Journal, Silent
-from dit.training.loop import train_transformer
+from dit.training.loop import build_model, train_transformer
+from dit.training.state import check_fits
 from dit.training.stop import Stopped
 from stages import run_stage
 
@@ -47,7 +48,11 @@ def main(params: Params) -> None:
     settings = [asdict(block) for block in (recipe.model, recipe.schedule, params.train)]
     state = Path(os.environ.get("DVC_ROOT", ".")) / ".state" / "train" / training_key(digest, *settings)
     checkpoints = Checkpoints(state, params.runtime.keep_checkpoints)
-    resume = open_named(arguments.resume, state.parent) if arguments.resume else checkpoints.newest(print)
+    if arguments.resume:
+        resume = open_named(arguments.resume, state.parent)
+        check_fits(resume, resume.tensors(), build_model(cache, recipe.model, params.train.seed))  # before anything is written
+    else:
+        resume = checkpoints.newest(print)
     vae, _ = load_vae(EncoderSource(**cache.index["vae"]), device="cuda" if torch.cuda.is_available() else "cpu")
 
     @torch.no_grad()

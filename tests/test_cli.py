@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -65,12 +68,13 @@ def test_a_mistake_is_one_line_and_exit_code_one(project, capsys, changes, says)
     assert says in error and error.count("\n") == 1
 
 
-def test_weights_that_the_hub_does_not_give_are_named(project, capsys, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_weights_that_the_hub_does_not_give_are_named(project):
+    """In a process of its own: the Hub's library reads its environment once, when it is imported."""
     project(shapes={"encode": {"vae": "nobody/nothing-of-the-kind"}})
-    assert cli.main(["check"]) == 1
-    assert "encode.vae: 'nobody/nothing-of-the-kind' cannot be had from" in capsys.readouterr().err
+    env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(REPO)}
+    done = subprocess.run([sys.executable, "-m", "dit.cli", "check"], env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "encode.vae: 'nobody/nothing-of-the-kind' cannot be had from http://127.0.0.1:9" in done.stderr
 
 
 def test_data_that_is_there_already_is_not_asked_for_again(project, tmp_path):
@@ -122,3 +126,16 @@ def test_inspect_says_what_a_cache_holds_and_draws_it(tmp_path, capsys, monkeypa
     index.write_text("{}")
     assert cli.main(arguments) == 1
     assert "not a readable latent cache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--hidden-size", "33"], "--hidden-size: 33 is not a multiple of 4 x --num-heads"),
+        (["--steps", "0"], "--steps: 0 is not a positive number"),
+        (["--batch-size", "0"], "--batch-size: 0 is not a positive number"),
+    ],
+)
+def test_a_size_that_cannot_be_measured_is_one_clear_line(project, capsys, arguments, says):
+    assert cli.main(["benchmark", *arguments]) == 1
+    assert capsys.readouterr().err == f"dit: {says}\n"

@@ -6,7 +6,10 @@ import json
 import sys
 
 import pytest
+import torch
 from clones import Clone
+
+from dit.training.checkpoint import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +98,35 @@ def test_the_speedrun_trains_judges_and_leaves_the_project_as_it_was(clone):
     assert [point["step"] for point in points] == sorted({point["step"] for point in points})
     assert all(point["prompts"] == 8 and 0 <= point["accuracy"] <= 1 for point in points)
     assert clone.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_the_speedrun_ends_at_the_first_stop_that_reaches_the_goal(clone):
+    code = """
+from pathlib import Path
+from dit import speedrun
+from dit.config import load_config
+speedrun.GOAL = 0.0
+points = speedrun.speedrun(load_config(), Path("data/latents"), Path("data/raw"), first_share=0.5)
+print(speedrun.speedrun_line(points), len(points))
+"""
+    assert "(6 steps) until prompt_accuracy was 0.000 of 8 prompts 1" in clone.run(sys.executable, "-c", code).stdout
+
+
+def test_a_checkpoint_that_cannot_be_gone_on_from_is_one_line_and_leaves_nothing(clone):
+    log = (clone.root / "models" / "train.log").read_text()
+    runs = len(clone.parents())
+    absent = clone.run(sys.executable, "-m", "stages.train", "--resume", "nowhere.safetensors", check=False)
+    assert absent.returncode == 1 and absent.stderr.splitlines()[-1].startswith(
+        "train: --resume nowhere.safetensors: no such file"
+    )
+    Checkpoints(clone.root.parent / "other", 1)._write(3, {"weights.a": torch.zeros(2)}, {})
+    other = str(clone.root.parent / "other" / "step-00000003.safetensors")
+    refused = clone.run(sys.executable, "-m", "stages.train", "--resume", other, check=False)
+    assert refused.returncode == 1 and "of another transformer than the settings ask for" in refused.stderr
+    assert "Traceback" not in absent.stderr + refused.stderr
+    assert not list((clone.root / ".state" / "train").glob("*"))
+    assert (clone.root / "models" / "train.log").read_text() == log and len(clone.parents()) == runs
+    assert "up to date" in clone.dvc("status").stdout
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,6 @@ class Journal:
         self.lines: list[str] = []
         log.parent.mkdir(parents=True, exist_ok=True)
         previews.mkdir(parents=True, exist_ok=True)
-        log.write_text("")
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Note `values` at `step`; what is no number (a bin without images) is left out."""
@@ -55,9 +54,10 @@ class Journal:
         self._on_preview(step, picture)
 
     def log(self, line: str, say: bool = True) -> None:
-        """Write a line; `say` prints it, too."""
+        """Write a line, the first one in place of an earlier training's log; `say` prints it, too."""
+        mode = "a" if self.lines else "w"
         self.lines.append(line)
-        with self._log.open("a", encoding="utf-8", newline="\n") as file:
+        with self._log.open(mode, encoding="utf-8", newline="\n") as file:
             file.write(line + "\n")
         if say:
             self.say(line)

@@ -93,14 +93,7 @@ class TrainingState:
         """
         tensors, record = checkpoint.tensors(), checkpoint.record
         names = [name for name, _ in self.transformer.named_parameters()]
-        shapes = {f"weights.{name}": parameter.shape for name, parameter in self.transformer.named_parameters()}
-        found = {name: value.shape for name, value in tensors.items() if name.startswith("weights.")}
-        if shapes != found:
-            other = next(name for name in shapes | found if shapes.get(name) != found.get(name))
-            raise UserError(
-                f"{checkpoint.path}: of another transformer than the settings ask for: {other} is "
-                f"{list(found.get(other, []))} in it, not {list(shapes.get(other, []))}"
-            )
+        check_fits(checkpoint, tensors, self.transformer)
         for k, (name, parameter) in enumerate(self.transformer.named_parameters()):
             parameter.data.copy_(tensors[f"weights.{name}"])
             self.ema.shadow_params[k].copy_(tensors[f"ema.{name}"])
@@ -113,3 +106,19 @@ class TrainingState:
             self.accelerator.scaler.load_state_dict(record["scaler"])
         self.window.restore(tensors["window"], self.accelerator)
         self.step = checkpoint.step
+
+
+def check_fits(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], transformer: DiT) -> None:
+    """Whether `tensors`, those of `checkpoint`, are of a transformer like this one.
+
+    Raises:
+        UserError: they are not; the line names the first parameter that differs.
+    """
+    shapes = {f"weights.{name}": parameter.shape for name, parameter in transformer.named_parameters()}
+    found = {name: value.shape for name, value in tensors.items() if name.startswith("weights.")}
+    for name in shapes | found:
+        if shapes.get(name) != found.get(name):
+            raise UserError(
+                f"{checkpoint.path}: of another transformer than the settings ask for: {name} is "
+                f"{list(found.get(name, []))} in it, not {list(shapes.get(name, []))}"
+            )
