@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from filelock import AcquireReturnProxy, FileLock, Timeout
 from PIL import Image
 from tqdm import tqdm
 
@@ -24,14 +23,14 @@ from dit.errors import UserError
 from dit.files import file_hash, mention_others, write_json
 from dit.images import to_images
 from dit.latents import LatentCache
-from dit.tracking import Tracker, flatten, resume_run, start_run
-from dit.training.checkpoint import Checkpoint, Checkpoints, open_checkpoint, training_key
+from dit.training.checkpoint import Checkpoints, open_named, training_key
 from dit.training.export import save_model
 from dit.training.journal import Journal, Silent
 from dit.training.loop import build_model, train_transformer
 from dit.training.state import check_fits
 from dit.training.stop import Stopped
 from stages import run_stage
+from stages.runs import begin_run
 
 METRICS, CURVES, RUN = "metrics/train.json", "metrics/curves.csv", "metrics/mlflow.json"
 MODEL, LOG, PROGRESS = Path("models/dit"), Path("models/train.log"), Path("samples/progress")
@@ -68,7 +67,7 @@ def main(params: Params) -> None:
         run(Silent())
         return
     mention_others("train", state)
-    tracker = open_run(params, digest, state)
+    tracker = begin_run(params, digest, state)
     journal = Journal(
         LOG,
         PROGRESS,
@@ -79,7 +78,7 @@ def main(params: Params) -> None:
     )
     status = "FAILED"
     try:
-        with lock(state):
+        with checkpoints.lock():
             try:
                 transformer, summary = run(journal)
             except UserError:
@@ -97,49 +96,6 @@ def main(params: Params) -> None:
     write_json(Path(METRICS), {key: round(value, 5) for key, value in summary.items()})
     write_json(Path(RUN), {"run_id": tracker.run_id})
     shutil.rmtree(state)
-
-
-def open_named(path: Path, folder: Path) -> Checkpoint:
-    """The checkpoint that the user names.
-
-    Raises:
-        UserError: there is none; the line names some that there are in `folder`.
-    """
-    if path.is_file():
-        return open_checkpoint(path)
-    known = sorted(folder.glob("*/step-*.safetensors"), key=lambda file: file.stat().st_mtime)[-3:]
-    raise UserError(f"--resume {path}: no such file; there are " + (", ".join(map(str, known)) or f"no checkpoints in {folder}"))
-
-
-def open_run(params: Params, digest: str, state: Path) -> Tracker:
-    """MLflow's run of this training: the one that it began with, also where it goes on after it was killed."""
-    noted = state / "run_id"
-    known = resume_run(noted.read_text(encoding="utf-8")) if noted.exists() else None
-    if known:
-        known.go_on()
-        return known
-    tracker = start_run(params.recipe, tags={"data.latents": digest})
-    recipe = params.active
-    blocks = {"data": recipe.data, "encode": recipe.encode, "model": recipe.model, "schedule": recipe.schedule}
-    for name, block in (blocks | {"train": params.train}).items():
-        tracker.params(flatten(name, block))
-    tracker.dataset(params.recipe, digest, "data/latents")
-    state.mkdir(parents=True, exist_ok=True)
-    noted.write_text(tracker.run_id or "", encoding="utf-8")
-    return tracker
-
-
-def lock(state: Path) -> AcquireReturnProxy:
-    """A context in which no other training writes there: two of the same settings would overwrite each other's checkpoints.
-
-    Raises:
-        UserError: there is another one.
-    """
-    state.mkdir(parents=True, exist_ok=True)
-    try:
-        return FileLock(state / "lock").acquire(timeout=10)
-    except Timeout:
-        raise UserError(f"{state}: another training with the same settings is running") from None
 
 
 if __name__ == "__main__":

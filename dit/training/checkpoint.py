@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from dit.errors import UserError
@@ -74,6 +75,18 @@ class Checkpoints:
             old.unlink()
             old.with_suffix(".safetensors").unlink(missing_ok=True)
 
+    def lock(self) -> AcquireReturnProxy:
+        """A context in which no other training writes here: two of the same settings would overwrite each other's checkpoints.
+
+        Raises:
+            UserError: there is another one.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return FileLock(self.folder / "lock").acquire(timeout=10)
+        except Timeout:
+            raise UserError(f"{self.folder}: another training with the same settings is running") from None
+
     def newest(self, log: Callable[[str], None]) -> Checkpoint | None:
         """The last one that is whole; one that is not is named to `log`."""
         for path in sorted(self.folder.glob("step-*.json"), reverse=True):
@@ -102,6 +115,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not whole:
         raise UserError(f"{tensors}: damaged, its SHA-256 is not the one in {record.name}")
     return checkpoint
+
+
+def open_named(path: Path, folder: Path) -> Checkpoint:
+    """The checkpoint that the user names.
+
+    Raises:
+        UserError: there is none; the line names some that there are in `folder`.
+    """
+    if path.is_file():
+        return open_checkpoint(path)
+    known = sorted(folder.glob("*/step-*.safetensors"), key=lambda file: file.stat().st_mtime)[-3:]
+    raise UserError(f"--resume {path}: no such file; there are " + (", ".join(map(str, known)) or f"no checkpoints in {folder}"))
 
 
 def training_key(*settings: Any) -> str:
