@@ -23,7 +23,7 @@ class ProcessFailed(UserError):
 def run_processes(command: list[str], count: int) -> None:
     """Run `command` `count` times side by side, each with its rank in the environment, and wait for all.
 
-    As soon as one fails the others are ended. What went wrong is printed once: a mistake in the settings is found by all.
+    As soon as one fails the others are ended, and what it said is printed, whichever it was.
     SIGTERM is passed on to them (Ctrl-C they get themselves), and they may take their time to save and stop.
 
     Raises:
@@ -59,14 +59,15 @@ def run_processes(command: list[str], count: int) -> None:
         try:
             while None in (codes := [process.poll() for process in processes]) and not any(codes):
                 time.sleep(0.1)
+            first = next((rank for rank, code in enumerate(codes) if code), 0)  # what the others run into then is a consequence
             deadline = time.monotonic() + PATIENCE
             while None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline:
                 time.sleep(0.1)
             if any(codes):
-                if not codes[0]:  # the first has nothing to say, the others have
+                if first or not codes[0]:  # process 0 has printed by itself, and not the cause
                     others.seek(0)
                     print(others.read(), end="", flush=True)
-                rank = next(rank for rank, code in enumerate(codes) if code)
+                rank = first or next(rank for rank, code in enumerate(codes) if code)
                 raise ProcessFailed(f"process {rank} of {count} failed ({' '.join(command[1:3])[:60]}), see above")
         finally:
             signal.signal(signal.SIGTERM, before[0])

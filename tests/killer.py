@@ -76,6 +76,8 @@ def main() -> None:
             _, status = os.waitpid(pid, 0)
             killed += 1
             with_work += any(state.rglob("step-*.json"))
+        elif status:
+            sys.exit(LOG.read_text())
         if status == 0:  # it had gone on so often that it came to its end: from the start again
             completed += 1
             assert result() == expected

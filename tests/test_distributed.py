@@ -23,20 +23,34 @@ torch.set_num_threads(1)
 from accelerate import PartialState
 from safetensors.torch import save_file
 from dit.latents import LatentCache
+from dit.training.checkpoint import Checkpoints
+from dit.training.journal import Silent
 from training import Notes, run
 state = PartialState(cpu=True)
-notes = Notes()
-model, summary = run(LatentCache({cache!r}), Path({out!r}) / "checkpoints", {train!r}, journal=notes, num_epochs={epochs})
+notes = Notes() if state.is_main_process else Silent()
+folder = Path({out!r}) / "checkpoints"
+resume = Checkpoints(folder, 2).newest(print)
+state.wait_for_everyone()
+if {resumes!r}:
+    assert resume
+model, summary = run(LatentCache({cache!r}), folder, {train!r}, journal=notes, resume=resume, num_epochs={epochs})
 save_file(model.state_dict(), Path({out!r}) / f"rank{{state.process_index}}.safetensors")
 losses = [values["train_loss"] for values in notes.curves.values() if "train_loss" in values]
 (Path({out!r}) / f"curve{{state.process_index}}.txt").write_text(" ".join(map(str, losses)))
 """
 
 
-def train_with(processes: int, cache, out, train: dict, epochs: int) -> dict[str, torch.Tensor]:
-    out.mkdir()
+def train_with(processes: int, cache, out, train: dict, epochs: int, resumes: bool = False) -> dict[str, torch.Tensor]:
+    """Weights of the first process; a second call with the same `out` goes on from the last checkpoint there."""
+    out.mkdir(exist_ok=resumes)
     code = SCRIPT.format(
-        repo=str(REPO), tests=str(REPO / "tests"), cache=str(cache.folder), out=str(out), train=train, epochs=epochs
+        repo=str(REPO),
+        tests=str(REPO / "tests"),
+        cache=str(cache.folder),
+        out=str(out),
+        train=train,
+        epochs=epochs,
+        resumes=resumes,
     )
     launch = f"from stages.processes import run_processes; run_processes([{sys.executable!r}, '-c', {code!r}], {processes})"
     command = [sys.executable, "-c", code if processes == 1 else launch]
@@ -63,6 +77,8 @@ def test_two_processes_come_to_one_processs_weights(tmp_path, train):
     curves = [np.loadtxt(tmp_path / folder / "curve0.txt") for folder in ("one", "two")]
     assert len(curves[0]) > 20 and np.allclose(*curves, atol=1e-5)
     assert len(list((tmp_path / "two" / "checkpoints").glob("*.safetensors"))) == 2
+    again = train_with(2, cache, tmp_path / "two", train, epochs, resumes=True)
+    assert all(torch.equal(two[name], again[name]) for name in two)
 
 
 def test_rows_are_shared_out_without_gap_or_overlap():

@@ -89,6 +89,7 @@ def test_an_experiment_in_a_temporary_folder_goes_on_where_it_was_killed(clone):
     change(clone, {"schedule": {"compile_model": False}, "runtime": {"num_processes": 1}})
     clone.run("git", "commit", "-qam", "settings of this test")
     state = clone.root / ".state" / "train"
+    assert not any(state.rglob("step-*"))
     command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "-S", "train.seed=7"]
     killed = subprocess.Popen(
         command,

@@ -33,7 +33,7 @@ class Journal:
         say: Callable[[str], None] = print,
     ):
         self._log, self._previews, self._kept = log, previews, kept
-        self._on_metrics, self._on_preview, self.say = on_metrics, on_preview, say
+        self._on_metrics, self._on_preview, self._say = on_metrics, on_preview, say
         self.curves: dict[int, dict[str, float]] = {}
         self.lines: list[str] = []
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +61,10 @@ class Journal:
             file.write(line + "\n")
         if say:
             self.say(line)
+
+    def say(self, line: str) -> None:
+        """Print a line, without noting it."""
+        self._say(line)
 
     def state(self) -> dict:
         """What a checkpoint keeps."""
@@ -94,6 +98,9 @@ class Silent(Journal):
         pass
 
     def log(self, line: str, say: bool = True) -> None:
+        pass
+
+    def say(self, line: str) -> None:
         pass
 
     def restore(self, state: dict, step: int) -> None:

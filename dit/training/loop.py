@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm import tqdm
@@ -92,7 +92,8 @@ def train_transformer(
         UserError: the settings cannot work on this machine or with this cache, or the loss is no number any more.
         Stopped: SIGTERM or Ctrl-C; a checkpoint has been saved.
     """
-    accelerator = Accelerator(mixed_precision=choose_precision(train.mixed_precision, journal.log))
+    alike = DistributedDataParallelKwargs(broadcast_buffers=False)  # the text's statistics never change
+    accelerator = Accelerator(mixed_precision=choose_precision(train.mixed_precision, journal.log), kwargs_handlers=[alike])
     device, precision, main = accelerator.device, accelerator.mixed_precision, accelerator.is_main_process
     if device.type == "cpu":
         keep_freed_memory()
