@@ -61,7 +61,7 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], par
         shutil.copyfile(path, kept / hashlib.md5(Path(path).read_bytes()).hexdigest())
 
 
-def _locked_outs(stage: str) -> list[dict]:
+def locked_outs(stage: str) -> list[dict]:
     """What dvc.lock records of the outs of `stage`."""
     lock = Path("dvc.lock")
     stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {}) if lock.exists() else {}
@@ -70,12 +70,12 @@ def _locked_outs(stage: str) -> list[dict]:
 
 def _missing_outs(stage: str) -> list[str]:
     """Outs that were there once, and that DVC has deleted."""
-    return [out["path"] for out in _locked_outs(stage) if not Path(out["path"]).exists()]
+    return [out["path"] for out in locked_outs(stage) if not Path(out["path"]).exists()]
 
 
 def _restore(stage: str, metrics: list[str], kept: Path) -> None:
     """Put back the files that dvc.lock records for `stage`: from the copies, or as git has them, after a clone."""
-    for out in _locked_outs(stage):
+    for out in locked_outs(stage):
         path, copy = Path(out["path"]), kept / out["md5"]
         if out["path"] not in metrics:
             continue

@@ -85,13 +85,17 @@ def main(params: Params) -> None:
                 if not any(state.glob("step-*")):
                     shutil.rmtree(state)  # nothing that could go on
                 raise
+        save_model(MODEL, transformer, cache, recipe.model, recipe.schedule, params.train)
+        steps = int(summary["steps"])
+        tracker.metrics({"training_seconds": summary["seconds"]}, steps)
+        if params.runtime.register_model:
+            tracker.model(MODEL, f"dit-{params.recipe}", steps)
         status = "FINISHED"
     except Stopped:
         status = "KILLED"
         raise
     finally:
         tracker.finish(status)
-    save_model(MODEL, transformer, cache, recipe.model, recipe.schedule, params.train)
     journal.write_curves(Path(CURVES))
     write_json(Path(METRICS), {key: round(value, 5) for key, value in summary.items()})
     write_json(Path(RUN), {"run_id": tracker.run_id})

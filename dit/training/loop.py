@@ -308,7 +308,8 @@ def find_fitting(state: TrainingState, cache: LatentCache, train: Train, batch_s
 
 def report(done: int, total_steps: int, values: dict[str, float], journal: Journal, progress: tqdm) -> None:
     """A log's figures, where people look for them."""
-    speed = f"{values['images_per_second']:.0f} images/s"
+    rate = values["images_per_second"]
+    speed = f"{rate:.{0 if rate >= 10 else 2}f} images/s"
     progress.set_postfix_str(f"loss {values['train_loss']:.3f}, {speed}, MFU {values['mfu']:.0%}")
     journal.metrics(done, values)
     memory = f" {values['gpu_memory_gb']:.1f} GB" if "gpu_memory_gb" in values else ""
