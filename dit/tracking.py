@@ -199,7 +199,11 @@ class Tracker:
         """Keep a model, trained for `step` steps, and register it as the next version of `registered`."""
         from dit.registry import register_model
 
-        self._do(lambda client, run: register_model(self.uri, run, folder, registered, step))
+        def register(client: MlflowClient, run: str) -> None:
+            if not (self._goes_on and client.search_model_versions(f"run_id = '{run}'")):
+                register_model(self.uri, run, folder, registered, step)
+
+        self._do(register)
 
     def watch_machine(self) -> None:
         """Log use of processor, memory, disk and GPU every ten seconds, until `finish`."""

@@ -107,6 +107,10 @@ def test_an_experiment_in_a_temporary_folder_goes_on_where_it_was_killed(clone):
     again = clone.run(*command)
     assert "going on after step" in again.stdout + again.stderr
     assert not any(state.rglob("step-*"))
+    (run,) = [run for run in clone.parents() if run.data.params["train.seed"] == "7"]  # the same one, with no point twice
+    assert run.info.status == "FINISHED" and "prompt_accuracy" in run.data.metrics
+    steps = [point.step for point in clone.store().get_metric_history(run.info.run_id, "train_loss")]
+    assert steps == sorted(set(steps)) and steps[-1] == clone.store().get_metric_history(run.info.run_id, "val_loss")[-1].step
 
 
 def test_accelerate_launch_trains_with_two_processes_what_one_trains(clone):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from clones import Clone
 
 from dit.training.checkpoint import Checkpoints
@@ -54,6 +55,16 @@ def test_mlflow_has_one_run_with_curves_and_one_child(clone):
     assert store.get_metric_history(parent.info.run_id, "val_loss")
     children = store.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     assert [child.data.params["sample.scheduler"] for child in children] == ["stochastic"]
+
+
+def test_the_model_is_registered_and_the_data_set_has_dvcs_digest(clone):
+    (parent,) = clone.parents()
+    (registered,) = clone.store().search_model_versions("name = 'dit-shapes'")
+    assert registered.run_id == parent.info.run_id
+    lock = yaml.safe_load((clone.root / "dvc.lock").read_text())
+    (latents,) = [out["md5"] for out in lock["stages"]["encode"]["outs"] if out["path"] == "data/latents"]
+    assert parent.inputs.dataset_inputs[0].dataset.digest == latents
+    assert not (clone.root / "mlruns").exists()
 
 
 def test_a_second_run_has_nothing_to_do(clone):
