@@ -101,6 +101,23 @@ def test_editing_the_sampler_does_not_train_again(clone):
     assert stale == {"sample"}
 
 
+def test_the_report_of_a_pull_request_says_what_it_changes(clone):
+    """The step of the workflow as it stands there, on a branch with another sampler."""
+    clone.run("git", "update-ref", "refs/remotes/origin/main", "HEAD")
+    clone.dvc("exp", "run", "-S", "sample.num_inference_steps=2")
+    workflow = yaml.safe_load((clone.root / ".github" / "workflows" / "report.yml").read_text())
+    (step,) = [step for step in workflow["jobs"]["report"]["steps"] if step.get("name") == "report"]
+    clone.run("env", "BASE=main", "bash", "-euc", step["run"])
+    report = (clone.root / "report.md").read_text()
+    assert "| params.yaml | sample.num_inference_steps | 4" in report and "metrics/evaluate.json | clip_score" in report
+    assert "metrics/train.json" not in report
+    page = (clone.root / "dvc_plots" / "index.html").read_text()
+    assert page.count("val.png") >= 2 and "train_loss" in page
+    assert clone.run("bash", "tools/report.sh", "nowhere", check=False).stderr == "report: git knows no revision nowhere\n"
+    clone.run("git", "checkout", "-q", ".")
+    clone.dvc("checkout")
+
+
 def test_the_speedrun_trains_judges_and_leaves_the_project_as_it_was(clone):
     done = clone.run(sys.executable, "-m", "dit.cli", "benchmark", "--speedrun", "--output", str(clone.root.parent / "s.json"))
     assert "speedrun: 0.95 was not reached" in done.stdout  # after a dozen steps
