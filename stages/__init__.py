@@ -28,8 +28,11 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], par
     after a clone the last commit has them.
     """
     if "RANK" in os.environ:  # one of several processes: the one that started them does the rest
+        from stages.processes import leave_processes  # imports torch, which the download stage needs not wait for
+
         try:
             main(load_config())
+            leave_processes()
         except BaseException as error:
             problem = _in_one_line(error)
             if problem is None:
@@ -41,7 +44,7 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], par
     try:
         params = load_config()
         if parallel and params.runtime.num_processes > 1:
-            from stages.processes import run_processes  # imports torch, which the download stage needs not wait for
+            from stages.processes import run_processes
 
             run_processes([sys.executable, "-m", f"stages.{name}", *sys.argv[1:]], params.runtime.num_processes)
         else:

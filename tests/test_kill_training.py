@@ -117,10 +117,10 @@ def test_accelerate_launch_trains_with_two_processes_what_one_trains(clone):
     """Any `accelerate launch` will do: the stage finds that it is one of several, and only the first one writes."""
     change(clone, {"schedule": {"num_epochs": 16, "compile_model": False}, "runtime": {"num_processes": 1}})
     change(clone, {"train": {"mixed_precision": "no"}})
-    launch = ("--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    launch = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
     finish(clone)
     one = load_file(clone.root / WEIGHTS)
     curves, printed = finish(clone, (sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "stages.train"))
     two = load_file(clone.root / WEIGHTS)
     assert curves["step"].max() == 48 and max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
-    assert printed.count("48 steps of 16") == 1
+    assert printed.count("48 steps of 16, no on cpu, 2 processes") == 1

@@ -127,7 +127,8 @@ def train_transformer(
     flops = 3 * forward_flops(transformer, cache.latent_shape[1:], cache.max_tokens)
     peak = accelerator.num_processes * matmul_peak(device, DTYPES[precision])
     if not resume:
-        journal.log(f"{len(cache.train)} images, {total_steps} steps of {batch_size}, {precision} on {device}")
+        share = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+        journal.log(f"{len(cache.train)} images, {total_steps} steps of {batch_size}, {precision} on {device.type}{share}")
         journal.log(f"{transformer.num_parameters() / 1e6:.1f} M parameters, {flops / 1e9:.2f} GFLOP per image and step")
     empty = cache.read_empty(1).to(device)
 
