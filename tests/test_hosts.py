@@ -60,7 +60,7 @@ def test_two_hosts_train_what_one_trains(tmp_path, hosts):
             ["ip", "netns", "exec", host, sys.executable, "-m", "accelerate.commands.launch"]
             + f"--multi_gpu --num_machines 2 --num_processes 2 --machine_rank {rank}".split()
             + f"--main_process_ip {ADDRESSES[hosts[0]]} --main_process_port 29500".split()
-            + "--mixed_precision no --dynamo_backend no -m stages.train".split(),
+            + ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "stages.train"],
             cwd=folder,
             env=environment(folder) | {"GLOO_SOCKET_IFNAME": CABLE},
             stdout=subprocess.PIPE,
