@@ -17,7 +17,7 @@ from clones import Clone, environment
 from conftest import REPO
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]  # 2 to 5 minutes each, alone on 2 cores
 KILLS = 20
 WEIGHTS = Path("models/dit/transformer/diffusion_pytorch_model.safetensors")
 
