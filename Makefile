@@ -9,15 +9,18 @@ PYTHON ?= python3
 modern = import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; name one: make PYTHON=python3.12")
 in_environment = $(PYTHON) -c '$(modern)' && bin=$$($(PYTHON) tools/environment.py $(1)) && PATH="$$bin:$$PATH" && export PATH
 
-.PHONY: help repro test test-all report clean
+.PHONY: help repro experiments test test-all report clean
 
 help:  ## print this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo 'PYTHON=python3.12    another Python, 3.11 or newer'
 
 repro:  ## make .venv if it is needed, run the stages that are out of date, say where the pictures are
 	@$(call in_environment) && python -m dit.cli check && python -m dvc repro && python -m dit.cli where
+
+experiments:  ## what the experiments have reached, and in which settings they differ
+	@$(call in_environment) && python tools/experiments.py
 
 test:  ## lint, and run the tests of every day
 	@$(call in_environment,--extra test) && python -m ruff check . && python -m pytest

@@ -11,14 +11,26 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
 TRAINING_STEPS = 1000  # diffusers counts timesteps from 0 to 1000; the transformer from 0 to 1
 # The linear schedule of Ho et al.: its last step keeps 1/150 of the image, so that drawing may start from pure noise.
 BETAS = {"num_train_timesteps": TRAINING_STEPS, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+# "trailing" starts at the last timestep, which is pure noise (Lin et al. 2023, arXiv:2305.08891, section 3.3).
+FROM_PURE_NOISE = {"timestep_spacing": "trailing"}
 
 PredictionType = Literal["flow_prediction", "epsilon", "v_prediction"]  # in the words of diffusers
+
+
+def euler_scheduler(prediction_type: PredictionType) -> EulerDiscreteScheduler | FlowMatchEulerDiscreteScheduler:
+    """diffusers' scheduler of Euler's method, which a trained model is saved with: plain, and right for its path.
+
+    The choice among schedulers is made in dit/schedulers.py, which training does not use: editing it trains nothing again.
+    """
+    if prediction_type == "flow_prediction":
+        return FlowMatchEulerDiscreteScheduler(TRAINING_STEPS)
+    return EulerDiscreteScheduler(**BETAS, **FROM_PURE_NOISE, prediction_type=prediction_type)
 
 
 class Flow:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from dit.errors import UserError
 from dit.files import file_hash, place, write_json
 from dit.index import FORMAT, ShardEntry, read_index
+from dit.padding import pad
 from dit.shards import Shard, mean_std, shard_paths
 
 TEXT, CAPTIONS, INDEX = "text.safetensors", "captions.jsonl", "index.json"
@@ -269,16 +270,6 @@ class LatentCache:
 def _join(starts: list[np.ndarray], first: np.ndarray) -> np.ndarray:
     """The starts of all shards' rows as one array: each shard's, shifted by the rows before it, and the end."""
     return np.concatenate([part[:-1] + before for part, before in zip(starts, first[:-1], strict=True)] + [first[-1:]])
-
-
-def pad(rows: list[torch.Tensor], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of (L_i, E) to (B, length, E) with zeros behind, and the mask (B, length) that is True where a token is."""
-    tokens = rows[0].new_zeros(len(rows), length, rows[0].shape[1])
-    mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    for k, row in enumerate(rows):
-        tokens[k, : len(row)] = row
-        mask[k, : len(row)] = True
-    return tokens, mask
 
 
 def sample_posterior(moments: torch.Tensor, noise: torch.Tensor, scaling: float, shift: float = 0.0) -> torch.Tensor:

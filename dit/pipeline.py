@@ -16,8 +16,8 @@ from dit.diffusion import PredictionType, guide
 from dit.encoders import EncoderSource, load_text_encoder, load_vae
 from dit.errors import UserError
 from dit.images import to_images
-from dit.latents import pad
 from dit.model import DiT
+from dit.padding import pad
 from dit.precision import has_bf16
 from dit.schedulers import fit_problem, make_scheduler, model_times, scheduler_steps
 

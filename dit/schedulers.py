@@ -8,7 +8,6 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -18,7 +17,7 @@ from diffusers import (
 )
 
 from dit.config import Scheduler
-from dit.diffusion import BETAS, TRAINING_STEPS, PredictionType
+from dit.diffusion import BETAS, FROM_PURE_NOISE, TRAINING_STEPS, PredictionType, euler_scheduler
 from dit.errors import UserError
 
 FLOW_CLASSES = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
@@ -41,11 +40,10 @@ def make_scheduler(name: str, prediction_type: PredictionType) -> SchedulerMixin
     """
     if name not in get_args(Scheduler):
         raise UserError(f"sample.scheduler: {name!r} is unknown; one of {', '.join(get_args(Scheduler))} would be right")
+    if name == "euler":
+        return euler_scheduler(prediction_type)
     if prediction_type != "flow_prediction":
-        # "trailing" starts at the last timestep, which is pure noise (Lin et al. 2023, arXiv:2305.08891, section 3.3).
-        steps = BETAS | {"prediction_type": prediction_type, "timestep_spacing": "trailing"}
-        if name == "euler":
-            return EulerDiscreteScheduler(**steps)
+        steps = BETAS | FROM_PURE_NOISE | {"prediction_type": prediction_type}
         if name == "heun":
             return HeunDiscreteScheduler(**steps)
         if name == "dpm++":
@@ -64,8 +62,6 @@ def make_scheduler(name: str, prediction_type: PredictionType) -> SchedulerMixin
         "use_flow_sigmas": True,
         "flow_shift": 1.0,
     }
-    if name == "euler":
-        return FlowMatchEulerDiscreteScheduler(TRAINING_STEPS)
     if name == "heun":
         return FlowMatchHeunDiscreteScheduler(TRAINING_STEPS)
     if name == "dpm++":

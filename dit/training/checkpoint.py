@@ -24,7 +24,7 @@ from dit.errors import UserError
 from dit.files import file_hash, write_json
 
 # What the result depends on beside the settings and the data: the code of a training step.
-CODE = ("diffusion.py", "latents.py", "model.py", "shards.py", "training")
+CODE = ("diffusion.py", "latents.py", "model.py", "padding.py", "shards.py", "training")
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,10 @@ from pathlib import Path
 import diffusers
 
 from dit.config import Model, Schedule, Train
-from dit.diffusion import make_objective
+from dit.diffusion import euler_scheduler, make_objective
 from dit.files import write_json
 from dit.latents import LatentCache
 from dit.model import DiT
-from dit.schedulers import make_scheduler
 
 CARD = """\
 ---
@@ -43,7 +42,7 @@ def save_model(folder: Path, transformer: DiT, cache: LatentCache, model: Model,
     """Write the model folder. The same training gives the same bytes: no run id, no time stamp, no machine."""
     transformer.save_pretrained(folder / "transformer", safe_serialization=True)
     objective = make_objective(train.objective, train.prediction_type)
-    scheduler = make_scheduler("euler", objective.prediction_type)
+    scheduler = euler_scheduler(objective.prediction_type)
     scheduler.save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "DiTTextToImagePipeline",
