@@ -1,5 +1,6 @@
 # What the two commands do is `pip install -c constraints.txt -e .` and `dvc repro`; see the README for the plain lines.
 #   make PYTHON=python3.12 repro            another Python, 3.11 or newer
+#   make report BASE=HEAD~1                 what the last commit changed
 # pip reads its own environment variables, for instance to install from a folder of wheels: see the README.
 PYTHON ?= python3
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 modern = import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; name one: make PYTHON=python3.12")
 in_environment = $(PYTHON) -c '$(modern)' && bin=$$($(PYTHON) tools/environment.py $(1)) && PATH="$$bin:$$PATH" && export PATH
 
-.PHONY: help repro experiments test test-all clean
+.PHONY: help repro experiments test test-all report clean
 
 help:  ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +27,9 @@ test:  ## lint, and run the tests of every day
 
 test-all:  ## lint, and run all tests, the slow ones too
 	@$(call in_environment,--extra test) && python -m ruff check . && python -m pytest -m ""
+
+report:  ## what changed since BASE (a git revision), as report.md and dvc_plots/index.html
+	@$(call in_environment) && bash tools/report.sh $(or $(BASE),origin/main)
 
 clean:  ## remove .venv and the caches of the tools; data, models, samples and MLflow's runs stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info

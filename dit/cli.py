@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from dit.config import Scheduler
-from dit.errors import UserError
+from dit.errors import UserError, without_password
 
 EXAMPLES = """\
 examples:
@@ -17,6 +17,7 @@ examples:
   dit inspect data/latents --decode 16              what is in the latent cache, and a picture of it
   dit generate "a red circle above a blue star"     draw it with the trained model, into picture.png
   dit benchmark                                     how fast training is here, and how fast it could be
+  dit compare                                       all trained models side by side: a table and a picture
 """
 
 
@@ -25,17 +26,20 @@ def build_parser() -> argparse.ArgumentParser:
         prog="dit", description=__import__("dit").__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("check", help="check configuration, disk space, data source and weights before running")
-    commands.add_parser("where", help="say where the results are and how to open MLflow")
-    inspect = commands.add_parser(
+    checking = commands.add_parser("check", help="check configuration, disk space, data source and weights before running")
+    checking.set_defaults(action=check)
+    places = commands.add_parser("where", help="say where the results are and how to open MLflow")
+    places.set_defaults(action=where)
+    inspecting = commands.add_parser(
         "inspect",
         help="summarise a latent cache, check it, show what is in it",
         epilog="example: dit inspect data/latents --decode 16 --output latents.png",
     )
-    inspect.add_argument("cache", nargs="?", type=Path, default=Path("data/latents"), help="default: %(default)s")
-    inspect.add_argument("--decode", type=int, default=0, metavar="N", help="draw N originals beside their decoded latents")
-    inspect.add_argument("--raw", type=Path, default=Path("data/raw"), help="where the originals are; default: %(default)s")
-    inspect.add_argument("--output", type=Path, default=Path("latents.png"), help="default: %(default)s")
+    inspecting.add_argument("cache", nargs="?", type=Path, default=Path("data/latents"), help="default: %(default)s")
+    inspecting.add_argument("--decode", type=int, default=0, metavar="N", help="draw N originals beside their decoded latents")
+    inspecting.add_argument("--raw", type=Path, default=Path("data/raw"), help="where the originals are; default: %(default)s")
+    inspecting.add_argument("--output", type=Path, default=Path("latents.png"), help="default: %(default)s")
+    inspecting.set_defaults(action=inspect)
     bench = commands.add_parser(
         "benchmark",
         help="measure training: against the hardware's peak, other transformers, and encoding at every step",
@@ -62,18 +66,36 @@ def build_parser() -> argparse.ArgumentParser:
         help="instead: train the recipe shapes as params.yaml has it, and say after how many seconds the pictures are right",
     )
     bench.add_argument("--output", type=Path, default=Path("benchmark.json"), help="default: %(default)s")
-    generate = commands.add_parser(
+    bench.set_defaults(action=run_benchmark)
+    comparing = commands.add_parser(
+        "compare",
+        help="lay trained models side by side: their figures, what was set differently, what they draw",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  dit compare                                all of MLflow's runs that were evaluated, the best first\n"
+        "  dit compare shapes hungry-lamb 3f2a        some, by name or by the beginning of their id\n"
+        "  dit compare --metric val_loss --csv runs.csv",
+    )
+    comparing.add_argument("runs", nargs="*", metavar="RUN", help="its name, or the beginning of its id; default: all")
+    comparing.add_argument("--metric", default="prompt_accuracy", help="that orders them; default: %(default)s")
+    comparing.add_argument("--output", type=Path, default=Path("compare.png"), help="the picture; default: %(default)s")
+    comparing.add_argument("--csv", type=Path, help="write the table here, too")
+    comparing.set_defaults(action=compare)
+    sending = commands.add_parser("sync-runs", help="send to MLflow what it did not take while its server was away")
+    sending.set_defaults(action=sync)
+    drawing = commands.add_parser(
         "generate",
         help="draw captions with the trained model",
         epilog='example: dit generate "a red circle" "a blue star" --seed 7 --output two.png',
     )
-    generate.add_argument("prompts", nargs="+", metavar="CAPTION")
-    generate.add_argument("--model", type=Path, default=Path("models/dit"), help="default: %(default)s")
-    generate.add_argument("--output", type=Path, default=Path("picture.png"), help="default: %(default)s")
-    generate.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    generate.add_argument("--steps", type=int, default=30, help="default: %(default)s")
-    generate.add_argument("--guidance-scale", type=float, default=1.5, help="1 is without guidance; default: %(default)s")
-    generate.add_argument("--scheduler", choices=get_args(Scheduler), default="stochastic", help="default: %(default)s")
+    drawing.add_argument("prompts", nargs="+", metavar="CAPTION")
+    drawing.add_argument("--model", type=Path, default=Path("models/dit"), help="default: %(default)s")
+    drawing.add_argument("--output", type=Path, default=Path("picture.png"), help="default: %(default)s")
+    drawing.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    drawing.add_argument("--steps", type=int, default=30, help="default: %(default)s")
+    drawing.add_argument("--guidance-scale", type=float, default=1.5, help="1 is without guidance; default: %(default)s")
+    drawing.add_argument("--scheduler", choices=get_args(Scheduler), default="stochastic", help="default: %(default)s")
+    drawing.set_defaults(action=generate)
     return parser
 
 
@@ -81,26 +103,22 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; a user's mistake is one line on standard error and exit code 1."""
     arguments = build_parser().parse_args(argv)
     try:
-        if arguments.command == "check":
-            from dit.checks import check
-
-            check()
-            print("settings, disk space, data and weights: nothing is missing")
-        elif arguments.command == "where":
-            where()
-        elif arguments.command == "benchmark":
-            run_benchmark(arguments)
-        elif arguments.command == "inspect":
-            inspect(arguments)
-        else:
-            generate(arguments)
+        arguments.action(arguments)
     except UserError as error:
         print(f"dit: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def where() -> None:
+def check(arguments: argparse.Namespace) -> None:
+    """Say that nothing is missing, or what is."""
+    from dit.checks import check
+
+    check()
+    print("settings, disk space, data and weights: nothing is missing")
+
+
+def where(arguments: argparse.Namespace) -> None:
     """Print what a run has left and where, and how to look at it."""
     from dit.checks import read_json
 
@@ -120,7 +138,7 @@ def where() -> None:
             print(f"{path:24} {what}")
     import os
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = without_password(os.environ.get("MLFLOW_TRACKING_URI", ""))
     print(
         "runs and curves:         "
         + (uri or "mlflow ui --backend-store-uri sqlite:///mlflow.db   then open http://127.0.0.1:5000")
@@ -179,6 +197,37 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
         print(table(results))
         write_json(arguments.output, results)
     print(f"\n{arguments.output}")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Print the table of runs, and write it and their pictures."""
+    from dit.compare import comparison_picture, comparison_table, read_runs
+
+    runs = read_runs(arguments.runs, arguments.metric)
+    table = comparison_table(runs, arguments.metric)
+    print(table.reset_index().to_string(index=False, float_format="{:.4g}".format))
+    written = []
+    if arguments.csv:
+        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(arguments.csv)
+        written.append(arguments.csv)
+    picture = comparison_picture(runs, arguments.metric)
+    if picture:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(arguments.output)
+        written.append(arguments.output)
+    else:
+        print("no picture: these runs have no prompt in common")
+    for path in written:
+        print(path)
+
+
+def sync(arguments: argparse.Namespace) -> None:
+    """Send the runs that wait."""
+    from dit.sync import sync_runs
+
+    sent = sync_runs()
+    print(f"{len(sent)} runs sent" if sent else "no run waits to be sent")
 
 
 def generate(arguments: argparse.Namespace) -> None:

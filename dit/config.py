@@ -191,6 +191,7 @@ class Runtime:
     deterministic: Flag
     download_connections: PositiveInt
     data_on_device: Literal["auto", True, False]
+    register_model: Flag
 
 
 RECIPES = ("shapes", "coco", "folder", "hub")

@@ -1,4 +1,6 @@
-"""The one error that users are meant to see."""
+"""The one error that users are meant to see, and what they are not."""
+
+import re
 
 
 class UserError(Exception):
@@ -6,3 +8,8 @@ class UserError(Exception):
 
     The stages and the command line print it without a stack trace.
     """
+
+
+def without_password(address: str) -> str:
+    """`address` without the name and password that may stand before its host: what is printed may be pasted elsewhere."""
+    return re.sub(r"//[^/@\s]*@", "//", address)

@@ -36,7 +36,7 @@ def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], columns:
     font = ImageFont.load_default(size=12)
     scale = max(1, cell // images[0].width)
     width, height = images[0].width * scale, images[0].height * scale
-    texts = [_wrap(label, font, width) for label in labels]
+    texts = [wrap(label, font, width) for label in labels]
     below = 16 * max(len(lines) for lines in texts) + 4
     tiles = []
     for image, lines in zip(images, texts, strict=True):
@@ -47,7 +47,7 @@ def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], columns:
     return grid(tiles, columns, gap=8)
 
 
-def _wrap(text: str, font, width: int, most: int = 5) -> list[str]:
+def wrap(text: str, font, width: int, most: int = 5) -> list[str]:
     """Break `text` into lines of at most `width` pixels; after `most` lines, the rest is left out."""
     lines = [""]
     for word in text.split():

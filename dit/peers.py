@@ -141,7 +141,9 @@ def encoding(batch: int, tokens: int, dtype: torch.dtype, device: torch.device) 
     config = CLIPTextConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
     )
-    vae, clip = vae.to(device, dtype).eval(), CLIPTextModelWithProjection(config).to(device, dtype).eval()
+    clip = CLIPTextModelWithProjection(config)
+    for network in (vae, clip):  # diffusers' own `to` warns of modules that it would rather keep in fp32, of which there are none
+        torch.nn.Module.to(network.eval(), device, dtype)
     pictures = torch.randn(batch, 3, 8 * LATENT[1], 8 * LATENT[2], device=device, dtype=dtype)
     words = torch.randint(0, config.vocab_size - 2, (batch, 77), device=device)  # padded to 77, as there
 

@@ -1,16 +1,18 @@
-"""MLflow: one run per trained model, one child run per evaluation of it. No other file talks to MLflow.
+"""MLflow: one run per trained model, one child run per evaluation of it.
 
-A tracker never stops a training: what MLflow raises is said once, and the run goes on without it.
+Tracking never stops a training and loses nothing: what the store does not take goes into a store of the project's own, from
+which `dit sync-runs` sends it (dit/sync.py).
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import subprocess
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,18 @@ import pandas as pd
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag
+from mlflow.entities import DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from PIL import Image
 
+from dit.errors import without_password
+
 EXPERIMENT = "dit"
+PARENT = "mlflow.parentRunId"
+BELONGS_TO = "dit.belongs_to"  # of an unsent run: the run of the store that it continues
+SENT_FROM = "dit.sent_from"  # of a run of the store: the unsent run that it was copied from
 
 
 def project_root() -> Path:
@@ -36,117 +45,226 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root() / 'mlflow.db'}"
 
 
+def unsent_folder() -> Path:
+    """Where runs are kept that the store did not take."""
+    return project_root() / ".state" / "unsent"
+
+
+def unsent_uri() -> str:
+    """The address of the store of unsent runs."""
+    return f"sqlite:///{unsent_folder() / 'mlflow.db'}"
+
+
 def flatten(prefix: str, settings: Any) -> dict[str, Any]:
     """Nested settings as `model.hidden_size: 192`, the way params.yaml is read aloud."""
     values = asdict(settings) if is_dataclass(settings) else settings
     return {f"{prefix}.{key}": value for key, value in values.items()}
 
 
+@dataclass(frozen=True)
+class Store:
+    """A store of MLflow that is reachable: its address, its client, and the id of the experiment `dit` in it."""
+
+    uri: str
+    client: MlflowClient
+    experiment: str
+
+
+def open_store(uri: str) -> Store:
+    """The store at `uri`, with the experiment `dit`, made on first use. Under a lock: two first writers would both make it.
+
+    Raises:
+        MlflowException, OSError: it cannot be reached, or is none that this version of MLflow takes.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a server that is away shall not hold up a training
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    warnings.filterwarnings("ignore", module="mlflow")
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    folder = unsent_folder() if uri == unsent_uri() else project_root()
+    lock = project_root() / ".state" / "mlflow.lock"
+    for needed in (lock.parent, folder):
+        needed.mkdir(parents=True, exist_ok=True)
+    artifacts = str(folder / "mlartifacts") if uri.startswith("sqlite:") else None  # a server knows where it wants them
+    with FileLock(lock):
+        client = MlflowClient(uri, registry_uri=uri)
+        for attempt in (1, 2):
+            experiment = client.get_experiment_by_name(EXPERIMENT)
+            if experiment:
+                return Store(uri, client, experiment.experiment_id)
+            try:
+                client.create_experiment(EXPERIMENT, artifacts)
+            except MlflowException:  # another machine may have been faster
+                if attempt == 2:
+                    raise
+    raise AssertionError("unreachable")
+
+
 class Tracker:
-    """Logs into one run. `run_id` is None while there is no store to log to."""
+    """Logs into one run; where the store does not take it, into an unsent one that continues it.
 
-    def __init__(self, client: MlflowClient | None, run_id: str | None):
-        self.client, self.run_id = client, run_id
-        self._silent = client is None
+    Args:
+        uri: the store.
+        name: of the run, where one has to be made.
+        tags: of the run, where one has to be made.
+        run_id: an earlier run to log on in; None makes one at once.
 
-    @contextmanager
-    def _tolerant(self) -> Iterator[None]:
-        try:
-            yield
-        except (MlflowException, OSError) as error:
-            if not self._silent:
-                print(f"MLflow: cannot log to {tracking_uri()} ({_first_line(error)}); going on without", flush=True)
-            self._silent = True
+    Attributes:
+        name: of the run.
+        run_id: by which `resume_run` finds the run again. None where not even the project's folder can be written.
+    """
+
+    def __init__(self, uri: str, name: str, tags: dict[str, str], run_id: str | None = None):
+        self.uri, self.run_id = uri, run_id
+        self.name, self._tags = name, tags
+        self._store: Store | None = None
+        self._run = run_id  # the run logged into; another than run_id where that is continued
+        self._goes_on = False
+        self._last_steps: dict[str, int] = {}
+        self._monitor: SystemMetricsMonitor | None = None
+        if run_id is None:
+            self._do(lambda client, run: None)
+            self.run_id = self._run
+
+    def _do(self, action: Callable[[MlflowClient, str], Any]) -> None:
+        while self.uri:
+            try:
+                if self._store is None:
+                    self._store = open_store(self.uri)
+                if self._run is None:
+                    tags = self._tags | ({BELONGS_TO: self.run_id} if self.run_id else {})
+                    self._run = self._store.client.create_run(self._store.experiment, run_name=self.name, tags=tags).info.run_id
+                action(self._store.client, self._run)
+                return
+            except Exception as error:  # whatever it is: no training ends because of its log
+                self._turn_away_from_store(error)
+
+    def _turn_away_from_store(self, error: Exception) -> None:
+        problem = f"MLflow: {without_password(self.uri)} does not take this run ({_first_line(error)}); "
+        if self.uri == unsent_uri():
+            print(problem + "going on without", flush=True)
+            self.uri = ""
+            return
+        print(problem + f"it is kept in {unsent_folder()}, and `dit sync-runs` sends it", flush=True)
+        self.uri, self._store, self._run = unsent_uri(), None, None
+
+    def start_child(self, name: str) -> Tracker:
+        """A run below this one, in the same store."""
+        return Tracker(self.uri, name, self._tags | ({PARENT: self.run_id} if self.run_id else {}))
 
     def params(self, values: dict[str, Any]) -> None:
-        if self.run_id:
-            with self._tolerant():
-                self.client.log_batch(self.run_id, params=[mlflow.entities.Param(k, str(v)) for k, v in values.items()])
+        """Note settings."""
+        self._do(lambda client, run: client.log_batch(run, params=[Param(key, str(value)) for key, value in values.items()]))
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        if self.run_id:
-            with self._tolerant():
-                now = int(pd.Timestamp.now("UTC").timestamp() * 1000)
-                self.client.log_batch(self.run_id, [mlflow.entities.Metric(k, float(v), now, step) for k, v in values.items()])
+        """Note a point of each curve in `values`."""
+        now = int(pd.Timestamp.now("UTC").timestamp() * 1000)
+
+        def log(client: MlflowClient, run: str) -> None:
+            new = {key: value for key, value in values.items() if not self._goes_on or step > self._last_step(client, run, key)}
+            client.log_batch(run, [Metric(key, float(value), now, step) for key, value in new.items()])
+
+        self._do(log)
+
+    def _last_step(self, client: MlflowClient, run: str, key: str) -> int:
+        """The last step of `key` that the run had when it went on."""
+        if key not in self._last_steps:
+            self._last_steps[key] = max((point.step for point in client.get_metric_history(run, key)), default=-1)
+        return self._last_steps[key]
 
     def picture(self, image: Image.Image | Path, name: str, step: int | None = None) -> None:
-        """Log a picture; with a `step`, as one of a series that MLflow shows over time."""
-        if self.run_id:
-            with self._tolerant():
-                image = Image.open(image) if isinstance(image, Path) else image
-                if step is None:
-                    self.client.log_image(self.run_id, image, artifact_file=f"{name}.png")
-                else:
-                    self.client.log_image(self.run_id, image, key=name, step=step)
+        """Keep a picture; with a `step`, as one of a series that MLflow shows over time."""
+        image = Image.open(image) if isinstance(image, Path) else image
 
-    def file(self, path: Path) -> None:
-        if self.run_id:
-            with self._tolerant():
-                self.client.log_artifact(self.run_id, str(path))
+        def log(client: MlflowClient, run: str) -> None:
+            if step is None:
+                client.log_image(run, image, artifact_file=f"{name}.png")
+            elif not (self._goes_on and _has_picture(client, run, name, step)):
+                client.log_image(run, image, key=name, step=step)
+
+        self._do(log)
+
+    def notes(self, values: Any, name: str) -> None:
+        """Keep `values` as a JSON file."""
+        self._do(lambda client, run: client.log_dict(run, values, name))
 
     def dataset(self, name: str, digest: str, source: str) -> None:
         """Say what the run was trained on; MLflow keeps the first 36 characters of the digest."""
-        if self.run_id:
-            with self._tolerant():
-                dataset = MetaDataset(mlflow.data.dataset_source_registry.resolve_dataset_source(source), name, digest[:36])
-                tags = [InputTag("mlflow.data.context", "training")]
-                self.client.log_inputs(self.run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
+        dataset = MetaDataset(mlflow.data.dataset_source_registry.resolve_dataset_source(source), name, digest[:36])
+        tags = [InputTag("mlflow.data.context", "training")]
+        self._do(lambda client, run: client.log_inputs(run, [DatasetInput(dataset._to_mlflow_entity(), tags)]))
+
+    def model(self, folder: Path, registered: str, step: int) -> None:
+        """Keep a model, trained for `step` steps, and register it as the next version of `registered`."""
+        from dit.registry import register_model
+
+        def register(client: MlflowClient, run: str) -> None:
+            if not (self._goes_on and client.search_model_versions(f"run_id = '{run}'")):
+                register_model(self.uri, run, folder, registered, step)
+
+        self._do(register)
+
+    def watch_machine(self) -> None:
+        """Log use of processor, memory, disk and GPU every ten seconds, until `finish`."""
+
+        def watch(client: MlflowClient, run: str) -> None:
+            self._monitor = SystemMetricsMonitor(run, resume_logging=self._goes_on, tracking_uri=self.uri)
+            self._monitor.start()
+
+        self._do(watch)
 
     def go_on(self) -> None:
-        """A run that had been stopped is running again."""
-        if self.run_id:
-            with self._tolerant():
-                self.client.update_run(self.run_id, status="RUNNING")
+        """A run that had been stopped is running again: what it has noted already it does not note twice."""
+        self._goes_on = True
+        self._do(lambda client, run: client.update_run(run, status="RUNNING"))
 
     def finish(self, status: str = "FINISHED") -> None:
-        if self.run_id:
-            with self._tolerant():
-                self.client.set_terminated(self.run_id, status)
+        """End the run: FINISHED, KILLED (it can go on) or FAILED."""
+        if self._monitor:
+            self._monitor.finish()
+        self._do(lambda client, run: client.set_terminated(run, status))
 
 
-def start_run(recipe: str, tags: dict[str, str] | None = None, parent: str | None = None) -> Tracker:
-    """Begin a run in the experiment `dit`, made on first use; named after the DVC experiment where there is one."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a server that is away shall not hold up a training
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    tracker = Tracker(None, None)
-    tracker._silent = False
-    with tracker._tolerant():
-        client, experiment = _open_store()
-        name = os.environ.get("DVC_EXP_NAME") or recipe
-        all_tags = {"recipe": recipe, **_code_tags(), **(tags or {})}
-        if parent:
-            all_tags["mlflow.parentRunId"] = parent
-            name = f"{name} evaluation"
-        run = client.create_run(experiment, run_name=name, tags=all_tags)
-        tracker = Tracker(client, run.info.run_id)
-    return tracker
+def start_run(recipe: str, tags: dict[str, str] | None = None) -> Tracker:
+    """Begin a run in the experiment `dit`, named after the DVC experiment where there is one."""
+    all_tags = {"recipe": recipe, **_code_tags(), **(tags or {})}
+    return Tracker(tracking_uri(), os.environ.get("DVC_EXP_NAME") or recipe, all_tags)
 
 
-def resume_run(run_id: str | None) -> Tracker | None:
-    """Log on in a run of before; None if this store does not know it (a colleague's model, pulled)."""
+def resume_run(run_id: str | None, recipe: str) -> Tracker | None:
+    """Log on in a run of before, in whichever store it is; None if none knows it (a colleague's model, pulled)."""
     if not run_id:
         return None
+    name, tags = os.environ.get("DVC_EXP_NAME") or recipe, {"recipe": recipe, **_code_tags()}
+    if (unsent_folder() / "mlflow.db").exists():
+        kept = find_run(open_store(unsent_uri()), run_id)
+        if kept:
+            print(f"MLflow: this run is kept in {unsent_folder()}, and `dit sync-runs` sends it", flush=True)
+            return Tracker(unsent_uri(), name, tags, kept)
     try:
-        client, _ = _open_store()
-        client.get_run(run_id)
-    except (MlflowException, OSError):
-        return None
-    return Tracker(client, run_id)
+        known = find_run(open_store(tracking_uri()), run_id)
+    except Exception:  # away: the tracker will say so
+        known = run_id
+    return Tracker(tracking_uri(), name, tags, known) if known else None
 
 
-def _open_store() -> tuple[MlflowClient, str]:
-    """The client, and the id of the experiment. Under a lock: two first writers would both create the tables."""
-    warnings.filterwarnings("ignore", module="mlflow")
-    root = project_root()
-    lock = root / ".state" / "mlflow.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):
-        client = MlflowClient(tracking_uri())
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-        if experiment:
-            return client, experiment.experiment_id
-        local = tracking_uri().startswith("sqlite:")
-        return client, client.create_experiment(EXPERIMENT, str(root / "mlartifacts") if local else None)
+def find_run(store: Store, run_id: str) -> str | None:
+    """The run `run_id` in `store`, or the one that was made of it when it was sent there."""
+    try:
+        if store.client.get_run(run_id).info.lifecycle_stage == "active":
+            return run_id
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            raise
+    sent = store.client.search_runs([store.experiment], f"tags.`{SENT_FROM}` = '{run_id}'", max_results=1)
+    return sent[0].info.run_id if sent else None
+
+
+def _has_picture(client: MlflowClient, run: str, name: str, step: int) -> bool:
+    """Whether the series `name` has a picture of `step`: MLflow writes both into the name of the file."""
+    written = (re.split("[+%]", Path(item.path).name) for item in client.list_artifacts(run, "images"))
+    return any(parts[:3] == [name, "step", str(step)] for parts in written)
 
 
 def _code_tags() -> dict[str, str]:
@@ -164,4 +282,4 @@ def _git(*arguments: str) -> str | None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+    return without_password((str(error).splitlines() or [type(error).__name__])[0])[:160]

@@ -28,8 +28,11 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], par
     after a clone the last commit has them.
     """
     if "RANK" in os.environ:  # one of several processes: the one that started them does the rest
+        from stages.processes import leave_processes  # imports torch, which the download stage needs not wait for
+
         try:
             main(load_config())
+            leave_processes()
         except BaseException as error:
             problem = _in_one_line(error)
             if problem is None:
@@ -41,7 +44,7 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], par
     try:
         params = load_config()
         if parallel and params.runtime.num_processes > 1:
-            from stages.processes import run_processes  # imports torch, which the download stage needs not wait for
+            from stages.processes import run_processes
 
             run_processes([sys.executable, "-m", f"stages.{name}", *sys.argv[1:]], params.runtime.num_processes)
         else:
@@ -61,7 +64,7 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], par
         shutil.copyfile(path, kept / hashlib.md5(Path(path).read_bytes()).hexdigest())
 
 
-def _locked_outs(stage: str) -> list[dict]:
+def locked_outs(stage: str) -> list[dict]:
     """What dvc.lock records of the outs of `stage`."""
     lock = Path("dvc.lock")
     stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {}) if lock.exists() else {}
@@ -70,12 +73,12 @@ def _locked_outs(stage: str) -> list[dict]:
 
 def _missing_outs(stage: str) -> list[str]:
     """Outs that were there once, and that DVC has deleted."""
-    return [out["path"] for out in _locked_outs(stage) if not Path(out["path"]).exists()]
+    return [out["path"] for out in locked_outs(stage) if not Path(out["path"]).exists()]
 
 
 def _restore(stage: str, metrics: list[str], kept: Path) -> None:
     """Put back the files that dvc.lock records for `stage`: from the copies, or as git has them, after a clone."""
-    for out in _locked_outs(stage):
+    for out in locked_outs(stage):
         path, copy = Path(out["path"]), kept / out["md5"]
         if out["path"] not in metrics:
             continue

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+import pandas as pd
+from PIL import Image
 
 from dit.config import Params
 from dit.evaluation.metrics import evaluate_samples
 from dit.files import write_json
-from dit.tracking import flatten, start_run
+from dit.images import grid
+from dit.tracking import flatten
 from stages import run_stage
 from stages.runs import find_run
 
 METRICS = "metrics/evaluate.json"
+SHOWN = 8  # pictures by which runs are compared
 
 
 def main(params: Params) -> None:
@@ -24,17 +30,27 @@ def main(params: Params) -> None:
         worst=worst,
     )
     write_json(Path(METRICS), results)
-    parent = find_run(params)
-    child = start_run(params.recipe, parent=parent.run_id)
-    child.params(flatten("sample", params.sample) | flatten("evaluate", params.evaluate))
-    pictures = [*sorted(Path("samples/grids").glob("*.png")), worst]
-    for run in (parent, child):
-        run.metrics(results)
-        for picture in pictures:
-            run.picture(picture, picture.stem)
-    child.finish()
+    report(params, results, [*sorted(Path("samples/grids").glob("*.png")), worst])
     for name, value in results.items():
         print(f"{name:30} {value}")
+
+
+def report(params: Params, results: dict[str, float], pictures: list[Path]) -> None:
+    """Put the evaluation into MLflow: a child run with its settings, and its figures on the training's run, too."""
+    curves = pd.read_csv("metrics/curves.csv", index_col="step")
+    prompts = json.loads(Path("samples/images/prompts.json").read_text(encoding="utf-8"))[:SHOWN]
+    row = grid([Image.open(Path("samples/images") / prompt["file"]) for prompt in prompts], columns=len(prompts), gap=0)
+    parent = find_run(params)
+    child = parent.start_child(f"{parent.name} evaluation")
+    child.params(flatten("sample", params.sample) | flatten("evaluate", params.evaluate))
+    child.metrics(results)
+    parent.metrics({name: value for name, value in results.items() if name not in curves}, step=int(curves.index.max()))
+    for run in (parent, child):
+        for picture in pictures:
+            run.picture(picture, picture.stem)
+        run.picture(row, "compared/row")  # what `dit compare` lays side by side
+        run.notes([{"text": prompt["text"], "seed": prompt["seed"]} for prompt in prompts], "compared/prompts.json")
+    child.finish()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,12 @@ from dit.errors import UserError
 PATIENCE = 5.0  # seconds for the others to end by themselves, once one has
 
 
+def leave_processes() -> None:
+    """Part from the others in good order: a process that just exits may be aborted by its own communication threads."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 class ProcessFailed(UserError):
     """One of the processes ended with an error; it has said which."""
 

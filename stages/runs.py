@@ -10,41 +10,54 @@ import pandas as pd
 
 from dit.config import Params
 from dit.tracking import Tracker, flatten, resume_run, start_run
+from stages import locked_outs
+
+LATENTS = "data/latents"
 
 
-def begin_run(params: Params, digest: str, state: Path) -> Tracker:
+def begin_run(params: Params, index_digest: str, state: Path) -> Tracker:
     """The run of this training: the one that it began with, also where it goes on after it was killed.
 
     Args:
         params: all settings.
-        digest: of the latent cache.
+        index_digest: of the latent cache's index, for where DVC has not recorded the cache.
         state: the training's folder for what is unfinished, where the run's id is noted.
     """
     noted = state / "run_id"
-    known = resume_run(noted.read_text(encoding="utf-8")) if noted.exists() else None
+    known = resume_run(noted.read_text(encoding="utf-8"), params.recipe) if noted.exists() else None
     if known:
         known.go_on()
-        return known
-    tracker = start_run(params.recipe, tags={"data.latents": digest})
-    tracker.params(settings_of_training(params))
-    tracker.dataset(params.recipe, digest, "data/latents")
-    state.mkdir(parents=True, exist_ok=True)
-    noted.write_text(tracker.run_id or "", encoding="utf-8")
-    return tracker
+    else:
+        known = _new_run(params, _digest_of_dvc() or index_digest)
+        state.mkdir(parents=True, exist_ok=True)
+        noted.write_text(known.run_id or "", encoding="utf-8")
+    known.watch_machine()
+    return known
 
 
 def find_run(params: Params) -> Tracker:
     """The run of the trained model; made again from the tracked curves where it was trained into another store."""
     run_id = json.loads(Path("metrics/mlflow.json").read_text(encoding="utf-8"))["run_id"]
-    known = resume_run(run_id)
+    known = resume_run(run_id, params.recipe)
     if known:
         return known
-    tracker = start_run(params.recipe, tags={"recreated_from": str(run_id)})
-    tracker.params(settings_of_training(params))
+    tracker = _new_run(params, _digest_of_dvc() or "unknown", recreated_from=str(run_id))
     for step, values in pd.read_csv("metrics/curves.csv", index_col="step").iterrows():
         tracker.metrics(values.dropna().to_dict(), int(step))
     tracker.finish()
     return tracker
+
+
+def _new_run(params: Params, digest: str, **tags: str) -> Tracker:
+    tracker = start_run(params.recipe, tags={"data.latents": digest, **tags})
+    tracker.params(settings_of_training(params))
+    tracker.dataset(params.recipe, digest, LATENTS)
+    return tracker
+
+
+def _digest_of_dvc() -> str | None:
+    """DVC's hash of the latent cache, by which `dvc get` and a colleague know it."""
+    return next((out["md5"] for out in locked_outs("encode") if out["path"] == LATENTS), None)
 
 
 def settings_of_training(params: Params) -> dict[str, Any]:

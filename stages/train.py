@@ -23,7 +23,7 @@ from dit.errors import UserError
 from dit.files import file_hash, mention_others, write_json
 from dit.images import to_images
 from dit.latents import LatentCache
-from dit.training.checkpoint import Checkpoints, open_named, training_key
+from dit.training.checkpoint import Checkpoints, check_alike, open_named, training_key
 from dit.training.export import save_model
 from dit.training.journal import Journal, Silent
 from dit.training.loop import build_model, train_transformer
@@ -52,6 +52,8 @@ def main(params: Params) -> None:
         check_fits(resume, resume.tensors(), build_model(cache, recipe.model, params.train.seed))  # before anything is written
     else:
         resume = checkpoints.newest(print)
+    process = PartialState(cpu=not torch.cuda.is_available())
+    check_alike(state.name, resume)
     vae, _ = load_vae(EncoderSource(**cache.index["vae"]), device="cuda" if torch.cuda.is_available() else "cpu")
 
     @torch.no_grad()
@@ -63,7 +65,7 @@ def main(params: Params) -> None:
             cache, recipe.model, recipe.schedule, params.train, params.runtime, journal, decode, checkpoints, resume
         )
 
-    if not PartialState(cpu=not torch.cuda.is_available()).is_main_process:
+    if not process.is_main_process:
         run(Silent())
         return
     mention_others("train", state)
@@ -85,13 +87,17 @@ def main(params: Params) -> None:
                 if not any(state.glob("step-*")):
                     shutil.rmtree(state)  # nothing that could go on
                 raise
+        save_model(MODEL, transformer, cache, recipe.model, recipe.schedule, params.train)
+        steps = int(summary["steps"])
+        tracker.metrics({"training_seconds": summary["seconds"]}, steps)
+        if params.runtime.register_model:
+            tracker.model(MODEL, f"dit-{params.recipe}", steps)
         status = "FINISHED"
     except Stopped:
         status = "KILLED"
         raise
     finally:
         tracker.finish(status)
-    save_model(MODEL, transformer, cache, recipe.model, recipe.schedule, params.train)
     journal.write_curves(Path(CURVES))
     write_json(Path(METRICS), {key: round(value, 5) for key, value in summary.items()})
     write_json(Path(RUN), {"run_id": tracker.run_id})

@@ -81,6 +81,33 @@ def test_two_processes_come_to_one_processs_weights(tmp_path, train):
     assert all(torch.equal(two[name], again[name]) for name in two)
 
 
+@pytest.mark.parametrize(
+    ("key", "step", "says"),
+    [("'same'", "5", None), ("str(rank)", "5", "`dvc pull`"), ("'same'", "5 * rank", "from steps 0, 5; put .state on a disk")],
+)
+def test_machines_that_would_train_different_things_say_so(key, step, says):
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(REPO)!r})
+from accelerate import PartialState
+from dit.errors import UserError
+from dit.training.checkpoint import Checkpoint, check_alike
+state = PartialState(cpu=True)
+rank = int(os.environ["RANK"])
+try:
+    check_alike({key}, Checkpoint({step}, None, {{}}))
+    print("alike")
+except UserError as error:
+    sys.exit(str(error))
+finally:
+    state.destroy_process_group()
+"""
+    launch = f"from stages.processes import run_processes; run_processes([{sys.executable!r}, '-c', {code!r}], 2)"
+    done = subprocess.run([sys.executable, "-c", launch], cwd=REPO, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (says is None), done.stderr
+    assert (says or "alike") in done.stdout + done.stderr
+
+
 def test_rows_are_shared_out_without_gap_or_overlap():
     train = settings({"batch_size": 7, "gradient_accumulation_steps": 2})[1]
     shares = [own_rows(train, 3, number) for number in range(3)]

@@ -17,7 +17,7 @@ from clones import Clone, environment
 from conftest import REPO
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]  # 2 to 5 minutes each, alone on 2 cores
 KILLS = 20
 WEIGHTS = Path("models/dit/transformer/diffusion_pytorch_model.safetensors")
 
@@ -107,16 +107,20 @@ def test_an_experiment_in_a_temporary_folder_goes_on_where_it_was_killed(clone):
     again = clone.run(*command)
     assert "going on after step" in again.stdout + again.stderr
     assert not any(state.rglob("step-*"))
+    (run,) = [run for run in clone.parents() if run.data.params["train.seed"] == "7"]  # the same one, with no point twice
+    assert run.info.status == "FINISHED" and "prompt_accuracy" in run.data.metrics
+    steps = [point.step for point in clone.store().get_metric_history(run.info.run_id, "train_loss")]
+    assert steps == sorted(set(steps)) and steps[-1] == clone.store().get_metric_history(run.info.run_id, "val_loss")[-1].step
 
 
 def test_accelerate_launch_trains_with_two_processes_what_one_trains(clone):
     """Any `accelerate launch` will do: the stage finds that it is one of several, and only the first one writes."""
     change(clone, {"schedule": {"num_epochs": 16, "compile_model": False}, "runtime": {"num_processes": 1}})
     change(clone, {"train": {"mixed_precision": "no"}})
-    launch = ("--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    launch = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
     finish(clone)
     one = load_file(clone.root / WEIGHTS)
     curves, printed = finish(clone, (sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "stages.train"))
     two = load_file(clone.root / WEIGHTS)
     assert curves["step"].max() == 48 and max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
-    assert printed.count("48 steps of 16") == 1
+    assert printed.count("48 steps of 16, no on cpu, 2 processes") == 1

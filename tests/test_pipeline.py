@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, write_cache
 from test_diffusion import DEVIATION, MEAN, ideal
 
-from dit.config import Model, load_config
 from dit.diffusion import make_objective
 from dit.encoders import EncoderSource
 from dit.errors import UserError
 from dit.files import file_hash
-from dit.model import DiT
 from dit.pipeline import DiTTextToImagePipeline
 from dit.schedulers import make_scheduler, model_times, scheduler_steps
-from dit.training.export import save_model
+from models import save
 
-PARAMS = load_config(REPO / "params.yaml")
 SOLVERS = ["euler", "heun", "dpm++", "unipc"]
 PAIRS = [(name, "flow_prediction") for name in SOLVERS] + [
     (name, kind) for name in [*SOLVERS, "ddim"] for kind in ("epsilon", "v_prediction")
 ]
-
-
-def random_transformer() -> DiT:
-    torch.manual_seed(0)
-    transformer = DiT(hidden_size=32, num_layers=2, num_heads=2, text_size=128, pooled_size=128)
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return transformer
-
-
-def save(folder, **train) -> None:
-    cache = write_cache(folder / "latents")
-    model = Model(patch_size=2, hidden_size=32, num_layers=2, num_heads=2)
-    cache.index["clip"] = cache.index["vae"] = EncoderSource("builtin").to_dict()
-    save_model(folder / "dit", random_transformer(), cache, model, PARAMS.shapes.schedule, replace(PARAMS.train, **train))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from clones import Clone
 
 from dit.training.checkpoint import Checkpoints
@@ -56,6 +57,16 @@ def test_mlflow_has_one_run_with_curves_and_one_child(clone):
     assert [child.data.params["sample.scheduler"] for child in children] == ["stochastic"]
 
 
+def test_the_model_is_registered_and_the_data_set_has_dvcs_digest(clone):
+    (parent,) = clone.parents()
+    (registered,) = clone.store().search_model_versions("name = 'dit-shapes'")
+    assert registered.run_id == parent.info.run_id
+    lock = yaml.safe_load((clone.root / "dvc.lock").read_text())
+    (latents,) = [out["md5"] for out in lock["stages"]["encode"]["outs"] if out["path"] == "data/latents"]
+    assert parent.inputs.dataset_inputs[0].dataset.digest == latents
+    assert not (clone.root / "mlruns").exists()
+
+
 def test_a_second_run_has_nothing_to_do(clone):
     assert "Running stage" not in clone.dvc("repro").stdout
     assert "up to date" in clone.dvc("status").stdout
@@ -90,6 +101,23 @@ def test_editing_the_sampler_does_not_train_again(clone):
     finally:
         path.write_text(original)
     assert stale == {"sample"}
+
+
+def test_the_report_of_a_pull_request_says_what_it_changes(clone):
+    """The step of the workflow as it stands there, on a branch with another sampler."""
+    clone.run("git", "update-ref", "refs/remotes/origin/main", "HEAD")
+    clone.dvc("exp", "run", "-S", "sample.num_inference_steps=2")
+    workflow = yaml.safe_load((clone.root / ".github" / "workflows" / "report.yml").read_text())
+    (step,) = [step for step in workflow["jobs"]["report"]["steps"] if step.get("name") == "report"]
+    clone.run("env", "BASE=main", "bash", "-euc", step["run"])
+    report = (clone.root / "report.md").read_text()
+    assert "| params.yaml | sample.num_inference_steps | 4" in report and "metrics/evaluate.json | clip_score" in report
+    assert "metrics/train.json" not in report
+    page = (clone.root / "dvc_plots" / "index.html").read_text()
+    assert page.count("val.png") >= 2 and "train_loss" in page
+    assert clone.run("bash", "tools/report.sh", "nowhere", check=False).stderr == "report: git knows no revision nowhere\n"
+    clone.run("git", "checkout", "-q", ".")
+    clone.dvc("checkout")
 
 
 def test_the_speedrun_trains_judges_and_leaves_the_project_as_it_was(clone):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from filelock import AcquireReturnProxy, FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
@@ -127,6 +128,27 @@ def open_named(path: Path, folder: Path) -> Checkpoint:
         return open_checkpoint(path)
     known = sorted(folder.glob("*/step-*.safetensors"), key=lambda file: file.stat().st_mtime)[-3:]
     raise UserError(f"--resume {path}: no such file; there are " + (", ".join(map(str, known)) or f"no checkpoints in {folder}"))
+
+
+def check_alike(key: str, resume: Checkpoint | None) -> None:
+    """Processes, which may be on several machines, have to train the same thing from the same step.
+
+    Args:
+        key: `training_key` of what this process is about to train.
+        resume: the checkpoint that it found.
+
+    Raises:
+        UserError: in all of them, where they differ.
+    """
+    found = gather_object([(key, resume.step if resume else 0)])
+    if len({key for key, _ in found}) > 1:
+        raise UserError("the machines have different settings, code or latents; give all of them the same commit and `dvc pull`")
+    steps = [step for _, step in found]
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"the processes would go on from steps {', '.join(map(str, steps))}; put .state on a disk that all machines share "
+            "(or copy .state/train from the first one to the others)"
+        )
 
 
 def training_key(*settings: Any) -> str:

@@ -127,7 +127,8 @@ def train_transformer(
     flops = 3 * forward_flops(transformer, cache.latent_shape[1:], cache.max_tokens)
     peak = accelerator.num_processes * matmul_peak(device, DTYPES[precision])
     if not resume:
-        journal.log(f"{len(cache.train)} images, {total_steps} steps of {batch_size}, {precision} on {device}")
+        share = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+        journal.log(f"{len(cache.train)} images, {total_steps} steps of {batch_size}, {precision} on {device.type}{share}")
         journal.log(f"{transformer.num_parameters() / 1e6:.1f} M parameters, {flops / 1e9:.2f} GFLOP per image and step")
     empty = cache.read_empty(1).to(device)
 
@@ -308,7 +309,8 @@ def find_fitting(state: TrainingState, cache: LatentCache, train: Train, batch_s
 
 def report(done: int, total_steps: int, values: dict[str, float], journal: Journal, progress: tqdm) -> None:
     """A log's figures, where people look for them."""
-    speed = f"{values['images_per_second']:.0f} images/s"
+    rate = values["images_per_second"]
+    speed = f"{rate:.{0 if rate >= 10 else 2}f} images/s"
     progress.set_postfix_str(f"loss {values['train_loss']:.3f}, {speed}, MFU {values['mfu']:.0%}")
     journal.metrics(done, values)
     memory = f" {values['gpu_memory_gb']:.1f} GB" if "gpu_memory_gb" in values else ""

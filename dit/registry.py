@@ -1,0 +1,90 @@
+"""Put a trained model into MLflow's registry, in a form that loads anywhere: its weights, this package, what it needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+PACKAGE = Path(__file__).parent
+# What drawing needs, and no more. MLflow would guess, and find another package of the name dit on the public index.
+REQUIREMENTS = (
+    "accelerate",
+    "diffusers",
+    "huggingface_hub",
+    "mlflow",
+    "numpy",
+    "pandas",
+    "pillow",
+    "pydantic",
+    "pyyaml",
+    "requests",
+    "safetensors",
+    "torch",
+    "tqdm",
+    "transformers",
+    "typing_extensions",
+)
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.string, "prompt")]),
+    params=ParamSchema(
+        [
+            ParamSpec("num_inference_steps", DataType.long, 30),
+            ParamSpec("guidance_scale", DataType.double, 1.5),
+            ParamSpec("scheduler", DataType.string, "stochastic"),
+            ParamSpec("seed", DataType.long, 0),
+        ]
+    ),
+)
+
+
+def register_model(uri: str, run: str, folder: Path, name: str, step: int, package: Path = PACKAGE) -> None:
+    """Copy the model folder `folder` into the store at `uri`, as a result of `run` and as the next version of `name`.
+
+    Args:
+        uri: the store, which is also the registry.
+        run: the id of the run that trained it.
+        folder: what the train stage writes, `models/dit`.
+        name: of the registered model: `dit-shapes`.
+        step: of the training; its metrics at that step become the model's.
+        package: the code that goes with it.
+    """
+    with _addressed(uri, MlflowClient(uri).get_run(run).info.experiment_id):
+        Model.log(
+            None,
+            mlflow.pyfunc,
+            name="model",
+            run_id=run,
+            step=step,
+            registered_model_name=name,
+            python_model=str(package / "pyfunc.py"),  # as code: nothing is pickled
+            artifacts={"model": str(folder.resolve())},
+            code_paths=[str(package)],
+            pip_requirements=[f"{each}=={version(each).split('+')[0]}" for each in REQUIREMENTS],
+            signature=SIGNATURE,
+        )
+
+
+@contextmanager
+def _addressed(uri: str, experiment: str) -> Iterator[None]:
+    """What logs models takes the store and the experiment from the process and the environment alone."""
+    before = {key: os.environ.get(key) for key in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")}
+    os.environ["MLFLOW_EXPERIMENT_ID"] = experiment
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri(None)
+        for key, value in before.items():
+            os.environ.pop(key, None)
+            if value is not None:
+                os.environ[key] = value

@@ -1,0 +1,31 @@
+"""A small random transformer for the encoders in the box, and a model folder that holds it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from conftest import REPO, write_cache
+
+from dit.config import Model, load_config
+from dit.encoders import EncoderSource
+from dit.model import DiT
+from dit.training.export import save_model
+
+PARAMS = load_config(REPO / "params.yaml")
+
+
+def random_transformer() -> DiT:
+    torch.manual_seed(0)
+    transformer = DiT(hidden_size=32, num_layers=2, num_heads=2, text_size=128, pooled_size=128)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return transformer
+
+
+def save(folder: Path, **train) -> None:
+    cache = write_cache(folder / "latents")
+    model = Model(patch_size=2, hidden_size=32, num_layers=2, num_heads=2)
+    cache.index["clip"] = cache.index["vae"] = EncoderSource("builtin").to_dict()
+    save_model(folder / "dit", random_transformer(), cache, model, PARAMS.shapes.schedule, replace(PARAMS.train, **train))
