@@ -82,6 +82,8 @@ def test_an_experiment_runs_only_what_it_changes_and_gets_its_own_rows(clone):
     ]
     rows = clone.dvc("exp", "show", "--csv").stdout
     assert rows.count("\n") >= 4 and ",8," in rows
+    narrow = clone.run(sys.executable, "tools/experiments.py").stdout.splitlines()
+    assert [line.split()[-1] for line in narrow[-2:]] == ["16", "8"] and max(map(len, narrow)) <= 120
     parents = clone.parents()
     assert len(parents) == before + 1 and parents[-1].data.params["train.batch_size"] == "8"
     assert "prompt_accuracy" in parents[-1].data.metrics
