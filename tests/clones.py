@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import yaml
-from conftest import REPO
 from mlflow import MlflowClient
+
+from conftest import REPO
 
 SMALL = {
     "data": {"num_samples": 60, "val_fraction": 0.2},

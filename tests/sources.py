@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from conftest import REPO
-
 from dit.config import CocoData, FolderData, load_config
 from dit.sources.dataset import read_metadata
 

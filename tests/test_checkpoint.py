@@ -8,11 +8,11 @@ import signal
 
 import pytest
 import torch
-from training import PARAMS, Notes, run, same
 
 from dit.errors import UserError
 from dit.training.checkpoint import Checkpoints, open_checkpoint, training_key
 from dit.training.stop import Stopped
+from training import PARAMS, Notes, run, same
 
 
 def stop_at(step: int, number: int = signal.SIGTERM):

@@ -12,9 +12,9 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import yaml
-from conftest import REPO
 from PIL import Image
 
+from conftest import REPO
 from dit import cli
 from dit.config import parse_config
 from dit.encoding import encode_dataset

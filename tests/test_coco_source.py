@@ -8,13 +8,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import SHARED
-from servers import bad_line, make_mirror, once, serve
-from sources import RUNTIME, captions_of, coco_data
 
+from conftest import SHARED
 from dit.errors import UserError
 from dit.sources import coco, fetch
 from dit.sources.http import CHUNK, Downloader
+from servers import bad_line, make_mirror, once, serve
+from sources import RUNTIME, captions_of, coco_data
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import yaml
-from conftest import REPO
 
+from conftest import REPO
 from dit.config import RECIPES, load_config, parse_config
 from dit.errors import UserError
 

@@ -8,11 +8,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, write_cache
 from safetensors.torch import load_file
-from training import settings
 
+from conftest import REPO, write_cache
 from dit.training.loop import own_rows
+from training import settings
 
 SCRIPT = """
 import sys

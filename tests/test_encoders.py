@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
 from diffusers import AutoencoderKL
 
+from conftest import REPO
 from dit.config import load_config
 from dit.encoders import BUILTIN, EncoderSource, load_clip, load_text_encoder, load_vae
 from dit.encoders.alternatives import alternatives

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, SHARED
 from PIL import Image
 
+from conftest import REPO, SHARED
 from dit import encoding
 from dit.config import Encode, load_config
 from dit.encoders import EncoderSource, load_vae, moments

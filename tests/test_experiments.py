@@ -14,8 +14,9 @@ from urllib.request import url2pathname
 
 import pytest
 import yaml
-from clones import Clone
 from PIL import Image, ImageChops
+
+from clones import Clone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import SHARED
 from PIL import Image
-from servers import picture
-from sources import RUNTIME, add_pair, captions_of, folder_data
 
+from conftest import SHARED
 from dit.errors import UserError
 from dit.sources import fetch
 from dit.sources.usable import check_image
+from servers import picture
+from sources import RUNTIME, add_pair, captions_of, folder_data
 
 
 def test_a_folder_of_pairs_arrives_byte_for_byte_with_a_caption_per_line(tmp_path):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_cache
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conftest import write_cache
 from dit.errors import UserError
 from dit.latents import LatentCache
 from dit.sources import coco

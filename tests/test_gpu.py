@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from training import run, same
 
 from dit.config import Model
 from dit.peers import Inputs, TrainingStep, attention_kernels, own_step
+from training import run, same
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and this machine has none")
 DEFAULT = Model(patch_size=2, hidden_size=768, num_layers=16, num_heads=12)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from clones import Clone, environment
 from safetensors.torch import load_file
+
+from clones import Clone, environment
 
 WEIGHTS = Path("models/dit/transformer/diffusion_pytorch_model.safetensors")
 ADDRESSES = {"dit-test-a": "10.77.0.1", "dit-test-b": "10.77.0.2"}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from conftest import REPO
 from hub_server import commit_of, serve_hub
 

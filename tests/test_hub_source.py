@@ -12,16 +12,16 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import REPO
-from hub_server import serve_hub
 from PIL import Image
-from servers import picture
 
+from conftest import REPO
 from dit.config import HubData, load_config
 from dit.errors import UserError
 from dit.sources import fetch
 from dit.sources.dataset import read_metadata
 from dit.sources.storage import StoredImages
+from hub_server import serve_hub
+from servers import picture
 
 PARAMS = load_config(REPO / "params.yaml")
 RUNTIME = PARAMS.runtime

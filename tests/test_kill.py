@@ -12,6 +12,7 @@ import time
 
 import pytest
 import yaml
+
 from clones import Clone, environment
 from servers import make_mirror, serve
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from safetensors.torch import load_file
+
 from clones import Clone, environment
 from conftest import REPO
-from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]  # 2 to 5 minutes each, alone on 2 cores
 KILLS = 20

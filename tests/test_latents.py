@@ -6,13 +6,13 @@ import json
 import os
 import shutil
 
-import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import write_cache
 from safetensors.torch import load_file
 
+import conftest
+from conftest import write_cache
 from dit.errors import UserError
 from dit.latents import LatentCache, sample_posterior
 from dit.shards import channel_sums, mean_std

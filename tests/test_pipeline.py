@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_diffusion import DEVIATION, MEAN, ideal
 
 from dit.diffusion import make_objective
 from dit.encoders import EncoderSource
@@ -13,7 +12,8 @@ from dit.errors import UserError
 from dit.files import file_hash
 from dit.pipeline import DiTTextToImagePipeline
 from dit.schedulers import make_scheduler, model_times, scheduler_steps
-from models import save
+from small_models import save
+from test_diffusion import DEVIATION, MEAN, ideal
 
 SOLVERS = ["euler", "heun", "dpm++", "unipc"]
 PAIRS = [(name, "flow_prediction") for name in SOLVERS] + [

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import REPO
 
+from conftest import REPO
 from dit import precision
 
 FREED = """

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 import yaml
-from clones import Clone
 
+from clones import Clone
 from dit.training.checkpoint import Checkpoints
 
 

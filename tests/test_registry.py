@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from dit import sync, tracking
 from dit.pipeline import load_pipeline
-from models import save
+from small_models import save
 
 PROMPTS = ["a red circle", "a blue star"]
 USE = """

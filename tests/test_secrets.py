@@ -7,6 +7,7 @@ import sys
 from secrets import token_hex
 
 import pytest
+
 from clones import Clone, environment
 from tracking_server import mlflow_server
 

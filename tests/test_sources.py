@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from sources import RUNTIME
 
 from dit.config import ShapesData
 from dit.errors import UserError
@@ -11,6 +10,7 @@ from dit.sources import fetch
 from dit.sources.captions import parse
 from dit.sources.dataset import read_metadata, split_by_image
 from dit.sources.scene import UNSEEN_PAIRS
+from sources import RUNTIME
 
 
 def test_shapes_are_the_same_on_every_machine_and_show_no_unseen_pair(tmp_path):

@@ -9,8 +9,8 @@ import subprocess
 
 import pytest
 import yaml
-from conftest import REPO
 
+from conftest import REPO
 from dit.errors import UserError
 from stages import run_stage
 

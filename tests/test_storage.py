@@ -7,13 +7,13 @@ import pickle
 import tarfile
 
 import pytest
-from servers import picture
-from sources import RUNTIME, add_pair, folder_data
 
 from dit.errors import UserError
 from dit.sources import fetch, storage
 from dit.sources.dataset import read_metadata
 from dit.sources.storage import StoredImages
+from servers import picture
+from sources import RUNTIME, add_pair, folder_data
 
 
 def test_both_layouts_hold_the_same_images_under_the_same_names(tmp_path, monkeypatch):

@@ -12,10 +12,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
 from PIL import Image
-from tracking_server import mlflow_server
 
 from dit import sync, tracking
 from dit.errors import UserError
+from tracking_server import mlflow_server
 
 
 @pytest.fixture

@@ -7,10 +7,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import write_cache
 from safetensors.torch import load_file
-from training import CPU, MODEL, PARAMS, Notes, run, same, settings
 
+from conftest import write_cache
 from dit.diffusion import Flow
 from dit.errors import UserError
 from dit.resident import ResidentCache
@@ -20,6 +19,7 @@ from dit.training.data import Steps, load_batches
 from dit.training.loop import choose_precision
 from dit.training.schedule import learning_rate_factor
 from dit.training.validation import validation_loss
+from training import CPU, MODEL, PARAMS, Notes, run, same, settings
 
 
 def test_a_step_draws_among_all_crops_and_mirror_images(tmp_path):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
-from conftest import REPO
 from PIL import Image
 
+from conftest import REPO
 from dit.config import Model, Runtime, Schedule, Train, load_config
 from dit.latents import LatentCache
 from dit.model import DiT

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from conftest import REPO, write_cache
 
+from conftest import REPO, write_cache
 from dit.config import Model, load_config
 from dit.encoders import EncoderSource
 from dit.model import DiT
