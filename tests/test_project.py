@@ -7,18 +7,8 @@ import sys
 
 import pytest
 import torch
-from clones import Clone
 
 from dit.training.checkpoint import Checkpoints
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory) -> Clone:
-    clone = Clone(tmp_path_factory.mktemp("project"))
-    clone.dvc("repro")
-    clone.run("git", "add", "-A")
-    clone.run("git", "commit", "-qm", "first run")
-    return clone
 
 
 def test_every_stage_leaves_what_the_readme_promises(clone):
