@@ -1,4 +1,4 @@
-"""A clean clone of this project with small settings, as a user has it who runs the real `dvc`."""
+"""Clean clones of this project with small settings, as users have them who run the real `dvc`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ SMALL = {
 
 def environment(root: Path) -> dict[str, str]:
     """The environment of a user who has activated the one that runs this test."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "GIT_"))}
+    others = ("DVC_", "MLFLOW_", "GIT_", "AWS_", "SSH_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(others)}
     return kept | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}",
         "OMP_NUM_THREADS": "1",
@@ -32,14 +33,41 @@ def environment(root: Path) -> dict[str, str]:
         "GIT_COMMITTER_NAME": "A",
         "GIT_COMMITTER_EMAIL": "a@example.com",
         "HOME": str(root.parent),
+        "DVC_SITE_CACHE_DIR": str(root.parent / "site-cache"),  # what DVC remembers for all users of a machine
     }
 
 
-class Clone:
-    """A clone of the working tree, committed, with small settings."""
+class Project:
+    """A folder in which a user works with git and dvc; the folder above it is the user's home."""
 
     def __init__(self, root: Path):
         self.root = root
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(command, cwd=self.root, env=environment(self.root), capture_output=True, text=True, check=False)
+        assert not check or done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def dvc(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return self.run(sys.executable, "-m", "dvc", *arguments, check=check)
+
+    def json(self, name: str):
+        return json.loads((self.root / name).read_text())
+
+    def store(self) -> MlflowClient:
+        return MlflowClient(f"sqlite:///{self.root / 'mlflow.db'}")
+
+    def parents(self) -> list:
+        experiment = self.store().get_experiment_by_name("dit")
+        runs = self.store().search_runs([experiment.experiment_id], order_by=["attribute.start_time"])
+        return [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+
+
+class Clone(Project):
+    """A clone of the working tree, committed, with small settings."""
+
+    def __init__(self, root: Path):
+        super().__init__(root)
         listed = subprocess.run(
             ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
             cwd=REPO,
@@ -61,22 +89,3 @@ class Clone:
         (root / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
         for command in (["git", "init", "-q"], ["git", "add", "-A"], ["git", "commit", "-qm", "start"]):
             self.run(*command)
-
-    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(command, cwd=self.root, env=environment(self.root), capture_output=True, text=True, check=False)
-        assert not check or done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
-        return done
-
-    def dvc(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        return self.run(sys.executable, "-m", "dvc", *arguments, check=check)
-
-    def json(self, name: str):
-        return json.loads((self.root / name).read_text())
-
-    def store(self) -> MlflowClient:
-        return MlflowClient(f"sqlite:///{self.root / 'mlflow.db'}")
-
-    def parents(self) -> list:
-        experiment = self.store().get_experiment_by_name("dit")
-        runs = self.store().search_runs([experiment.experiment_id], order_by=["attribute.start_time"])
-        return [run for run in runs if "mlflow.parentRunId" not in run.data.tags]

@@ -1,4 +1,4 @@
-"""What tests share: a small latent cache of random numbers, written by the real writer."""
+"""What tests share: a small latent cache of random numbers, by the real writer; a miniature of the project that has been run."""
 
 from __future__ import annotations
 
@@ -65,3 +65,15 @@ def write_cache(
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> LatentCache:
     return write_cache(tmp_path_factory.mktemp("latents"))
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory):
+    """A `Clone` in which the pipeline has been run and the run committed. Who changes it puts it back as it was."""
+    from clones import Clone  # here, since it imports MLflow, which takes seconds that only these tests need
+
+    clone = Clone(tmp_path_factory.mktemp("clone") / "project")
+    clone.dvc("repro")
+    clone.run("git", "add", "-A")
+    clone.run("git", "commit", "-qm", "first run")
+    return clone

@@ -9,17 +9,7 @@ import pytest
 import torch
 import yaml
 
-from clones import Clone
 from dit.training.checkpoint import Checkpoints
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory) -> Clone:
-    clone = Clone(tmp_path_factory.mktemp("project"))
-    clone.dvc("repro")
-    clone.run("git", "add", "-A")
-    clone.run("git", "commit", "-qm", "first run")
-    return clone
 
 
 def test_every_stage_leaves_what_the_readme_promises(clone):
