@@ -94,7 +94,7 @@ def open_store(uri: str) -> Store:
             if experiment:
                 return Store(uri, client, experiment.experiment_id)
             try:
-                client.create_experiment(EXPERIMENT, artifacts)
+                client.create_experiment(EXPERIMENT, artifacts, tags={"mlflow.experimentKind": "custom_model_development"})
             except MlflowException:  # another machine may have been faster
                 if attempt == 2:
                     raise
@@ -150,8 +150,9 @@ class Tracker:
         self.uri, self._store, self._run = unsent_uri(), None, None
 
     def start_child(self, name: str) -> Tracker:
-        """A run below this one, in the same store."""
-        return Tracker(self.uri, name, self._tags | ({PARENT: self.run_id} if self.run_id else {}))
+        """A run below this one, in the same store: an evaluation."""
+        tags = self._tags | {"mlflow.source.name": "stages/evaluate.py"} | ({PARENT: self.run_id} if self.run_id else {})
+        return Tracker(self.uri, name, tags)
 
     def params(self, values: dict[str, Any]) -> None:
         """Note settings."""
@@ -268,11 +269,16 @@ def _has_picture(client: MlflowClient, run: str, name: str, step: int) -> bool:
 
 
 def _code_tags() -> dict[str, str]:
-    """Which code and which DVC experiment this is."""
-    tags = {"dvc.exp_name": os.environ.get("DVC_EXP_NAME"), "dvc.baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV")}
+    """Which code and which DVC experiment this is; of MLflow's own tags those that its pages show."""
+    tags = {"mlflow.source.name": "stages/train.py", "mlflow.source.type": "LOCAL"}
+    tags |= {"dvc.exp_name": os.environ.get("DVC_EXP_NAME"), "dvc.baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV")}
     commit = _git("rev-parse", "HEAD")
     if commit:
-        tags |= {"git.commit": commit, "git.dirty": str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower()}
+        tags |= {
+            "git.commit": commit,
+            "mlflow.source.git.commit": commit,
+            "git.dirty": str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower(),
+        }
     return {key: value for key, value in tags.items() if value}
 
 
