@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image, ImageDraw, ImageFont
 
-from dit.errors import UserError, without_password
+from dit.errors import UserError, in_one_line, without_password
 from dit.images import wrap
 from dit.tracking import PARENT, open_store, tracking_uri
 
@@ -36,8 +36,7 @@ def read_runs(names: list[str], metric: str) -> pd.DataFrame:
         store = open_store(uri)
         runs = pd.DataFrame(_row(run) for run in store.client.search_runs([store.experiment], max_results=10_000))
     except Exception as error:
-        reason = without_password((str(error).splitlines() or [type(error).__name__])[0])
-        raise UserError(f"{without_password(uri)} cannot be read: {reason}") from error
+        raise UserError(f"{without_password(uri)} cannot be read: {in_one_line(error)}") from error
     if f"tags.{PARENT}" in runs:
         runs = runs[runs[f"tags.{PARENT}"].isna()]
     if runs.empty:

@@ -13,3 +13,8 @@ class UserError(Exception):
 def without_password(address: str) -> str:
     """`address` without the name and password that may stand before its host: what is printed may be pasted elsewhere."""
     return re.sub(r"//[^/@\s]*@", "//", address)
+
+
+def in_one_line(error: BaseException) -> str:
+    """What `error` says in its first line, without passwords; its kind where it says nothing."""
+    return without_password((str(error).splitlines() or [type(error).__name__])[0])[:160]

@@ -11,7 +11,7 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities import DatasetInput, Param, Run, ViewType
 from tqdm import tqdm
 
-from dit.errors import UserError, without_password
+from dit.errors import UserError, in_one_line, without_password
 from dit.registry import register_model
 from dit.tracking import (
     BELONGS_TO,
@@ -55,7 +55,7 @@ def sync_runs() -> list[str]:
             if run.info.status != "RUNNING":
                 unsent.client.delete_run(run.info.run_id)
     except Exception as error:  # MLflow raises its own, requests' and the database's
-        reason = without_password((str(error).splitlines() or [type(error).__name__])[0])[:160]
+        reason = in_one_line(error)
         raise UserError(f"{without_password(tracking_uri())} does not take the runs ({reason}); all of them are kept") from error
     if not unsent_runs(unsent):
         shutil.rmtree(unsent_folder())

@@ -27,7 +27,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from PIL import Image
 
-from dit.errors import without_password
+from dit.errors import in_one_line, without_password
 
 EXPERIMENT = "dit"
 PARENT = "mlflow.parentRunId"
@@ -141,7 +141,7 @@ class Tracker:
                 self._turn_away_from_store(error)
 
     def _turn_away_from_store(self, error: Exception) -> None:
-        problem = f"MLflow: {without_password(self.uri)} does not take this run ({_first_line(error)}); "
+        problem = f"MLflow: {without_password(self.uri)} does not take this run ({in_one_line(error)}); "
         if self.uri == unsent_uri():
             print(problem + "going on without", flush=True)
             self.uri = ""
@@ -285,7 +285,3 @@ def _code_tags() -> dict[str, str]:
 def _git(*arguments: str) -> str | None:
     done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _first_line(error: BaseException) -> str:
-    return without_password((str(error).splitlines() or [type(error).__name__])[0])[:160]

@@ -22,6 +22,9 @@ from tracking_server import mlflow_server
 def store(tmp_path, monkeypatch) -> MlflowClient:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlruns" / "0").mkdir(parents=True)  # left over by an old version of MLflow
+    (tmp_path / "mlruns" / "0" / "meta.yaml").write_text("experiment_id: '0'\n")
     return MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
 
 
@@ -44,6 +47,7 @@ def test_a_run_holds_parameters_curves_pictures_and_the_data_set(store, tmp_path
     files = {item.path for item in store.list_artifacts(run.run_id)}
     assert "grid.png" in files and "images" in files
     assert (tmp_path / "mlartifacts").is_dir()
+    assert [path.name for path in (tmp_path / "mlruns").rglob("*")] == ["0", "meta.yaml"]
 
 
 def test_an_evaluation_is_a_child_of_its_training(store):
