@@ -143,6 +143,8 @@ def where(arguments: argparse.Namespace) -> None:
         "runs and curves:         "
         + (uri or "mlflow ui --backend-store-uri sqlite:///mlflow.db   then open http://127.0.0.1:5000")
     )
+    if Path(".state/unsent").exists():
+        print("unsent runs:             dit sync-runs sends what MLflow's server did not take")
     print('draw something:          dit generate "a red circle above a blue star"')
 
 

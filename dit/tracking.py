@@ -239,15 +239,19 @@ def resume_run(run_id: str | None, recipe: str) -> Tracker | None:
         return None
     name, tags = os.environ.get("DVC_EXP_NAME") or recipe, {"recipe": recipe, **_code_tags()}
     if (unsent_folder() / "mlflow.db").exists():
-        kept = find_run(open_store(unsent_uri()), run_id)
+        kept = _find_if_reachable(unsent_uri(), run_id, otherwise=None)
         if kept:
             print(f"MLflow: this run is kept in {unsent_folder()}, and `dit sync-runs` sends it", flush=True)
             return Tracker(unsent_uri(), name, tags, kept)
-    try:
-        known = find_run(open_store(tracking_uri()), run_id)
-    except Exception:  # away: the tracker will say so
-        known = run_id
+    known = _find_if_reachable(tracking_uri(), run_id, otherwise=run_id)  # the tracker will say that the store is away
     return Tracker(tracking_uri(), name, tags, known) if known else None
+
+
+def _find_if_reachable(uri: str, run_id: str, otherwise: str | None) -> str | None:
+    try:
+        return find_run(open_store(uri), run_id)
+    except Exception:  # whatever it is: no training ends because of its log
+        return otherwise
 
 
 def find_run(store: Store, run_id: str) -> str | None:

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities import ViewType
 from PIL import Image
 
-from dit import sync, tracking
+from dit import cli, sync, tracking
 from dit.errors import UserError
 from tracking_server import mlflow_server
 
@@ -125,8 +125,10 @@ def test_a_server_that_is_away_costs_a_line_and_no_point(store, monkeypatch, tmp
     with pytest.raises(UserError, match="does not take the runs .* all of them are kept"):
         sync.sync_runs()
     assert "secret" not in said
+    assert cli.main(["where"]) == 0 and "dit sync-runs" in capsys.readouterr().out
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert len(sync.sync_runs()) == 2 and not (tmp_path / ".state" / "unsent").exists()
+    assert cli.main(["sync-runs"]) == 0 and "2 runs sent" in capsys.readouterr().out
+    assert not (tmp_path / ".state" / "unsent").exists()
     assert sync.sync_runs() == []
     known = tracking.resume_run(run.run_id, "shapes")  # by the id that the training noted
     _check_everything(store, known.run_id, range(1, 4))
@@ -144,6 +146,19 @@ def test_what_is_still_written_is_sent_as_far_as_it_is_and_once(store, monkeypat
     _train_and_evaluate(run, range(3, 5))
     assert sync.sync_runs()[0] == there
     _check_everything(store, there, range(1, 5))
+
+
+def test_where_nothing_can_be_written_a_training_goes_on(store, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:./mlruns")
+    (tmp_path / ".state").mkdir()
+    (tmp_path / ".state" / "unsent").write_text("no folder")
+    run = tracking.start_run("shapes")
+    run.params({"a": 1})
+    _log_everything(run, range(1, 3))
+    run.finish()
+    run.start_child("evaluation").metrics({"prompt_accuracy": 0.5})
+    assert tracking.resume_run(run.run_id, "shapes") is run.run_id is None
+    assert capsys.readouterr().out.count("going on without") == 1
 
 
 @pytest.mark.slow
