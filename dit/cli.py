@@ -19,6 +19,14 @@ examples:
   dit benchmark                                     how fast training is here, and how fast it could be
   dit compare                                       all trained models side by side: a table and a picture
 """
+PLACES = (
+    ("samples/grids", "grids of samples with their captions"),
+    ("samples/images", "all samples"),
+    ("samples/worst.png", "the worst ones, and what is wrong with them"),
+    ("samples/progress", "how the pictures became better during training"),
+    ("data/reconstructions.png", "originals above what the VAE keeps of them"),
+    ("models/dit", "the trained model"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -107,6 +115,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"dit: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a path that cannot be written, most often
+        print(f"dit: {error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -120,32 +131,28 @@ def check(arguments: argparse.Namespace) -> None:
 
 def where(arguments: argparse.Namespace) -> None:
     """Print what a run has left and where, and how to look at it."""
-    from dit.checks import read_json
-
-    results = read_json(Path("metrics/evaluate.json")) or {}
-    for name in ("prompt_accuracy", "prompt_accuracy_unseen", "clip_score", "val_loss"):
-        if name in results:
-            print(f"{name:24} {results[name]}")
-    for path, what in (
-        ("samples/grids", "grids of samples with their captions"),
-        ("samples/images", "all samples"),
-        ("samples/worst.png", "the worst ones, and what is wrong with them"),
-        ("samples/progress", "how the pictures became better during training"),
-        ("data/reconstructions.png", "originals above what the VAE keeps of them"),
-        ("models/dit", "the trained model"),
-    ):
-        if Path(path).exists():
-            print(f"{path:24} {what}")
     import os
 
+    from dit.checks import read_json
+
+    if sys.prefix != sys.base_prefix and "VIRTUAL_ENV" not in os.environ:
+        print(f"before these commands:   . {os.path.relpath(sys.prefix)}/bin/activate")
+    if Path("models/dit/model_index.json").exists():
+        results = read_json(Path("metrics/evaluate.json")) or {}
+        for name in ("prompt_accuracy", "prompt_accuracy_unseen", "clip_score", "val_loss"):
+            if name in results:
+                print(f"{name:24} {results[name]}")
+        for path, what in PLACES:
+            if Path(path).exists():
+                print(f"{path:24} {what}")
+        print('draw something:          dit generate "a red circle above a blue star"')
+    else:
+        print("no model yet:            `make repro` trains one; `dvc pull models/dit` fetches one that was pushed")
     uri = without_password(os.environ.get("MLFLOW_TRACKING_URI", ""))
-    print(
-        "runs and curves:         "
-        + (uri or "mlflow ui --backend-store-uri sqlite:///mlflow.db   then open http://127.0.0.1:5000")
-    )
+    command = "mlflow ui --backend-store-uri sqlite:///mlflow.db   then open http://127.0.0.1:5000"
+    print(f"runs and curves:         {uri or command}")
     if Path(".state/unsent").exists():
         print("unsent runs:             dit sync-runs sends what MLflow's server did not take")
-    print('draw something:          dit generate "a red circle above a blue star"')
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -159,8 +166,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     print(f"{'checked':16} every file is what {arguments.cache / 'index.json'} says")
     if arguments.decode > 0:
         sheet = decode_pictures(cache, arguments.raw, arguments.decode)
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(arguments.output)
+        save_picture(sheet, arguments.output)
         print(f"{'picture':16} {arguments.output}: originals on the left, decoded latents on the right")
 
 
@@ -215,8 +221,7 @@ def compare(arguments: argparse.Namespace) -> None:
         written.append(arguments.csv)
     picture = comparison_picture(runs, arguments.metric)
     if picture:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(arguments.output)
+        save_picture(picture, arguments.output)
         written.append(arguments.output)
     else:
         print("no picture: these runs have no prompt in common")
@@ -232,6 +237,15 @@ def sync(arguments: argparse.Namespace) -> None:
     print(f"{len(sent)} runs sent" if sent else "no run waits to be sent")
 
 
+def save_picture(picture, path: Path) -> None:
+    """Write a picture, in the format that the end of its name says, into a folder that is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        picture.save(path)
+    except ValueError as error:
+        raise UserError(f"--output {path}: {error}; a name that ends in .png will do") from None
+
+
 def generate(arguments: argparse.Namespace) -> None:
     """Draw the captions given into one picture, with a label below each where there are several."""
     import torch
@@ -239,6 +253,10 @@ def generate(arguments: argparse.Namespace) -> None:
     from dit.images import labelled_grid
     from dit.pipeline import load_pipeline
 
+    if arguments.steps < 1:
+        raise UserError(f"--steps: {arguments.steps} is not a positive number")
+    if not all(prompt.strip() for prompt in arguments.prompts):
+        raise UserError("a caption is empty; say what to draw")
     pipeline = load_pipeline(arguments.model, arguments.scheduler)
     pictures = pipeline(
         arguments.prompts,
@@ -247,8 +265,7 @@ def generate(arguments: argparse.Namespace) -> None:
         generator=[torch.Generator().manual_seed(arguments.seed + k) for k in range(len(arguments.prompts))],
     ).images
     sheet = pictures[0] if len(pictures) == 1 else labelled_grid(pictures, arguments.prompts, columns=min(6, len(pictures)))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(arguments.output)
+    save_picture(sheet, arguments.output)
     print(arguments.output)
 
 

@@ -15,7 +15,7 @@ from dit.errors import UserError, in_one_line, without_password
 from dit.images import wrap
 from dit.tracking import PARENT, open_store, tracking_uri
 
-HEADLINES = ("prompt_accuracy", "prompt_accuracy_unseen", "clip_score", "val_loss", "training_seconds")
+HEADLINES = ("prompt_accuracy", "prompt_accuracy_unseen", "prompt_accuracy_prompts", "clip_score", "val_loss", "training_seconds")
 LOWER_IS_BETTER = ("val_loss", "training_seconds")
 CELL = 128  # pixels of a picture
 MARGIN = 190  # of the names on the left
@@ -32,13 +32,18 @@ def read_runs(names: list[str], metric: str) -> pd.DataFrame:
         UserError: the store cannot be read, or has no such run or metric.
     """
     uri = tracking_uri()
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise UserError(f"{uri}: no such database yet; `dvc repro` makes it")
     try:
         store = open_store(uri)
         runs = pd.DataFrame(_row(run) for run in store.client.search_runs([store.experiment], max_results=10_000))
     except Exception as error:
         raise UserError(f"{without_password(uri)} cannot be read: {in_one_line(error)}") from error
     if f"tags.{PARENT}" in runs:
+        evaluations = runs[runs[f"tags.{PARENT}"].notna()].drop_duplicates(f"tags.{PARENT}").set_index(f"tags.{PARENT}")
         runs = runs[runs[f"tags.{PARENT}"].isna()]
+        for column in evaluations.columns[evaluations.columns.str.match("params|metrics")]:  # of the last evaluation
+            runs[column] = runs["run_id"].map(evaluations[column]).combine_first(runs[column])
     if runs.empty:
         raise UserError(f"{without_password(uri)} has no run yet; `dvc repro` makes one")
     unknown = [name for name in names if not any(_goes_by(name, run) for _, run in runs.iterrows())]
@@ -48,6 +53,7 @@ def read_runs(names: list[str], metric: str) -> pd.DataFrame:
         runs = runs[[any(_goes_by(name, run) for name in names) for _, run in runs.iterrows()]]
     if f"metrics.{metric}" not in runs:
         known = sorted(column.removeprefix("metrics.") for column in runs if column.startswith("metrics."))
+        known = [name for name in known if not name.startswith("system/")]
         raise UserError(f"{metric}: no run has this metric; they have {', '.join(known) or 'none: `dvc repro` makes one'}")
     runs = runs[runs[f"metrics.{metric}"].notna()]
     return runs.sort_values(f"metrics.{metric}", ascending=metric in LOWER_IS_BETTER, ignore_index=True)
@@ -65,7 +71,7 @@ def _goes_by(name: str, run: pd.Series) -> bool:
 
 
 def comparison_table(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """A row per run: its figures, and of its settings those in which the runs differ."""
+    """A row per run: figures of its last evaluation, and of its settings, those of the evaluation too, where the runs differ."""
     table = pd.DataFrame({"run": runs["tags.mlflow.runName"], "id": runs["run_id"].str[:8]})
     for name in dict.fromkeys([metric, *HEADLINES]):
         if f"metrics.{name}" in runs:

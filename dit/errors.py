@@ -17,4 +17,5 @@ def without_password(address: str) -> str:
 
 def in_one_line(error: BaseException) -> str:
     """What `error` says in its first line, without passwords; its kind where it says nothing."""
-    return without_password((str(error).splitlines() or [type(error).__name__])[0])[:160]
+    line = without_password((str(error).splitlines() or [type(error).__name__])[0])
+    return line if len(line) <= 160 else line[:160].rsplit(" ", 1)[0] + " …"

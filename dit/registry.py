@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
 
@@ -56,7 +57,8 @@ def register_model(uri: str, run: str, folder: Path, name: str, step: int, packa
         step: of the training; its metrics at that step become the model's.
         package: the code that goes with it.
     """
-    with _addressed(uri, MlflowClient(uri).get_run(run).info.experiment_id):
+    experiment = MlflowClient(uri).get_run(run).info.experiment_id
+    with _addressed(uri, experiment), redirect_stderr(io.StringIO()):  # MLflow announces each version
         Model.log(
             None,
             mlflow.pyfunc,

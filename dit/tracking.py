@@ -31,6 +31,7 @@ from dit.errors import in_one_line, without_password
 
 EXPERIMENT = "dit"
 PARENT = "mlflow.parentRunId"
+RUNS_CHANGE = (":!dvc.lock", ":!metrics", ":!params.yaml")  # tracked files that a run or an experiment changes
 BELONGS_TO = "dit.belongs_to"  # of an unsent run: the run of the store that it continues
 SENT_FROM = "dit.sent_from"  # of a run of the store: the unsent run that it was copied from
 
@@ -273,7 +274,10 @@ def _has_picture(client: MlflowClient, run: str, name: str, step: int) -> bool:
 
 
 def _code_tags() -> dict[str, str]:
-    """Which code and which DVC experiment this is; of MLflow's own tags those that its pages show."""
+    """Which code and which DVC experiment this is; of MLflow's own tags those that its pages show.
+
+    `git.dirty` is of the code: what a run writes by itself, and the settings, which are the run's parameters, do not count.
+    """
     tags = {"mlflow.source.name": "stages/train.py", "mlflow.source.type": "LOCAL"}
     tags |= {"dvc.exp_name": os.environ.get("DVC_EXP_NAME"), "dvc.baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV")}
     commit = _git("rev-parse", "HEAD")
@@ -281,7 +285,7 @@ def _code_tags() -> dict[str, str]:
         tags |= {
             "git.commit": commit,
             "mlflow.source.git.commit": commit,
-            "git.dirty": str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower(),
+            "git.dirty": str(bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", *RUNS_CHANGE))).lower(),
         }
     return {key: value for key, value in tags.items() if value}
 

@@ -23,7 +23,7 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], par
     A `parallel` stage runs `runtime.num_processes` times side by side, as accelerate does it: one process per GPU. What
     stands behind its name on the command line is passed on.
 
-    DVC deletes a stage's outs before it starts it. `dvc checkout` brings those in its cache back; `metrics`, the outs
+    DVC deletes a stage's outs before it starts it. `dvc checkout --force` brings those in its cache back; `metrics`, the outs
     that live in git instead, are brought back here: every good run leaves a copy in .state/metrics/ under its hash, and
     after a clone the last commit has them.
     """
@@ -50,14 +50,14 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], par
         else:
             main(params)
     except BaseException as error:
-        missing = _missing_outs(name)
+        lost = _lost_outs(name)
         _restore(name, metrics, kept)
         problem = _in_one_line(error)
         if problem is None:
             raise
         print(f"{name}: {problem}", file=sys.stderr)
-        if missing and not getattr(error, "goes_on", False):
-            print(f"{name}: `dvc checkout` brings the earlier outputs back", file=sys.stderr)
+        if lost and not getattr(error, "goes_on", False):
+            print(f"{name}: `dvc checkout --force` brings the earlier outputs back", file=sys.stderr)
         sys.exit(1)
     kept.mkdir(parents=True, exist_ok=True)
     for path in metrics:
@@ -71,9 +71,14 @@ def locked_outs(stage: str) -> list[dict]:
     return stages.get(stage, {}).get("outs", [])
 
 
-def _missing_outs(stage: str) -> list[str]:
-    """Outs that were there once, and that DVC has deleted."""
-    return [out["path"] for out in locked_outs(stage) if not Path(out["path"]).exists()]
+def _lost_outs(stage: str) -> list[str]:
+    """Outs that DVC has deleted, and that are in its cache."""
+    deleted = [out for out in locked_outs(stage) if not Path(out["path"]).exists()]
+    if not deleted:
+        return []
+    asked = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True)
+    cache = Path(asked.stdout.strip()) / "files" / "md5"
+    return [out["path"] for out in deleted if (cache / out["md5"][:2] / out["md5"][2:]).exists()]
 
 
 def _restore(stage: str, metrics: list[str], kept: Path) -> None:

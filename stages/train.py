@@ -45,13 +45,18 @@ def main(params: Params) -> None:
     cache.verify()
     digest = file_hash(latents / "index.json")
     settings = [asdict(block) for block in (recipe.model, recipe.schedule, params.train)]
-    state = Path(os.environ.get("DVC_ROOT", ".")) / ".state" / "train" / training_key(digest, *settings)
+    states = Path(os.environ.get("DVC_ROOT", ".")) / ".state" / "train"
+    key = training_key(digest, *settings)
+    given = open_named(arguments.resume, states) if arguments.resume else None
+    if given:
+        check_fits(given, given.tensors(), build_model(cache, recipe.model, params.train.seed))  # before anything is written
+    foreign = given is not None and given.path.resolve().parent != (states / key).resolve()
+    if foreign:  # its training is another one than that of the settings alone, and is kept apart from it
+        key = training_key(key, file_hash(given.path))
+        print(f"{given.path}: of other settings or a copy; `dvc repro` by itself never goes on from it", flush=True)
+    state = states / key
     checkpoints = Checkpoints(state, params.runtime.keep_checkpoints)
-    if arguments.resume:
-        resume = open_named(arguments.resume, state.parent)
-        check_fits(resume, resume.tensors(), build_model(cache, recipe.model, params.train.seed))  # before anything is written
-    else:
-        resume = checkpoints.newest(print)
+    resume = given if given and not foreign else checkpoints.newest(print) or given
     process = PartialState(cpu=not torch.cuda.is_available())
     check_alike(state.name, resume)
     vae, _ = load_vae(EncoderSource(**cache.index["vae"]), device="cuda" if torch.cuda.is_available() else "cpu")

@@ -25,7 +25,11 @@ def log_run(name: str, colours: list[str], accuracy: float | None, batch_size: i
             row.paste(COLOURS[colour], (16 * k, 0, 16 * k + 16, 16))
         run.picture(row, "compared/row")
         run.notes([{"text": f"prompt {k}", "seed": seed + k} for k in range(len(colours))], "compared/prompts.json")
-        run.start_child(f"{name} evaluation").finish()
+        for samples in (8, batch_size):  # evaluated twice; the last one counts
+            child = run.start_child(f"{name} evaluation")
+            child.params({"sample.num_samples": samples})
+            child.metrics({"prompt_accuracy": accuracy if samples == batch_size else 1.0})
+            child.finish()
     run.finish()
     return run.run_id
 
@@ -49,6 +53,7 @@ def test_the_table_has_a_row_per_judged_run_the_best_first_and_what_differs(runs
     table = pd.read_csv("tables/runs.csv")
     assert list(table["run"]) == ["better", "worse"] and list(table["train.batch_size"]) == [96, 48]
     assert list(table["id"]) == [runs["better"][:8], runs["worse"][:8]]
+    assert list(table["sample.num_samples"]) == [96, 48]
     assert "train.seed" not in table and list(table["prompt_accuracy"]) == [0.75, 0.25]
     assert list(read_runs([], "val_loss")["tags.mlflow.runName"]) == ["better", "worse"]  # of a loss, the lowest
 

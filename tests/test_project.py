@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -149,6 +150,34 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_is_one_line_and_leaves_nothing
     assert "up to date" in clone.dvc("status").stdout
 
 
+KEEP_CHECKPOINTS = """
+import sys
+import stages.train as stage
+from stages import run_stage
+stage.shutil.rmtree = lambda path: None
+run_stage("train", stage.main, metrics=[stage.METRICS, stage.CURVES, stage.RUN])
+"""
+
+
+def test_what_went_on_from_other_settings_is_never_gone_on_from_by_itself(clone):
+    states = clone.root / ".state" / "train"
+    original = (clone.root / "params.yaml").read_text()
+    often = original.replace("checkpoint_every: 500", "checkpoint_every: 5")
+    (clone.root / "params.yaml").write_text(often.replace("num_epochs: 4", "num_epochs: 3"))
+    clone.run(sys.executable, "-c", KEEP_CHECKPOINTS)
+    (other,) = states.glob("*/step-00000005.safetensors")
+    (clone.root / "params.yaml").write_text(often)
+    resumed = clone.run(sys.executable, "-c", KEEP_CHECKPOINTS, "--resume", str(other))
+    assert "of other settings or a copy" in resumed.stdout and "going on after step 5 of 12" in resumed.stdout + resumed.stderr
+    assert len(list(states.glob("*/step-00000010.safetensors"))) == 1
+    alone = clone.run(sys.executable, "-m", "stages.train")
+    assert "going on" not in alone.stdout + alone.stderr
+    (clone.root / "params.yaml").write_text(original)
+    shutil.rmtree(states)
+    clone.run("git", "checkout", "-q", ".")
+    clone.dvc("checkout", "--force")
+
+
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
@@ -162,7 +191,7 @@ def test_a_failed_stage_is_one_clear_line_and_loses_nothing(clone, setting, says
     }
     done = clone.dvc("exp", "run", "-S", setting, check=False)
     assert done.returncode != 0
-    assert says in done.stderr and "dvc checkout" in done.stderr and "Traceback" not in done.stderr + done.stdout
+    assert says in done.stderr and "dvc checkout --force" in done.stderr and "Traceback" not in done.stderr + done.stdout
     clone.run("git", "checkout", "-q", "params.yaml")
     clone.dvc("checkout")
     assert all(path.is_file() and path.read_bytes() == content for path, content in kept.items())

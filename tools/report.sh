@@ -10,7 +10,7 @@ base=$(git merge-base "$name" HEAD) # what the branch began with, not what other
 section() { # title, command: its table, or a line that says that there is none
     printf '\n### %s\n\n' "$1"
     table=$("${@:2}")
-    printf '%s\n' "${table:-No change.}"
+    if [ "$(grep -c '^|' <<<"$table")" -gt 2 ]; then printf '%s\n' "${table//$base/$name}"; else echo 'No change.'; fi
 }
 
 {
@@ -18,5 +18,6 @@ section() { # title, command: its table, or a line that says that there is none
     section Metrics python -m dvc metrics diff "$base" --md
     section Parameters python -m dvc params diff "$base" --md
 } >report.md
+rm -rf dvc_plots
 python -m dvc plots diff "$base" --out dvc_plots >/dev/null
 echo "report.md dvc_plots/index.html"

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from dit.config import Evaluate
 from dit.diffusion import make_objective
 from dit.encoders import EncoderSource, load_clip
+from dit.errors import UserError
 from dit.evaluation.judge import judge
 from dit.images import labelled_grid
 from dit.latents import LatentCache
@@ -39,6 +40,8 @@ def evaluate_samples(samples: Path, model: Path, latents: Path, settings: Evalua
         `clip_score`, `val_loss`, and for prompts about coloured shapes `prompt_accuracy` and `prompt_accuracy_unseen`,
         each in [0, 1] with `_low` and `_high`, the ends of its Wilson interval.
     """
+    if not (samples / "prompts.json").exists():
+        raise UserError(f"{samples}: no pictures to judge; `dvc repro` draws them first")
     prompts = json.loads((samples / "prompts.json").read_text(encoding="utf-8"))
     pictures = [Image.open(samples / prompt["file"]).convert("RGB") for prompt in prompts]
     texts = [prompt["text"] for prompt in prompts]

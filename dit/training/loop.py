@@ -228,9 +228,8 @@ def train_transformer(
                 save()
                 checkpoints.wait()
                 accelerator.wait_for_everyone()
-                raise Stopped(
-                    f"stopped by {request.name or 'a signal'} after step {done} of {total_steps}; `dvc repro` goes on from there"
-                )
+                by = request.name or "a signal"
+                raise Stopped(f"stopped by {by} after step {done} of {total_steps}; the same command goes on from there")
     seconds = before + time.perf_counter() - started
     values = values or window.close(accelerator, batch_size, flops / peak)
     checkpoints.wait()
