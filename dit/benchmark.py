@@ -179,7 +179,9 @@ def benchmark(params: Params, model: Model, batch: int, tokens: int, rounds: int
     rows = [row(name, batch / best, memory[name]) for name, best in seconds.items()]
     rows[1:1] = [row(name, rate, used) for name, (rate, used) in loops.items()]
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}",
         "precision": precision,
         "compiled": compiled,
         "model": asdict(model),

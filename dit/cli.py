@@ -172,7 +172,10 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 def run_benchmark(arguments: argparse.Namespace) -> None:
     """Print the benchmark's table and write its figures as JSON."""
+    import os
     from dataclasses import asdict
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch is imported: its profiler notes its starts and stops
 
     import torch
 
