@@ -169,7 +169,8 @@ def test_runs_whose_outputs_are_gone_are_left_out_of_what_is_sent(team):
     ]
     (team.owner.root / ".dvc" / "cache" / "files" / "md5" / model["md5"][:2] / model["md5"][2:]).unlink()
     said = team.owner.run(sys.executable, "tools/push_runs.py").stdout
-    assert said.startswith("5 runs, ") and said.endswith("; of 1 of them the outputs are no longer in the cache\n")
+    assert said.startswith(f"{len(records(team.owner))} runs, ")
+    assert said.endswith("; of 1 of them the outputs are no longer in the cache\n")
     colleague = team.colleague()
     colleague.dvc("pull", "data/latents", "samples/images")
     assert files(colleague.root / "data" / "latents") == files(team.owner.root / "data" / "latents")
