@@ -31,7 +31,8 @@ def curves(journal: Notes) -> dict:
 def test_a_signal_saves_and_the_training_goes_on_to_the_same_bits(cache, tmp_path, number, step):
     before = signal.getsignal(number)
     whole, notes = run(cache, tmp_path / "whole", journal=(undisturbed := Notes()))[0], Notes()
-    with pytest.raises(Stopped, match=f"stopped by {signal.Signals(number).name} after step {step} of 9; `dvc repro` goes on"):
+    says = f"stopped by {signal.Signals(number).name} after step {step} of 9; the same command goes on"
+    with pytest.raises(Stopped, match=says):
         run(cache, tmp_path / "halves", journal=stop_at(step, number))
     assert signal.getsignal(number) == before
     checkpoint = Checkpoints(tmp_path / "halves", 2).newest(pytest.fail)
