@@ -55,8 +55,8 @@ def sync_runs() -> list[str]:
             if run.info.status != "RUNNING":
                 unsent.client.delete_run(run.info.run_id)
     except Exception as error:  # MLflow raises its own, requests' and the database's
-        reason = in_one_line(error)
-        raise UserError(f"{without_password(tracking_uri())} does not take the runs ({reason}); all of them are kept") from error
+        problem = f"{without_password(tracking_uri())} does not take the runs ({in_one_line(error)})"
+        raise UserError(f"{problem}; what it did not take is kept") from error
     if not unsent_runs(unsent):
         shutil.rmtree(unsent_folder())
     return sent
