@@ -1,36 +1,34 @@
-"""Text to image with a trained transformer: the diffusers pipeline that `sample` and `dit generate` use."""
+"""Text (and a picture, and a mask) to image with a trained transformer: the diffusers pipeline that everything draws with."""
 
 from __future__ import annotations
 
 import inspect
-import json
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import BaseOutput
-from PIL import Image
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
 
+from dit.components import load_components
 from dit.diffusion import PredictionType, guide
-from dit.encoders import EncoderSource, load_text_encoder, load_vae
+from dit.editing import decode_latents, encode_image, first_step, latent_mask, noised
 from dit.errors import UserError
-from dit.images import to_images
-from dit.model import DiT
 from dit.padding import pad
 from dit.precision import has_bf16
 from dit.schedulers import fit_problem, make_scheduler, model_times, scheduler_steps
+from dit.text import unread
 
-
-@dataclass
-class PipelineOutput(BaseOutput):
-    """`images`: a list of PIL pictures, or a tensor (N, C, H, W) where latents were asked for."""
-
-    images: list[Image.Image] | torch.Tensor
+logger = logging.getLogger(__name__)
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class DiTTextToImagePipeline(DiffusionPipeline):
-    """Draw what captions say.
+    """Draw what captions say, or change a picture as they say.
 
     Args:
         transformer: the trained `DiT`.
@@ -39,118 +37,252 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         text_encoder: the `CLIPTextModelWithProjection` it was trained with.
         tokenizer: its `CLIPTokenizer`.
         prediction_type: what the transformer predicts: "flow_prediction", "epsilon" or "v_prediction".
+        image_size: side of the pictures it was trained on, in pixels: the default height and width.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers reads a list)
 
-    def __init__(self, transformer, scheduler, vae, text_encoder, tokenizer, prediction_type: PredictionType = "flow_prediction"):
+    def __init__(
+        self,
+        transformer,
+        scheduler,
+        vae,
+        text_encoder,
+        tokenizer,
+        prediction_type: PredictionType = "flow_prediction",
+        image_size: int = 256,
+    ):
         super().__init__()
-        self.register_to_config(prediction_type=prediction_type)
+        self.register_to_config(prediction_type=prediction_type, image_size=image_size)
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
+        )
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.mask_processor = VaeImageProcessor(
+            vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
         )
 
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32, transformer_dtype: torch.dtype | None = None
     ) -> DiTTextToImagePipeline:
-        """Load what the train stage wrote, and the encoders that it names.
+        """Load what the train stage wrote, and the encoders that it names; or what `save_pretrained` or `dit export` wrote.
 
         Args:
             folder: `models/dit`, or a copy of it.
             torch_dtype: of everything.
             transformer_dtype: of the transformer, where it should differ.
 
-        The base class would look the transformer up in diffusers' own module of the name `dit`.
-
         Raises:
             UserError: the folder is no such model, or an encoder is not to be had or has changed.
         """
-        folder = Path(folder)
-        try:
-            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-            encoders, prediction_type = index["encoders"], index["prediction_type"]
-            vae_source, clip_source = EncoderSource(**encoders["vae"]), EncoderSource(**encoders["clip"])
-            transformer = DiT.from_pretrained(folder, subfolder="transformer", torch_dtype=transformer_dtype or torch_dtype)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}: not a trained model ({' '.join(str(error).split())[:120]}); run `dvc repro`") from None
-        vae, _ = load_vae(vae_source, torch_dtype)
-        text_encoder, tokenizer, _ = load_text_encoder(clip_source, torch_dtype)
-        scheduler = make_scheduler("euler", prediction_type)
-        pipeline = cls(transformer.eval(), scheduler, vae, text_encoder, tokenizer, prediction_type)
-        pipeline.default_size = encoders["image_size"]
-        return pipeline
+        return cls(**load_components(Path(folder), torch_dtype, transformer_dtype or torch_dtype))
+
+    def enable_vae_slicing(self) -> None:
+        """Decode pictures one by one: less memory for large batches."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Decode all pictures of a batch at once, as is the default."""
+        self.vae.disable_slicing()
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the call that is going on; a callback may set `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Evaluations of the transformer in the call that is going on."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has set `_interrupt`, so that the remaining steps are left out."""
+        return self._interrupt
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens (N, L, E), mask (N, L) and pooled vectors (N, P), as the encode stage makes them."""
+        """Tokens (N, L, E), mask (N, L) and pooled vectors (N, P), as the encode stage makes them.
+
+        What of a prompt is beyond CLIP's 77 tokens is not read, and logged as a warning.
+        """
+        for prompt in prompts:
+            rest = unread(self.tokenizer, prompt)
+            if rest:
+                logger.warning("the prompt is longer than %d tokens; not read: %r", self.tokenizer.model_max_length, rest)
         length = self.text_encoder.config.max_position_embeddings
         inputs = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        out = self.text_encoder(input_ids=inputs.input_ids.to(self.device))
+        out = self.text_encoder(input_ids=inputs.input_ids.to(self.text_encoder.device))
         lengths = inputs.attention_mask.sum(1).tolist()
         tokens, mask = pad([row[:n] for row, n in zip(out.last_hidden_state, lengths, strict=True)], max(lengths))
-        return tokens, mask.to(self.device), out.text_embeds
+        return tokens, mask.to(tokens.device), out.text_embeds
 
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        image: PipelineImageInput | None = None,
+        mask_image: PipelineImageInput | None = None,
+        strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 30,
         guidance_scale: float = 1.5,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
         output_type: str = "pil",
-    ) -> PipelineOutput:
-        """Draw one picture per prompt.
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Draw, or change `image`. N is the number of prompts times `num_images_per_prompt`.
 
         Args:
             prompt: one caption or several.
+            negative_prompt: what to lean away from, one for all or one for each prompt; by default the empty caption.
+            image: a picture to start from (PIL, numpy or tensor in [0, 1]; or several, one for each prompt). PIL pictures
+                are cropped to the shape of what is drawn, and resized.
+            mask_image: white (1) where `image` is redrawn; pixels elsewhere stay as they are.
+            strength: how much noise `image` starts with, in [0, 1]: at 0 the VAE's reconstruction is returned, at 1 nothing
+                of it is kept. By default 0.6 without a mask (things keep their places and may change their colours), 1 with one.
             height, width: in pixels; multiples of 8 x patch size. Default: the size that was trained on.
             num_inference_steps: evaluations of the transformer, of one batch with and without caption unless
-                `guidance_scale` is 1. Heun's method makes half as many steps of two evaluations each.
-            guidance_scale: how far to lean away from what would be drawn without a caption; 1 is not at all.
-            generator: one for all, or one for each prompt, so that a picture does not depend on its neighbours.
-            output_type: "pil" or "latent".
+                `guidance_scale` is 1. Heun's method makes half as many steps of two evaluations each. With `image`
+                and `strength`, only those after the starting point are made.
+            guidance_scale: how far to lean away from what would be drawn with `negative_prompt`; 1 is not at all.
+            guidance_interval: the noise levels in [0, 1] between which it leans (Kynkäänniemi et al. 2024,
+                arXiv:2404.07724); outside, a step costs half.
+            num_images_per_prompt: how often each prompt is drawn.
+            generator: one for all pictures, or a list of N, so that a picture does not depend on its neighbours.
+            latents: the noise to start from, (N, C, height / 8, width / 8), instead of drawing it from `generator`.
+            output_type: "pil", "np" (N, H, W, 3) in [0, 1], "pt" (N, 3, H, W) in [0, 1] or "latent" (N, C, H / 8, W / 8).
+            return_dict: an `ImagePipelineOutput` with `images`, or else a tuple of them.
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": …}) after each evaluation; may
+                return {"latents": …} to replace them.
+            callback_on_step_end_tensor_inputs: which of "latents" it is given.
+
+        Raises:
+            UserError: an argument is impossible; one line that says which, and what would be right.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        height, width = height or self.default_size, width or self.default_size
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        cell = factor * self.transformer.config.patch_size
+        negatives = [negative_prompt or ""] * len(prompts) if not isinstance(negative_prompt, list) else negative_prompt
+        height, width = height or self.config.image_size, width or self.config.image_size
+        count = len(prompts) * num_images_per_prompt
+        if strength is None:
+            strength = 1.0 if image is None or mask_image is not None else 0.6
+        cell = self.vae_scale_factor * self.transformer.config.patch_size
         if height % cell or width % cell:
             raise UserError(f"height and width must be multiples of {cell}, not {height} x {width}")
+        if num_inference_steps < 1:
+            raise UserError(f"num_inference_steps: {num_inference_steps} is not a positive number")
+        if guidance_scale < 1:
+            raise UserError(f"guidance_scale: {guidance_scale} is less than 1, which is without guidance")
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type: {output_type!r}; one of {', '.join(OUTPUT_TYPES)} would be right")
+        shape = (count, self.transformer.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        self._check(prompts, negatives, image, mask_image, strength, count, shape, latents, generator, guidance_interval)
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        device = self.transformer.device
+
+        self.scheduler.set_timesteps(scheduler_steps(self.scheduler, num_inference_steps), device=device)
+        times = model_times(self.scheduler)
+        first = first_step(self.scheduler, strength)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(min(first, len(times) - 1))
+        self._num_timesteps = len(times) - first
+
+        # Noise and latents are fp32 all the way, whatever the networks are.
+        noise = randn_tensor(shape, generator, device, torch.float32) if latents is None else latents.to(device, torch.float32)
+        if image is None:
+            latents = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        else:
+            pixels = self.image_processor.preprocess(image, height, width, resize_mode="crop").to(device, torch.float32)
+            pixels = pixels.repeat_interleave(count // len(pixels), 0)
+            original = encode_image(self.vae, pixels)
+            latents = noised(self.scheduler, original, noise, first)
+        if mask_image is not None:
+            mask = self.mask_processor.preprocess(mask_image, height, width, resize_mode="crop").to(device, torch.float32)
+            mask = mask.repeat_interleave(count // len(mask), 0)
+            redrawn = latent_mask(mask, self.vae_scale_factor)
+
+        text = self._text([p for p in prompts for _ in range(num_images_per_prompt)], negatives, guidance_scale > 1)
+        fresh_noise = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        rescale = getattr(self.scheduler, "scale_model_input", lambda latents, t: latents)
+        with self.progress_bar(total=self.num_timesteps) as progress:
+            for k in range(first, len(times)):
+                if self.interrupt:
+                    continue
+                t = self.scheduler.timesteps[k]
+                predicted = self._predict(rescale(latents, t), times[k], text, guidance_interval)
+                latents = self.scheduler.step(predicted, t, latents, return_dict=False, **fresh_noise)[0]
+                if mask_image is not None:
+                    latents = torch.where(redrawn > 0, latents, noised(self.scheduler, original, noise, k + 1))
+                if callback_on_step_end is not None:
+                    given = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
+                    latents = (callback_on_step_end(self, k - first, t, given) or {}).get("latents", latents)
+                progress.update()
+
+        images = latents
+        if output_type != "latent":
+            images = decode_latents(self.vae, latents)
+            if mask_image is not None:
+                images = torch.where(mask > 0, images, pixels)
+            images = self.image_processor.postprocess(images, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _text(self, prompts: list[str], negatives: list[str], guided: bool):
+        """What each picture's half with its caption and, if `guided`, its half without one see: keys and values of every
+        block, mask and pooled vectors, of each different text computed once, and (2 N or N) rows of each."""
+        negatives = [text for text in negatives for _ in range(len(prompts) // len(negatives))] if guided else []
+        different = list(dict.fromkeys([*prompts, *negatives]))
+        tokens, mask, pooled = self.encode_prompt(different)
+        rows = torch.tensor([different.index(text) for text in [*prompts, *negatives]], device=tokens.device)
+        keys_values = [(k[rows], v[rows]) for k, v in self.transformer.text_keys_values(tokens)]
+        return mask[rows], pooled[rows], keys_values
+
+    def _predict(self, inputs: torch.Tensor, time: torch.Tensor, text, interval: tuple[float, float]) -> torch.Tensor:
+        """The transformer's output (N, C, h, w) at `time` in [0, 1], with both halves of the guidance in one batch."""
+        mask, pooled, keys_values = text
+        count = len(inputs)
+        if len(mask) == count:  # without guidance
+            return self.transformer(inputs, time.expand(count), None, mask, pooled, keys_values)
+        if interval[0] <= time <= interval[1]:
+            inputs = inputs.repeat(2, 1, 1, 1)
+            predicted = self.transformer(inputs, time.expand(2 * count), None, mask, pooled, keys_values)
+            return guide(*predicted.chunk(2), self.guidance_scale)
+        keys_values = [(k[:count], v[:count]) for k, v in keys_values]
+        return self.transformer(inputs, time.expand(count), None, mask[:count], pooled[:count], keys_values)
+
+    def _check(self, prompts, negatives, image, mask_image, strength, count, latent_shape, latents, generator, guidance_interval):
+        """Raise a `UserError` for the first argument of a call that is impossible by itself or beside the others."""
+        problems = {
+            "prompt: at least one is needed": not prompts,
+            f"num_images_per_prompt: {count} pictures cannot be drawn; 1 or more would be right": count < 1,
+            f"guidance_interval: {guidance_interval} does not rise from 0 to 1": not (
+                0 <= guidance_interval[0] <= guidance_interval[1] <= 1
+            ),
+            f"strength: {strength} is not between 0 and 1": not 0 <= strength <= 1,
+            "strength, mask_image: they need an image to change": image is None and (mask_image is not None or strength < 1),
+            f"negative_prompt: one for all, or one for each of {len(prompts)} prompts": len(negatives) != len(prompts),
+            f"generator: a list needs one for each of {count} pictures": isinstance(generator, list) and len(generator) != count,
+            f"latents: must be of shape {latent_shape}": latents is not None and tuple(latents.shape) != latent_shape,
+        }
+        for name, pictures in (("image", image), ("mask_image", mask_image)):
+            several = isinstance(pictures, list) or getattr(pictures, "ndim", 0) == 4
+            problems[f"{name}: one for all, or one for each of {len(prompts)} prompts"] = several and len(pictures) not in (
+                1,
+                len(prompts),
+            )
+        for problem in (text for text, wrong in problems.items() if wrong):
+            raise UserError(problem)
         problem = fit_problem(self.scheduler, self.config.prediction_type)
         if problem:
             raise UserError(problem)
-        guided = guidance_scale > 1
-        tokens, mask, pooled = self.encode_prompt([*prompts, *([""] * len(prompts) if guided else [])])
-        keys_values = self.transformer.text_keys_values(tokens)
-        shape = (1, self.transformer.config.in_channels, height // factor, width // factor)
-        latents = self._noise(shape, len(prompts), generator).to(self.device)  # fp32 all the way, whatever the networks are
-        self.scheduler.set_timesteps(scheduler_steps(self.scheduler, num_inference_steps), device=self.device)
-        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        takes_noise = "generator" in inspect.signature(self.scheduler.step).parameters
-        fresh_noise = {"generator": generator} if takes_noise else {}
-        rescale = getattr(self.scheduler, "scale_model_input", lambda latents, t: latents)
-        times = model_times(self.scheduler)
-        for t, time in zip(self.progress_bar(self.scheduler.timesteps), times, strict=True):
-            inputs = rescale(latents, t)
-            inputs = inputs.repeat(2, 1, 1, 1) if guided else inputs
-            predicted = self.transformer(inputs, time.expand(len(inputs)), None, mask, pooled, keys_values)
-            if guided:
-                predicted = guide(*predicted.chunk(2), guidance_scale)
-            latents = self.scheduler.step(predicted, t, latents, return_dict=False, **fresh_noise)[0]
-        if output_type == "latent":
-            return PipelineOutput(images=latents)
-        scaling, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
-        return PipelineOutput(images=to_images(self.vae.decode((latents / scaling + shift).to(self.vae.dtype)).sample))
-
-    @staticmethod
-    def _noise(shape: tuple[int, ...], count: int, generator) -> torch.Tensor:
-        """Standard normal noise (count, C, h, w), drawn on the CPU so that every device starts from the same."""
-        if isinstance(generator, list):
-            return torch.cat([torch.randn(shape, generator=one) for one in generator])
-        return torch.randn((count, *shape[1:]), generator=generator)
 
 
 def load_pipeline(folder: str | Path, scheduler: str) -> DiTTextToImagePipeline:
