@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
 
 from dit.diffusion import make_objective
 from dit.encoders import EncoderSource
@@ -16,6 +18,7 @@ from small_models import save
 from test_diffusion import DEVIATION, MEAN, ideal
 
 SOLVERS = ["euler", "heun", "dpm++", "unipc"]
+PLACES = [("a red circle", 0), ("a red circle", 1), ("a blue star", 2), ("a blue star", 3)]  # in a batch of two of each
 PAIRS = [(name, "flow_prediction") for name in SOLVERS] + [
     (name, kind) for name in [*SOLVERS, "ddim"] for kind in ("epsilon", "v_prediction")
 ]
@@ -43,6 +46,172 @@ def test_a_picture_depends_on_prompt_and_seed_and_not_on_its_neighbours(pipeline
     assert not np.array_equal(a, b) and not np.array_equal(a, c)
     (alone,) = draw(pipeline, ["a red circle"], [1])
     assert np.abs(alone.astype(int) - a).max() <= 1  # the last bit of a matrix product may depend on the batch
+
+
+def random_latents(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def plain(pipeline, prompts, negatives, noise, levels, scale) -> torch.Tensor:
+    """Euler's method as it is written down: each picture by itself, both predictions one after the other, nothing kept."""
+    drawn = []
+    for prompt, negative, x in zip(prompts, negatives, noise.split(1), strict=True):
+        for t, following in zip(levels[:-1], levels[1:], strict=True):
+            both = []
+            for text in (prompt, negative):
+                tokens, mask, pooled = pipeline.encode_prompt([text])
+                both.append(pipeline.transformer(x, t[None], tokens, mask, pooled))
+            x = x + (following - t) * (both[1] + scale * (both[0] - both[1]))
+        drawn.append(x)
+    return torch.cat(drawn)
+
+
+def test_keeping_the_text_and_guiding_in_one_batch_changes_no_picture(pipeline):
+    prompts, negatives, noise = ["a red circle", "a blue star above a large pink heart"], ["", "a green cross"], random_latents(2)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(5)
+    drawn = pipeline(prompts, negatives, latents=noise, num_inference_steps=5, guidance_scale=3.0, output_type="latent").images
+    expected = plain(pipeline, prompts, negatives, noise, scheduler.sigmas, 3.0)
+    assert (drawn - expected).abs().max() < 1e-4
+    assert (drawn - noise).abs().max() > 0.1
+
+
+def test_every_text_is_encoded_once(pipeline, monkeypatch):
+    seen = []
+    encode = pipeline.encode_prompt
+    monkeypatch.setattr(pipeline, "encode_prompt", lambda texts: seen.append(texts) or encode(texts))
+    pipeline(["a red circle", "a blue star", "a red circle"], num_images_per_prompt=2, num_inference_steps=2)
+    assert seen == [["a red circle", "a blue star", ""]]
+
+
+def test_several_pictures_of_a_prompt_stand_side_by_side(pipeline):
+    noise = random_latents(4)
+    drawn = pipeline(["a red circle", "a blue star"], num_images_per_prompt=2, latents=noise, num_inference_steps=2)
+    apart = [pipeline(prompt, latents=noise[k : k + 1], num_inference_steps=2).images[0] for prompt, k in PLACES]
+    for a, b in zip(drawn.images, apart, strict=True):
+        assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1
+
+
+def test_a_negative_prompt_is_what_the_picture_leans_away_from(pipeline):
+    settings = {"latents": random_latents(1), "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent"}
+    plain_one, empty, other = (
+        pipeline("a red circle", negative_prompt=negative, **settings).images for negative in (None, "", "a blue star")
+    )
+    assert torch.equal(plain_one, empty) and not torch.equal(plain_one, other)
+    same = pipeline("a red circle", negative_prompt="a red circle", **settings).images
+    without = pipeline("a red circle", **{**settings, "guidance_scale": 1.0}).images
+    assert torch.allclose(same, without, atol=1e-4)
+
+
+def test_guidance_keeps_to_its_interval(pipeline):
+    settings = {"latents": random_latents(1), "num_inference_steps": 4, "output_type": "latent"}
+    calls = []
+    handle = pipeline.transformer.register_forward_pre_hook(lambda _, given: calls.append((len(given[0]), given[1][0].item())))
+    part = pipeline("a red circle", guidance_scale=3.0, guidance_interval=(0.4, 0.8), **settings).images
+    handle.remove()
+    assert [(n, round(t, 2)) for n, t in calls] == [(2 if 0.4 <= t <= 0.8 else 1, round(t, 2)) for _, t in calls]
+    assert {n for n, _ in calls} == {1, 2}
+    whole, none = (pipeline("a red circle", guidance_scale=g, **settings).images for g in (3.0, 1.0))
+    never = pipeline("a red circle", guidance_scale=3.0, guidance_interval=(0.0, 0.0), **settings).images
+    assert torch.allclose(never, none, atol=1e-5)
+    assert not torch.equal(part, whole) and not torch.equal(part, none)
+
+
+def test_pictures_come_as_pil_numpy_torch_and_latents(pipeline):
+    settings = {"latents": random_latents(2), "num_inference_steps": 2}
+    prompts = ["a red circle", "a blue star"]
+    kinds = ("pil", "np", "pt", "latent")
+    pil, array, tensor, latents = (pipeline(prompts, output_type=kind, **settings).images for kind in kinds)
+    assert array.shape == (2, 64, 64, 3) and tensor.shape == (2, 3, 64, 64) and latents.shape == (2, 4, 8, 8)
+    assert array.min() >= 0 and array.max() <= 1
+    assert np.allclose(array, tensor.permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(np.asarray(pil[1]), (array[1] * 255).round().astype(np.uint8))
+    (images,) = pipeline(prompts, return_dict=False, **settings)
+    assert [np.array_equal(a, b) for a, b in zip(images, pil, strict=True)] == [True, True]
+
+
+def test_a_callback_sees_every_step_may_change_the_latents_and_may_stop(pipeline):
+    seen = []
+
+    def watch(pipe, step, timestep, tensors):
+        seen.append((step, float(timestep), tensors["latents"].clone()))
+        return {}
+
+    settings = {"latents": random_latents(1), "num_inference_steps": 3, "output_type": "latent"}
+    drawn = pipeline("a red circle", callback_on_step_end=watch, **settings).images
+    assert [step for step, _, _ in seen] == [0, 1, 2] and seen[0][1] == 1000 > seen[1][1] > seen[2][1]
+    assert torch.equal(seen[-1][2], drawn)
+
+    def clear(pipe, step, timestep, tensors):
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    assert not pipeline("a red circle", callback_on_step_end=clear, **settings).images.any()
+
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = step == 0
+
+    assert torch.equal(pipeline("a red circle", callback_on_step_end=stop, **settings).images, seen[0][2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"prompt": []}, "prompt: at least one"),
+        ({"num_inference_steps": 0}, "num_inference_steps: 0 is not a positive number"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
+        ({"guidance_scale": 0.5}, "guidance_scale: 0.5 is less than 1"),
+        ({"guidance_interval": (0.8, 0.2)}, "guidance_interval"),
+        ({"width": 60}, "multiples of 16, not 64 x 60"),
+        ({"negative_prompt": ["", ""]}, "negative_prompt: one for all, or one for each of 1 prompts"),
+        ({"generator": [torch.Generator(), torch.Generator()]}, "generator: a list needs one for each of 1 pictures"),
+        ({"latents": torch.zeros(1, 4, 4, 4)}, r"latents: must be of shape \(1, 4, 8, 8\)"),
+        ({"output_type": "jpeg"}, "output_type: 'jpeg'; one of pil, np, pt, latent"),
+        ({"strength": 0.5}, "strength, mask_image: they need an image"),
+        ({"mask_image": Image.new("L", (64, 64))}, "strength, mask_image: they need an image"),
+        ({"image": Image.new("RGB", (64, 64)), "strength": 1.5}, "strength: 1.5 is not between 0 and 1"),
+        ({"image": [Image.new("RGB", (64, 64))] * 2}, "image: one for all, or one for each of 1 prompts"),
+    ],
+)
+def test_an_impossible_argument_is_one_line(pipeline, arguments, says):
+    with pytest.raises(UserError, match=says) as caught:
+        pipeline(**({"prompt": "a red circle"} | arguments))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_saved_draws_the_same_when_it_is_loaded(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "scheduler", make_scheduler("dpm++", "flow_prediction"))
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert {path.suffix for path in (tmp_path / "saved").rglob("*") if path.is_file()} <= {".json", ".safetensors", ".txt"}
+    loaded = DiTTextToImagePipeline.from_pretrained(tmp_path / "saved")
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded.scheduler) is type(pipeline.scheduler) and loaded.scheduler.config.use_flow_sigmas
+    assert loaded.config.image_size == 64 and loaded.config.prediction_type == "flow_prediction"
+    (a,), (b,) = draw(pipeline, ["a red circle"], [1]), draw(loaded, ["a red circle"], [1])
+    assert np.array_equal(a, b)
+
+
+def test_it_draws_in_bf16_and_picture_by_picture(pipeline, tmp_path):
+    save(tmp_path)
+    other = DiTTextToImagePipeline.from_pretrained(tmp_path / "dit").to(torch.bfloat16)
+    other.set_progress_bar_config(disable=True)
+    assert {module.dtype for module in (other.vae, other.text_encoder)} == {torch.bfloat16}
+    a = draw(pipeline, ["a red circle", "a blue star"], [1, 2])
+    b = draw(other, ["a red circle", "a blue star"], [1, 2])
+    assert 0 < np.abs(np.subtract(a, b, dtype=float)).mean() < 30
+    pipeline.enable_vae_slicing()
+    sliced = draw(pipeline, ["a red circle", "a blue star"], [1, 2])
+    pipeline.disable_vae_slicing()
+    assert np.abs(np.subtract(a, sliced, dtype=float)).max() <= 1
+
+
+def test_what_of_a_long_prompt_is_not_read_is_said(pipeline, caplog):
+    pipeline.encode_prompt(["a red circle " * 30])
+    rest = ("a red circle " * 5).strip()  # 25 of 30 times three tokens, a beginning and an end are 77
+    assert f"the prompt is longer than 77 tokens; not read: {rest!r}" in caplog.text
+    caplog.clear()
+    pipeline.encode_prompt(["a red circle"])
+    assert not caplog.text
 
 
 def test_other_sizes_can_be_drawn_if_the_patches_divide_them(pipeline):
