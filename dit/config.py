@@ -171,6 +171,9 @@ class Sample:
     num_samples: PositiveInt
     batch_size: PositiveInt
     seed: NonNegativeInt
+    prompts: tuple[Text, ...]
+    grid_guidance_scales: Annotated[tuple[Annotated[float, Field(ge=1)], ...], Field(min_length=1)]
+    grid_steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
 @_settings

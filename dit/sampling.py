@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -12,11 +15,16 @@ from tqdm import tqdm
 from dit.config import Sample
 from dit.files import write_json
 from dit.images import labelled_grid
-from dit.pipeline import load_pipeline
+from dit.model import forward_flops
+from dit.pipeline import DiTTextToImagePipeline, load_pipeline
+from dit.sheets import denoising_strip, settings_grid
 from dit.sources.dataset import read_metadata
 from dit.sources.shapes import unseen_prompts
+from dit.throughput import matmul_peak
 
 SHOWN = 24  # pictures in a grid
+REPEATED, TIMES = 20, 5  # prompts that are drawn again and again, and how often: how much do their pictures differ?
+CELLS = 4  # prompts in the grid of settings and in the denoising strip
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,8 @@ class Prompt:
         file: name of the picture.
         text: the caption.
         seed: of its noise.
-        group: "val" for a caption of the validation set, "unseen" for one with a colour and shape never seen together.
+        group: "val" for a caption of the validation set, "unseen" for one with a colour and shape never seen together,
+            "diversity" for one of several pictures of the same caption, "own" for one of `sample.prompts`.
     """
 
     file: str
@@ -36,41 +45,83 @@ class Prompt:
     group: str
 
 
-def choose_prompts(raw: Path, recipe: str, count: int, seed: int) -> list[Prompt]:
-    """The first caption of each validation image; of the drawn shapes, as many prompts again with unseen pairs."""
+def choose_prompts(raw: Path, recipe: str, settings: Sample) -> list[Prompt]:
+    """The first caption of each validation image, and of the drawn shapes as many prompts again with unseen pairs:
+    `num_samples` of both. Then some captions several times each, spread over the validation set, and `prompts`."""
     captions: dict[str, str] = {}
     for entry in read_metadata(raw):
         if entry.split == "val":
             captions.setdefault(entry.image, entry.text)
-    unseen = unseen_prompts(count // 2, seed) if recipe == "shapes" else []
-    texts = [(text, "val") for text in list(captions.values())[: count - len(unseen)]]
+    known = list(captions.values())
+    unseen = unseen_prompts(settings.num_samples // 2, settings.seed) if recipe == "shapes" else []
+    spread = np.unique(np.linspace(0, len(known) - 1, REPEATED).round().astype(int))
+    texts = [(text, "val") for text in known[: settings.num_samples - len(unseen)]]
     texts += [(text, "unseen") for text in unseen]
-    return [Prompt(f"{k:05d}.png", text, seed + k, group) for k, (text, group) in enumerate(texts)]
+    texts += [(known[k], "diversity") for k in spread for _ in range(TIMES)]
+    texts += [(text, "own") for text in settings.prompts]
+    return [Prompt(f"{k:05d}.png", text, settings.seed + k, group) for k, (text, group) in enumerate(texts)]
 
 
-def draw_prompts(model: Path, prompts: list[Prompt], settings: Sample, images: Path, grids: Path) -> None:
-    """Draw every prompt into `images` (with `prompts.json` beside the pictures), and the first of each group into `grids`."""
+def sample(model: Path, prompts: list[Prompt], settings: Sample, images: Path, grids: Path) -> dict[str, float]:
+    """Draw every prompt into `images`, with `prompts.json` beside the pictures, and grids of them into `grids`.
+
+    Returns:
+        `sampling_seconds` of drawing alone, `sampling_images_per_second`, and `sampling_mfu`: the share of the hardware's
+        matrix-product peak that the transformer's operations make of that time, [0, 1].
+    """
     pipeline = load_pipeline(model, settings.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     images.mkdir(parents=True, exist_ok=True)
     grids.mkdir(parents=True, exist_ok=True)
     shown: dict[str, list[tuple[Image.Image, str]]] = {}
-    progress = tqdm(total=len(prompts), desc="sample", unit="image")
-    for start in range(0, len(prompts), settings.batch_size):
-        chunk = prompts[start : start + settings.batch_size]
-        pictures = pipeline(
-            [prompt.text for prompt in chunk],
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            generator=[torch.Generator().manual_seed(prompt.seed) for prompt in chunk],
-        ).images
+    seconds = 0.0
+    for chunk, pictures, took in draw_prompts(pipeline, prompts, settings):
+        seconds += took
         for prompt, picture in zip(chunk, pictures, strict=True):
             picture.save(images / prompt.file)
             shown.setdefault(prompt.group, [])
             if len(shown[prompt.group]) < SHOWN:
                 shown[prompt.group].append((picture, prompt.text))
-        progress.update(len(chunk))
-    progress.close()
     write_json(images / "prompts.json", [asdict(prompt) for prompt in prompts])
     for group, pairs in shown.items():
-        labelled_grid(*zip(*pairs, strict=True), columns=6).save(grids / f"{group}.png")
+        columns = TIMES if group == "diversity" else 6
+        labelled_grid(*zip(*pairs, strict=True), columns=min(columns, len(pairs))).save(grids / f"{group}.png")
+    chosen = [*(prompt for prompt in prompts if prompt.group == "own"), *prompts][:CELLS]
+    settings_grid(pipeline, chosen, settings.grid_guidance_scales, settings.grid_steps, draw).save(grids / "settings.png")
+    denoising_strip(pipeline, chosen, settings.num_inference_steps, settings.guidance_scale).save(grids / "denoising.png")
+    flops = len(prompts) * drawing_flops(pipeline, settings.num_inference_steps, settings.guidance_scale)
+    peak = matmul_peak(pipeline.device, pipeline.transformer.dtype)
+    return {
+        "sampling_seconds": round(seconds, 2),
+        "sampling_images_per_second": round(len(prompts) / seconds, 2),
+        "sampling_mfu": round(flops / seconds / peak, 4),
+    }
+
+
+def draw_prompts(
+    pipeline: DiTTextToImagePipeline, prompts: list[Prompt], settings: Sample
+) -> Iterator[tuple[list[Prompt], list[Image.Image], float]]:
+    """Draw `prompts`, `settings.batch_size` at a time; yields each batch, its pictures, and the seconds that they took."""
+    with tqdm(total=len(prompts), desc="sample", unit="image") as progress:
+        for start in range(0, len(prompts), settings.batch_size):
+            chunk = prompts[start : start + settings.batch_size]
+            began = time.perf_counter()
+            pictures = draw(pipeline, chunk, settings.num_inference_steps, settings.guidance_scale)
+            yield chunk, pictures, time.perf_counter() - began
+            progress.update(len(chunk))
+
+
+def draw(pipeline: DiTTextToImagePipeline, prompts: list[Prompt], steps: int, guidance_scale: float) -> list[Image.Image]:
+    """A picture for each of `prompts`, each from its own seed."""
+    return pipeline(
+        [prompt.text for prompt in prompts],
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        generator=[torch.Generator().manual_seed(prompt.seed) for prompt in prompts],
+    ).images
+
+
+def drawing_flops(pipeline: DiTTextToImagePipeline, steps: int, guidance_scale: float) -> int:
+    """Operations of the transformer for one picture of the default size; the text's keys and values, once, are left out."""
+    side = pipeline.config.image_size // pipeline.vae_scale_factor
+    return steps * (2 if guidance_scale > 1 else 1) * forward_flops(pipeline.transformer, (side, side), 0)

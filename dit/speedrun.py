@@ -19,6 +19,7 @@ from dit.errors import UserError
 from dit.evaluation.metrics import find_problem
 from dit.latents import LatentCache
 from dit.model import DiT
+from dit.pipeline import load_pipeline
 from dit.sampling import choose_prompts, draw_prompts
 from dit.training.checkpoint import Checkpoints, open_checkpoint
 from dit.training.export import save_model
@@ -52,15 +53,20 @@ def speedrun(params: Params, latents: Path, raw: Path, first_share: float = 0.0)
         UserError: the captions are not about coloured shapes, so that nothing can be judged.
     """
     cache, points = LatentCache(latents), []
-    prompts = [p for p in choose_prompts(raw, params.recipe, params.sample.num_samples, params.sample.seed) if p.group == "val"]
+    prompts = [prompt for prompt in choose_prompts(raw, params.recipe, params.sample) if prompt.group == "val"]
     if find_problem(Image.new("RGB", (64, 64)), prompts[0].text) is None:
         raise UserError("speedrun: pictures are judged by the recipe shapes alone; set recipe to shapes")
     with tempfile.TemporaryDirectory() as folder:
-        model, images, grids = (Path(folder) / name for name in ("model", "images", "grids"))
+        model = Path(folder) / "model"
         for step, seconds, transformer in train_in_stops(params, cache, Path(folder) / "state", first_share):
             save_model(model, transformer, cache, params.active.model, params.active.schedule, params.train)
-            draw_prompts(model, prompts, params.sample, images, grids)
-            right = [not find_problem(Image.open(images / prompt.file), prompt.text) for prompt in prompts]
+            pipeline = load_pipeline(model, params.sample.scheduler)
+            pipeline.set_progress_bar_config(disable=True)
+            right = [
+                not find_problem(picture, prompt.text)
+                for chunk, pictures, _ in draw_prompts(pipeline, prompts, params.sample)
+                for prompt, picture in zip(chunk, pictures, strict=True)
+            ]
             points.append(Point(step, seconds, sum(right) / len(right), len(right)))
             if points[-1].accuracy >= GOAL:
                 break

@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from dit.config import Params
-from dit.sampling import choose_prompts, draw_prompts
+from dit.files import write_json
+from dit.sampling import choose_prompts, sample
 from stages import run_stage
+
+METRICS = "metrics/sample.json"
 
 
 def main(params: Params) -> None:
-    prompts = choose_prompts(Path("data/raw"), params.recipe, params.sample.num_samples, params.sample.seed)
-    draw_prompts(Path("models/dit"), prompts, params.sample, images=Path("samples/images"), grids=Path("samples/grids"))
+    prompts = choose_prompts(Path("data/raw"), params.recipe, params.sample)
+    rate = sample(Path("models/dit"), prompts, params.sample, images=Path("samples/images"), grids=Path("samples/grids"))
+    write_json(Path(METRICS), rate)
 
 
 if __name__ == "__main__":
-    run_stage("sample", main, metrics=[])
+    run_stage("sample", main, metrics=[METRICS])
