@@ -16,7 +16,7 @@ from PIL import Image
 
 from dit.config import Params
 from dit.errors import UserError
-from dit.evaluation.metrics import find_problem
+from dit.evaluation.accuracy import judge_picture
 from dit.latents import LatentCache
 from dit.model import DiT
 from dit.sampling import choose_prompts, draw_prompts
@@ -53,14 +53,14 @@ def speedrun(params: Params, latents: Path, raw: Path, first_share: float = 0.0)
     """
     cache, points = LatentCache(latents), []
     prompts = [p for p in choose_prompts(raw, params.recipe, params.sample.num_samples, params.sample.seed) if p.group == "val"]
-    if find_problem(Image.new("RGB", (64, 64)), prompts[0].text) is None:
+    if judge_picture(Image.new("RGB", (64, 64)), prompts[0].text) is None:
         raise UserError("speedrun: pictures are judged by the recipe shapes alone; set recipe to shapes")
     with tempfile.TemporaryDirectory() as folder:
         model, images, grids = (Path(folder) / name for name in ("model", "images", "grids"))
         for step, seconds, transformer in train_in_stops(params, cache, Path(folder) / "state", first_share):
             save_model(model, transformer, cache, params.active.model, params.active.schedule, params.train)
             draw_prompts(model, prompts, params.sample, images, grids)
-            right = [not find_problem(Image.open(images / prompt.file), prompt.text) for prompt in prompts]
+            right = [not judge_picture(Image.open(images / prompt.file), prompt.text).problem for prompt in prompts]
             points.append(Point(step, seconds, sum(right) / len(right), len(right)))
             if points[-1].accuracy >= GOAL:
                 break

@@ -50,8 +50,8 @@ class ClipFeatures:
         length = self.clip.config.text_config.max_position_embeddings
         found = []
         for batch in _batches(texts):
-            tokens = self.processor.tokenizer(batch, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-            found.append(_unit(self.clip.get_text_features(**tokens.to(self.clip.device))))
+            rows = self.processor.tokenizer(batch, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            found.append(_unit(self.clip.get_text_features(**rows.to(self.clip.device))))
         return torch.cat(found) if found else torch.empty(0, self.clip.config.projection_dim)
 
 

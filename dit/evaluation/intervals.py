@@ -6,6 +6,7 @@ from collections.abc import Callable
 from statistics import NormalDist
 
 import numpy as np
+from tqdm import tqdm
 
 SEED = 30_000  # of the resamples; its own, so that nothing else that is drawn moves them
 
@@ -34,11 +35,12 @@ def difference(first: tuple[float, float, float], second: tuple[float, float, fl
 
 def bootstrap(
     value: float,
-    statistic: Callable[..., float],
-    counts: tuple[int, ...],
+    statistic: Callable[[np.ndarray], float],
+    count: int,
     resamples: int,
     confidence: float,
     bounds: tuple[float, float] = (-np.inf, np.inf),
+    label: str = "interval",
 ) -> tuple[float, float]:
     """`value` plus and minus the normal quantile times the standard deviation of `statistic` over resamples.
 
@@ -48,14 +50,16 @@ def bootstrap(
 
     Args:
         value: of all images.
-        statistic: called with an array of row numbers for each of `counts`, drawn with replacement.
-        counts: how many rows each of the sets has.
+        statistic: called with `count` row numbers, drawn with replacement.
+        count: how many rows there are.
         resamples: how often; the same rows each time.
         confidence: in (0, 1).
         bounds: the least and the largest value that there can be.
+        label: of the progress bar, which is seen if this takes long.
     """
     rng = np.random.default_rng(SEED)
-    values = [statistic(*(rng.integers(count, size=count) for count in counts)) for _ in range(resamples)]
+    progress = tqdm(range(resamples), desc=label, unit="resample", delay=1)
+    values = [statistic(rng.integers(count, size=count)) for _ in progress]
     half = _quantile(confidence) * float(np.std(values, ddof=1))
     return max(value - half, bounds[0]), min(value + half, bounds[1])
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from dit import diffusion
-from dit.diffusion import Objective
+from dit.config import Evaluate
+from dit.diffusion import Objective, make_objective
+from dit.evaluation.intervals import bootstrap, with_interval
 from dit.latents import LatentCache, sample_posterior
 from dit.model import DiT
 from dit.training.batches import VALIDATION, generator
@@ -52,3 +58,32 @@ def validation_losses(
             if progress is not None:
                 progress.update(len(picked))
     return losses
+
+
+def measure_losses(
+    model: Path, cache: LatentCache, settings: Evaluate, device: str
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """`val_loss` with its interval, and a row of `t`, `val_loss`, `low`, `high` for each of `TIMESTEPS`.
+
+    The intervals say what other validation images would change. A single validation image has none: then the ends are empty.
+    """
+    prediction_type = json.loads((model / "model_index.json").read_text(encoding="utf-8"))["prediction_type"]
+    objective = make_objective("flow" if prediction_type == "flow_prediction" else "ddpm", prediction_type)
+    transformer = DiT.from_pretrained(model, subfolder="transformer").eval().to(device)
+    total = (settings.val_passes + len(TIMESTEPS)) * len(cache.val)
+    with tqdm(total=total, desc="validation loss", unit="image", delay=1) as progress:
+        overall = validation_losses(transformer, cache, objective, settings.val_passes, progress=progress).mean(0)
+        at = {t: validation_losses(transformer, cache, objective, timestep=t, progress=progress)[0] for t in TIMESTEPS}
+
+    def figures(name: str, losses: np.ndarray) -> dict[str, float]:
+        value = float(losses.mean())
+        if len(losses) < 2:
+            return {name: round(value, 5)}
+        ends = bootstrap(
+            value, lambda rows: losses[rows].mean(), len(losses), settings.resamples, settings.confidence, (0, np.inf)
+        )
+        return with_interval(name, value, ends, digits=5)
+
+    rows = [{"t": t} | figures("val_loss", losses) for t, losses in at.items()]
+    names = {"val_loss_low": "low", "val_loss_high": "high"}
+    return figures("val_loss", overall), [{names.get(key, key): value for key, value in row.items()} for row in rows]
