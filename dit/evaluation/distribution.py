@@ -13,7 +13,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 NEIGHBOURS = 3  # k of precision and recall, as in the paper
-CHUNK = 1024  # rows of a matrix of distances that are in memory at once
+
+Matrices = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Given(nn.Module):
@@ -62,29 +63,31 @@ def kernel_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
         return float(metric.compute()[0])
 
 
-def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
+def distance_matrices(real: torch.Tensor, fake: torch.Tensor) -> Matrices:
+    """All distances (N, N) within `real`, (M, M) within `fake`, and (N, M) from `real` to `fake`; float64.
+
+    By differences: the short way by products leaves 1e-8 where two pictures are the same, and a ball may have radius 0.
+    """
+    real, fake = real.double(), fake.double()
+    pairs = ((real, real), (fake, fake), (real, fake))
+    return tuple(torch.cdist(*pair, compute_mode="donot_use_mm_for_euclid_dist") for pair in pairs)
+
+
+def precision_recall(matrices: Matrices, k: int = NEIGHBOURS) -> tuple[float, float]:
     """Shares of `fake` in the region of `real`, and of `real` in the region of `fake`, each in [0, 1].
 
     The region of a set is the union of balls, one around each of its points, that just reach the point's k-th nearest
     neighbour in the set (Kynkäänniemi et al. 2019, arXiv:1904.06991, equations 1 and 2).
 
     Args:
-        real, fake: (N, P) and (M, P), more than `k` rows each.
+        matrices: what `distance_matrices` returns for more than `k` rows of each.
+        k: the neighbour that a ball reaches.
     """
-    real, fake = real.double(), fake.double()
-    return _share_inside(fake, real, k), _share_inside(real, fake, k)
-
-
-def _share_inside(points: torch.Tensor, others: torch.Tensor, k: int) -> float:
-    # k + 1, since each point is its own nearest
-    radii = torch.cat([_distances(rows, others).kthvalue(k + 1, dim=1).values for rows in others.split(CHUNK)])
-    inside = [(_distances(rows, others) <= radii).any(dim=1) for rows in points.split(CHUNK)]
-    return float(torch.cat(inside).double().mean())
-
-
-def _distances(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """(N, M), by differences: the short way by products leaves 1e-8 where two are the same, and balls may have radius 0."""
-    return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
+    real, fake, between = matrices
+    reach_real, reach_fake = (own.kthvalue(k + 1, dim=1).values for own in (real, fake))  # + 1: each is its own nearest
+    precision = (between <= reach_real[:, None]).any(dim=0)
+    recall = (between <= reach_fake).any(dim=1)
+    return float(precision.double().mean()), float(recall.double().mean())
 
 
 def mean_distance(features: torch.Tensor) -> float:

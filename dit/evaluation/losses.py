@@ -12,7 +12,7 @@ from tqdm import tqdm
 from dit import diffusion
 from dit.config import Evaluate
 from dit.diffusion import Objective, make_objective
-from dit.evaluation.intervals import bootstrap, with_interval
+from dit.evaluation.intervals import half_samples, with_interval
 from dit.latents import LatentCache, sample_posterior
 from dit.model import DiT
 from dit.training.batches import VALIDATION, generator
@@ -79,9 +79,7 @@ def measure_losses(
         value = float(losses.mean())
         if len(losses) < 2:
             return {name: round(value, 5)}
-        ends = bootstrap(
-            value, lambda rows: losses[rows].mean(), len(losses), settings.resamples, settings.confidence, (0, np.inf)
-        )
+        ends = half_samples(value, lambda rows: losses[rows].mean(), len(losses), settings, (0, np.inf))
         return with_interval(name, value, ends, digits=5)
 
     rows = [{"t": t} | figures("val_loss", losses) for t, losses in at.items()]

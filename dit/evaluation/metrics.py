@@ -16,7 +16,7 @@ from dit.errors import UserError
 from dit.evaluation.accuracy import accuracy, accuracy_by_attribute, judge_picture
 from dit.evaluation.comparison import compare_sets, measure_diversity
 from dit.evaluation.features import ClipFeatures, clip_scores, images_of, open_images
-from dit.evaluation.intervals import bootstrap, with_interval
+from dit.evaluation.intervals import half_samples, with_interval
 from dit.evaluation.losses import measure_losses
 from dit.evaluation.memorisation import find_nearest, memorisation, near
 from dit.evaluation.pictures import draw_nearest, draw_worst
@@ -45,7 +45,7 @@ def evaluate_samples(
         model: the trained model's folder.
         latents: the cache whose validation images give the loss.
         raw: the data set, whose images the pictures are compared with.
-        settings: confidence and number of resamples of the intervals, passes of the validation loss.
+        settings: confidence of the intervals and how they are drawn, passes of the validation loss.
         runtime: how many processes decode pictures.
         worst, nearest: where the worst pictures are drawn, with what is wrong with them, and those most like a training image.
 
@@ -74,9 +74,7 @@ def evaluate_samples(
     features = clip.of_images(pictures, len(pictures), "CLIP: samples")
     scores = clip_scores(features, clip.of_texts(texts)).double().numpy()
     if len(scores) > 1:
-        ends = bootstrap(
-            scores.mean(), lambda rows: scores[rows].mean(), len(scores), settings.resamples, settings.confidence, (0, 100)
-        )
+        ends = half_samples(scores.mean(), lambda rows: scores[rows].mean(), len(scores), settings, (0, 100))
         metrics |= with_interval("clip_score", scores.mean(), ends, digits=3)
     draw_worst(pictures, texts, [found and found.problem for found in judgements], scores, worst)
 
