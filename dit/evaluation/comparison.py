@@ -18,7 +18,7 @@ from dit.evaluation.distribution import (
     mean_distance,
     precision_recall,
 )
-from dit.evaluation.intervals import half_samples, wilson, with_interval
+from dit.evaluation.intervals import half_samples, mean_with_interval, wilson, with_interval
 
 
 def compare_sets(real: torch.Tensor, fake: torch.Tensor, settings: Evaluate) -> dict[str, float]:
@@ -65,7 +65,7 @@ def _share_of_rows(matrices: Matrices, which: int, rows: np.ndarray) -> float:
 def measure_diversity(features: torch.Tensor, texts: list[str], settings: Evaluate) -> dict[str, float]:
     """`diversity_clip`: how different the pictures of one prompt are, as the mean of 1 - cosine, of which the mean over prompts.
 
-    Its interval takes halves of the prompts. Empty where fewer than two prompts have several pictures.
+    Its interval takes halves of the prompts. Empty where no prompt has several pictures.
 
     Args:
         features: (N, P) of length 1.
@@ -77,9 +77,4 @@ def measure_diversity(features: torch.Tensor, texts: list[str], settings: Evalua
         rows = [k for k, other in enumerate(texts) if other == text]
         if len(rows) > 1:
             distances.append(mean_distance(features[rows]))
-    if len(distances) < 2:
-        return {}
-    values = torch.tensor(distances, dtype=torch.float64)
-    mean = float(values.mean())
-    ends = half_samples(mean, lambda rows: float(values[rows].mean()), len(values), settings, (0.0, 2.0))
-    return with_interval("diversity_clip", mean, ends)
+    return mean_with_interval("diversity_clip", np.array(distances), settings, (0.0, 2.0))

@@ -71,6 +71,17 @@ def half_samples(
     return max(value - half, bounds[0]), min(value + half, bounds[1])
 
 
+def mean_with_interval(
+    name: str, values: np.ndarray, settings: Evaluate, bounds: tuple[float, float], digits: int = 4
+) -> dict[str, float]:
+    """The mean of `values` (N,) as the metric `name`, with its ends where there is more than one; nothing of none."""
+    if len(values) < 2:
+        return {name: round(float(values[0]), digits)} if len(values) else {}
+    mean = float(values.mean())
+    ends = half_samples(mean, lambda rows: values[rows].mean(), len(values), settings, bounds)
+    return with_interval(name, mean, ends, digits)
+
+
 def with_interval(name: str, value: float, interval: tuple[float, float], digits: int = 4) -> dict[str, float]:
     """`value` as the metric `name`, and the ends of its interval as `name`_low and `name`_high, rounded."""
     values = {name: value, f"{name}_low": interval[0], f"{name}_high": interval[1]}

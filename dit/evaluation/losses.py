@@ -12,7 +12,7 @@ from tqdm import tqdm
 from dit import diffusion
 from dit.config import Evaluate
 from dit.diffusion import Objective, make_objective
-from dit.evaluation.intervals import half_samples, with_interval
+from dit.evaluation.intervals import mean_with_interval
 from dit.latents import LatentCache, sample_posterior
 from dit.model import DiT
 from dit.training.batches import VALIDATION, generator
@@ -75,13 +75,8 @@ def measure_losses(
         overall = validation_losses(transformer, cache, objective, settings.val_passes, progress=progress).mean(0)
         at = {t: validation_losses(transformer, cache, objective, timestep=t, progress=progress)[0] for t in TIMESTEPS}
 
-    def figures(name: str, losses: np.ndarray) -> dict[str, float]:
-        value = float(losses.mean())
-        if len(losses) < 2:
-            return {name: round(value, 5)}
-        ends = half_samples(value, lambda rows: losses[rows].mean(), len(losses), settings, (0, np.inf))
-        return with_interval(name, value, ends, digits=5)
+    def figures(losses: np.ndarray) -> dict[str, float]:
+        return mean_with_interval("val_loss", losses, settings, (0, np.inf), digits=5)
 
-    rows = [{"t": t} | figures("val_loss", losses) for t, losses in at.items()]
-    names = {"val_loss_low": "low", "val_loss_high": "high"}
-    return figures("val_loss", overall), [{names.get(key, key): value for key, value in row.items()} for row in rows]
+    names = {"val_loss": "val_loss", "val_loss_low": "low", "val_loss_high": "high"}
+    return figures(overall), [{"t": t} | {names[key]: value for key, value in figures(of).items()} for t, of in at.items()]

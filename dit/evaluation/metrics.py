@@ -16,7 +16,7 @@ from dit.errors import UserError
 from dit.evaluation.accuracy import accuracy, accuracy_by_attribute, judge_picture
 from dit.evaluation.comparison import compare_sets, measure_diversity
 from dit.evaluation.features import ClipFeatures, clip_scores, images_of, open_images
-from dit.evaluation.intervals import half_samples, with_interval
+from dit.evaluation.intervals import mean_with_interval, with_interval
 from dit.evaluation.losses import measure_losses
 from dit.evaluation.memorisation import find_nearest, memorisation, near
 from dit.evaluation.pictures import draw_nearest, draw_worst
@@ -73,9 +73,7 @@ def evaluate_samples(
     clip = ClipFeatures(EncoderSource(**cache.index["clip"]), _device())
     features = clip.of_images(pictures, len(pictures), "CLIP: samples")
     scores = clip_scores(features, clip.of_texts(texts)).double().numpy()
-    if len(scores) > 1:
-        ends = half_samples(scores.mean(), lambda rows: scores[rows].mean(), len(scores), settings, (0, 100))
-        metrics |= with_interval("clip_score", scores.mean(), ends, digits=3)
+    metrics |= mean_with_interval("clip_score", scores, settings, (0, 100), digits=3)
     draw_worst(pictures, texts, [found and found.problem for found in judgements], scores, worst)
 
     training, held_out = images_of(raw, "train"), images_of(raw, "val")
