@@ -180,6 +180,7 @@ class Sample:
 class Evaluate:
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
     val_passes: PositiveInt
+    resamples: Annotated[int, Field(strict=True, ge=2)]
 
 
 @_settings

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dit.config import Params
 from dit.errors import UserError
-from dit.evaluation.metrics import find_problem
+from dit.evaluation.accuracy import judge_picture
 from dit.latents import LatentCache
 from dit.model import DiT
 from dit.pipeline import load_pipeline
@@ -54,7 +54,7 @@ def speedrun(params: Params, latents: Path, raw: Path, first_share: float = 0.0)
     """
     cache, points = LatentCache(latents), []
     prompts = [prompt for prompt in choose_prompts(raw, params.recipe, params.sample) if prompt.group == "val"]
-    if find_problem(Image.new("RGB", (64, 64)), prompts[0].text) is None:
+    if judge_picture(Image.new("RGB", (64, 64)), prompts[0].text) is None:
         raise UserError("speedrun: pictures are judged by the recipe shapes alone; set recipe to shapes")
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
@@ -63,7 +63,7 @@ def speedrun(params: Params, latents: Path, raw: Path, first_share: float = 0.0)
             pipeline = load_pipeline(model, params.sample.scheduler)
             pipeline.set_progress_bar_config(disable=True)
             right = [
-                not find_problem(picture, prompt.text)
+                not judge_picture(picture, prompt.text).problem
                 for chunk, pictures, _ in draw_prompts(pipeline, prompts, params.sample)
                 for prompt, picture in zip(chunk, pictures, strict=True)
             ]

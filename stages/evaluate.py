@@ -1,4 +1,4 @@
-"""Stage 5: judge the pictures, and put the figures where experiments are compared: metrics/evaluate.json and MLflow."""
+"""Stage 5: judge the pictures, and put the figures where experiments are compared: metrics/ and MLflow."""
 
 from __future__ import annotations
 
@@ -17,22 +17,35 @@ from stages import run_stage
 from stages.runs import find_run
 
 METRICS = "metrics/evaluate.json"
+BY_ATTRIBUTE, BY_TIMESTEP = "metrics/accuracy_by_attribute.csv", "metrics/loss_by_timestep.csv"
 SHOWN = 8  # pictures by which runs are compared
 
 
 def main(params: Params) -> None:
-    worst = Path("samples/worst.png")
-    results = evaluate_samples(
+    worst, nearest = Path("samples/worst.png"), Path("samples/nearest.png")
+    evaluation = evaluate_samples(
         samples=Path("samples/images"),
         model=Path("models/dit"),
         latents=Path("data/latents"),
+        raw=Path("data/raw"),
         settings=params.evaluate,
+        runtime=params.runtime,
         worst=worst,
+        nearest=nearest,
     )
-    write_json(Path(METRICS), results)
-    report(params, results, [*sorted(Path("samples/grids").glob("*.png")), worst])
-    for name, value in results.items():
-        print(f"{name:30} {value}")
+    write_json(Path(METRICS), evaluation.metrics)
+    # With its heading alone where no prompt is about shapes: a stage has to write all its outs.
+    write_table(BY_ATTRIBUTE, evaluation.by_attribute, ["attribute", "accuracy", "low", "high", "count"])
+    write_table(BY_TIMESTEP, evaluation.by_timestep, ["t", "val_loss", "low", "high"])
+    report(params, evaluation.metrics, [*sorted(Path("samples/grids").glob("*.png")), worst, nearest])
+    for name, value in evaluation.metrics.items():
+        if not name.endswith(("_low", "_high")):
+            ends = [str(evaluation.metrics[end]) for end in (f"{name}_low", f"{name}_high") if end in evaluation.metrics]
+            print(f"{name:32} {value}" + (f" ({' to '.join(ends)})" if ends else ""))
+
+
+def write_table(path: str, rows: list[dict], columns: list[str]) -> None:
+    pd.DataFrame(rows, columns=columns).to_csv(path, index=False, lineterminator="\n")
 
 
 def report(params: Params, results: dict[str, float], pictures: list[Path]) -> None:
@@ -54,4 +67,4 @@ def report(params: Params, results: dict[str, float], pictures: list[Path]) -> N
 
 
 if __name__ == "__main__":
-    run_stage("evaluate", main, metrics=[METRICS])
+    run_stage("evaluate", main, metrics=[METRICS, BY_ATTRIBUTE, BY_TIMESTEP])

@@ -29,6 +29,7 @@ NEUTRAL = {
 UNUSED = {
     ("encode", "dit/sources/usable.py"): "dataset.py reads metadata.json with it, and refuses names that leave the folder",
     ("sample", "dit/sources/usable.py"): "as for encode",
+    ("evaluate", "dit/sources/usable.py"): "as for encode",
     ("sample", "dit/sources/storage.py"): "dataset.py writes images with it; only metadata.json is read here",
     ("train", "dit/encoders/builtin"): "data/latents names the hash of the weights, so it changes with them",
 }

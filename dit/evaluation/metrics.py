@@ -1,110 +1,106 @@
-"""The figures that experiments are compared by."""
+"""The figures that experiments are compared by: docs/evaluation.md says what each of them means."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from scipy.stats import binomtest
-from tqdm import tqdm
+from PIL import Image, ImageOps
 
-from dit.config import Evaluate
-from dit.diffusion import make_objective
-from dit.encoders import EncoderSource, load_clip
+from dit.config import Evaluate, Runtime
+from dit.encoders import EncoderSource
 from dit.errors import UserError
-from dit.evaluation.judge import judge
-from dit.images import labelled_grid
+from dit.evaluation.accuracy import accuracy, accuracy_by_attribute, judge_picture
+from dit.evaluation.comparison import compare_sets, measure_diversity
+from dit.evaluation.features import ClipFeatures, clip_scores, images_of, open_images
+from dit.evaluation.intervals import mean_with_interval, with_interval
+from dit.evaluation.losses import measure_losses
+from dit.evaluation.memorisation import find_nearest, memorisation, near
+from dit.evaluation.pictures import draw_nearest, draw_worst
 from dit.latents import LatentCache
-from dit.model import DiT
-from dit.sources.captions import parse
-from dit.training.validation import validation_loss
+from dit.sources.dataset import Entry
 
-BATCH_SIZE = 100
-WORST = 18  # pictures shown
+JUDGED = ("val", "unseen")  # groups of prompts; "diversity" is several pictures of each, "own" is for looking at
 
 
-def evaluate_samples(samples: Path, model: Path, latents: Path, settings: Evaluate, worst: Path) -> dict[str, float]:
-    """Judge the pictures in `samples` and the model that drew them.
+@dataclass(frozen=True)
+class Evaluation:
+    """`metrics` by name, and the rows of two tables: `by_attribute` (none without judged prompts) and `by_timestep`."""
+
+    metrics: dict[str, float]
+    by_attribute: list[dict[str, str | float]]
+    by_timestep: list[dict[str, float]]
+
+
+def evaluate_samples(
+    samples: Path, model: Path, latents: Path, raw: Path, settings: Evaluate, runtime: Runtime, worst: Path, nearest: Path
+) -> Evaluation:
+    """Judge the pictures in `samples` and the model that drew them; the same files give the same figures.
 
     Args:
         samples: pictures and their `prompts.json`, as the sample stage wrote them.
         model: the trained model's folder.
         latents: the cache whose validation images give the loss.
-        settings: confidence of the intervals, passes of the validation loss.
-        worst: where the worst pictures are drawn, with what is wrong with them.
+        raw: the data set, whose images the pictures are compared with.
+        settings: confidence of the intervals and how they are drawn, passes of the validation loss.
+        runtime: how many processes decode pictures.
+        worst, nearest: where the worst pictures are drawn, with what is wrong with them, and those most like a training image.
 
-    Returns:
-        `clip_score`, `val_loss`, and for prompts about coloured shapes `prompt_accuracy` and `prompt_accuracy_unseen`,
-        each in [0, 1] with `_low` and `_high`, the ends of its Wilson interval.
+    Raises:
+        UserError: there are no pictures, or an image of the data set cannot be read.
     """
     if not (samples / "prompts.json").exists():
         raise UserError(f"{samples}: no pictures to judge; `dvc repro` draws them first")
     prompts = json.loads((samples / "prompts.json").read_text(encoding="utf-8"))
-    pictures = [Image.open(samples / prompt["file"]).convert("RGB") for prompt in prompts]
-    texts = [prompt["text"] for prompt in prompts]
+    groups = {group: [prompt for prompt in prompts if prompt["group"] == group] for group in (*JUDGED, "diversity")}
+    judged = groups["val"] + groups["unseen"]
+    pictures, texts = [_open(samples, prompt) for prompt in judged], [prompt["text"] for prompt in judged]
+    count = len(groups["val"])
+    metrics: dict[str, float] = {}
+
+    judgements = [judge_picture(picture, text) for picture, text in zip(pictures, texts, strict=True)]
+    val = [judgement for judgement in judgements[:count] if judgement]
+    metrics |= accuracy("prompt_accuracy", val, settings.confidence)
+    metrics |= accuracy("prompt_accuracy_unseen", [found for found in judgements[count:] if found], settings.confidence)
+    by_attribute = accuracy_by_attribute(val, settings.confidence)
+    for row in by_attribute:
+        metrics |= with_interval(f"prompt_accuracy_{row['attribute']}", row["accuracy"], (row["low"], row["high"]))
+
     cache = LatentCache(latents)
-    scores = clip_scores(EncoderSource(**cache.index["clip"]), pictures, texts)
-    problems = [find_problem(picture, text) for picture, text in zip(pictures, texts, strict=True)]
-    groups = np.array([prompt["group"] for prompt in prompts])
-    judged = np.array([problem is not None for problem in problems])
-    results: dict[str, float] = {}
-    for group, name in (("val", "prompt_accuracy"), ("unseen", "prompt_accuracy_unseen")):
-        picked = [not problems[k] for k in np.flatnonzero((groups == group) & judged)]
-        if picked:
-            results |= accuracy(name, picked, settings.confidence)
-    prediction_type = json.loads((model / "model_index.json").read_text(encoding="utf-8"))["prediction_type"]
-    objective = make_objective("flow" if prediction_type == "flow_prediction" else "ddpm", prediction_type)
-    transformer = DiT.from_pretrained(model, subfolder="transformer").eval().to(_device())
-    results["clip_score"] = round(float(scores.mean()), 3)
-    results["val_loss"] = round(validation_loss(transformer, cache, BATCH_SIZE, objective, settings.val_passes), 5)
-    draw_worst(pictures, texts, problems, scores, worst)
-    return results
+    clip = ClipFeatures(EncoderSource(**cache.index["clip"]), _device())
+    features = clip.of_images(pictures, len(pictures), "CLIP: samples")
+    scores = clip_scores(features, clip.of_texts(texts)).double().numpy()
+    metrics |= mean_with_interval("clip_score", scores, settings, (0, 100), digits=3)
+    draw_worst(pictures, texts, [found and found.problem for found in judgements], scores, worst)
+
+    training, held_out = images_of(raw, "train"), images_of(raw, "val")
+
+    def of_data(images: list[Entry], name: str, change: Callable[[Image.Image], Image.Image] = lambda image: image):
+        opened = open_images(raw, images, cache.index["image_size"], runtime)
+        return clip.of_images(map(change, opened), len(images), f"CLIP: {name}")
+
+    real = of_data(held_out, "held-out images")
+    metrics |= compare_sets(real, features[:count], settings)
+    several = groups["diversity"]
+    drawn = clip.of_images((_open(samples, prompt) for prompt in several), len(several), "CLIP: several of a prompt")
+    metrics |= measure_diversity(drawn, [prompt["text"] for prompt in several], settings)
+
+    known = of_data(training, "training images")
+    of_held_out = find_nearest(real, of_data(held_out, "held-out images, mirrored", ImageOps.mirror), known)
+    mirrored = clip.of_images(map(ImageOps.mirror, pictures[:count]), count, "CLIP: samples, mirrored")
+    of_samples = find_nearest(features[:count], mirrored, known)
+    metrics |= memorisation(of_samples.distance, of_held_out.distance, settings.confidence)
+    draw_nearest(pictures[:count], texts[:count], of_samples, raw, training, near(of_held_out.distance), nearest)
+
+    losses, by_timestep = measure_losses(model, cache, settings, _device())
+    return Evaluation(metrics | losses, by_attribute, by_timestep)
 
 
-def find_problem(picture: Image.Image, text: str) -> str | None:
-    """What is wrong with `picture` given its caption, "" if nothing is, None where the caption is not about our shapes."""
-    description = parse(text)
-    if description is None:
-        return None
-    return judge(picture, description).problem or ""
-
-
-def accuracy(name: str, correct: list[bool], confidence: float) -> dict[str, float]:
-    """Share of True, with its Wilson (1927) score interval."""
-    interval = binomtest(sum(correct), len(correct)).proportion_ci(confidence, method="wilson")
-    values = {name: sum(correct) / len(correct), f"{name}_low": interval.low, f"{name}_high": interval.high}
-    return {key: round(value, 4) for key, value in values.items()} | {f"{name}_prompts": len(correct)}
-
-
-@torch.no_grad()
-def clip_scores(source: EncoderSource, pictures: list[Image.Image], texts: list[str]) -> torch.Tensor:
-    """CLIPScore without its factor 2.5 (Hessel et al. 2021, equation 1): 100 max(cosine, 0) for each pair, (N,) float32."""
-    clip, processor = load_clip(source, device=_device())
-    scores = []
-    for start in tqdm(range(0, len(pictures), BATCH_SIZE), desc="CLIP score", unit="batch"):
-        rows = slice(start, start + BATCH_SIZE)
-        inputs = processor(
-            text=texts[rows],
-            images=pictures[rows],
-            padding="max_length",
-            truncation=True,
-            max_length=clip.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        )
-        out = clip(**inputs.to(_device()))
-        scores.append((100 * (out.image_embeds * out.text_embeds).sum(-1)).clamp(min=0).cpu())
-    return torch.cat(scores)
-
-
-def draw_worst(pictures, texts, problems, scores: torch.Tensor, path: Path) -> None:
-    """The pictures that are judged wrong, and then those of the lowest CLIP score, each with the reason."""
-    order = sorted(range(len(pictures)), key=lambda k: (not problems[k], float(scores[k])))[:WORST]
-    labels = [f"{texts[k]}: {problems[k] or f'CLIP score {scores[k]:.0f}'}" for k in order]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid([pictures[k] for k in order], labels, columns=6, cell=192).save(path)
+def _open(samples: Path, prompt: dict) -> Image.Image:
+    return Image.open(samples / prompt["file"]).convert("RGB")
 
 
 def _device() -> str:

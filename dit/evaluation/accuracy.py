@@ -1,0 +1,57 @@
+"""Prompt accuracy: the share of pictures that show what they were asked for, as a whole and attribute by attribute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from PIL import Image
+
+from dit.evaluation.detector import detect
+from dit.evaluation.intervals import wilson, with_interval
+from dit.evaluation.judge import ATTRIBUTES, attributes, compare
+from dit.sources.captions import parse
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What is wrong with a picture, "" if nothing is, and by attribute how many are right and how many are stated."""
+
+    problem: str
+    attributes: dict[str, tuple[int, int]]
+
+
+def judge_picture(picture: Image.Image, text: str) -> Judgement | None:
+    """Judge `picture` by its caption; None where the caption is not about our shapes."""
+    description = parse(text)
+    if description is None:
+        return None
+    detection = detect(picture)
+    return Judgement(compare(detection, description).problem or "", attributes(detection, description))
+
+
+def accuracy(name: str, judged: list[Judgement], confidence: float) -> dict[str, float]:
+    """The share of pictures with nothing wrong, its Wilson interval, and the number of prompts; nothing where there are none."""
+    if not judged:
+        return {}
+    share = sum(not judgement.problem for judgement in judged) / len(judged)
+    return with_interval(name, share, wilson(share, len(judged), confidence)) | {f"{name}_prompts": len(judged)}
+
+
+def accuracy_by_attribute(judged: Iterable[Judgement], confidence: float) -> list[dict[str, str | float]]:
+    """A row for each attribute that any prompt states: `attribute`, `accuracy`, `low`, `high`, `count`.
+
+    `accuracy` is the share that is right of all `count` colours, shapes, sizes, relations or numbers of things. The things
+    of one picture may well be right or wrong together, so the interval is Wilson's of as many trials as there are pictures
+    that state the attribute: rather too wide than too narrow.
+    """
+    rows = []
+    for name in ATTRIBUTES:
+        pairs = [judgement.attributes[name] for judgement in judged if name in judgement.attributes]
+        if pairs:
+            right, stated = map(sum, zip(*pairs, strict=True))
+            share = right / stated
+            low, high = wilson(share, len(pairs), confidence)
+            values = {"accuracy": share, "low": low, "high": high}
+            rows.append({"attribute": name} | {key: round(value, 4) for key, value in values.items()} | {"count": stated})
+    return rows
