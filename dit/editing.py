@@ -14,12 +14,6 @@ from diffusers import AutoencoderKL, SchedulerMixin
 from dit.schedulers import model_times
 
 
-def default_strength(masked: bool) -> float:
-    """How much noise a given picture starts with where nobody says: by eye, enough to change colours and to keep places; all of
-    it inside a mask, where something else is wanted."""
-    return 1.0 if masked else 0.6
-
-
 def encode_image(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """Latents (N, C, H / 8, W / 8) float32 of `pixels` (N, 3, H, W) in [-1, 1]: the posterior's mean, scaled as in training."""
     latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()

@@ -15,9 +15,9 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from dit.components import load_components
-from dit.config import DEFAULTS
+from dit.config import DEFAULTS, STRENGTH
 from dit.diffusion import PredictionType, guide
-from dit.editing import decode_latents, default_strength, encode_image, first_step, latent_mask, noised
+from dit.editing import decode_latents, encode_image, first_step, latent_mask, noised
 from dit.errors import UserError
 from dit.padding import pad
 from dit.precision import has_bf16
@@ -175,7 +175,7 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         height, width = height or self.config.image_size, width or self.config.image_size
         count = len(prompts) * num_images_per_prompt
         if strength is None:
-            strength = 1.0 if image is None else default_strength(mask_image is not None)
+            strength = STRENGTH if image is not None and mask_image is None else 1.0
         cell = self.vae_scale_factor * self.transformer.config.patch_size
         if height % cell or width % cell:
             raise UserError(f"height and width must be multiples of {cell}, not {height} x {width}")
