@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dit.commands import generate
+from dit.commands import export, generate
 from dit.errors import UserError, without_password
 
 EXAMPLES = """\
@@ -15,6 +15,7 @@ examples:
   dit where                                         where the pictures are, how to look at the runs
   dit inspect data/latents --decode 16              what is in the latent cache, and a picture of it
   dit generate --prompt "a red circle"              draw it with the trained model, into generated.png
+  dit export my-model                               the model and its encoders in one folder, for others
   dit benchmark                                     how fast training is here, and how fast it could be
   dit compare                                       all trained models side by side: a table and a picture
 """
@@ -96,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     sending = commands.add_parser("sync-runs", help="send to MLflow what it did not take while its server was away")
     sending.set_defaults(action=sync)
     generate.add_parser(commands)
+    export.add_parser(commands)
     return parser
 
 
