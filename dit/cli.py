@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import get_args
 
-from dit.config import Scheduler
+from dit.commands import export, generate
 from dit.errors import UserError, without_password
 
 EXAMPLES = """\
@@ -15,7 +14,8 @@ examples:
   dit check                                         is params.yaml right, is everything there that the pipeline needs
   dit where                                         where the pictures are, how to look at the runs
   dit inspect data/latents --decode 16              what is in the latent cache, and a picture of it
-  dit generate "a red circle above a blue star"     draw it with the trained model, into picture.png
+  dit generate --prompt "a red circle"              draw it with the trained model, into generated.png
+  dit export my-model                               the model and its encoders in one folder, for others
   dit benchmark                                     how fast training is here, and how fast it could be
   dit compare                                       all trained models side by side: a table and a picture
 """
@@ -40,10 +40,15 @@ def build_parser() -> argparse.ArgumentParser:
     places.set_defaults(action=where)
     inspecting = commands.add_parser(
         "inspect",
-        help="summarise a latent cache, check it, show what is in it",
-        epilog="example: dit inspect data/latents --decode 16 --output latents.png",
+        help="summarise a latent cache, check it, show what is in it; or say how a picture was drawn",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  dit inspect data/latents --decode 16 --output latents.png\n"
+        "  dit inspect generated.png                   the prompt, seed and settings that `dit generate` has noted in it",
     )
-    inspecting.add_argument("cache", nargs="?", type=Path, default=Path("data/latents"), help="default: %(default)s")
+    inspecting.add_argument(
+        "what", nargs="?", type=Path, default=Path("data/latents"), help="a latent cache, or a .png; default: %(default)s"
+    )
     inspecting.add_argument("--decode", type=int, default=0, metavar="N", help="draw N originals beside their decoded latents")
     inspecting.add_argument("--raw", type=Path, default=Path("data/raw"), help="where the originals are; default: %(default)s")
     inspecting.add_argument("--output", type=Path, default=Path("latents.png"), help="default: %(default)s")
@@ -91,19 +96,8 @@ def build_parser() -> argparse.ArgumentParser:
     comparing.set_defaults(action=compare)
     sending = commands.add_parser("sync-runs", help="send to MLflow what it did not take while its server was away")
     sending.set_defaults(action=sync)
-    drawing = commands.add_parser(
-        "generate",
-        help="draw captions with the trained model",
-        epilog='example: dit generate "a red circle" "a blue star" --seed 7 --output two.png',
-    )
-    drawing.add_argument("prompts", nargs="+", metavar="CAPTION")
-    drawing.add_argument("--model", type=Path, default=Path("models/dit"), help="default: %(default)s")
-    drawing.add_argument("--output", type=Path, default=Path("picture.png"), help="default: %(default)s")
-    drawing.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    drawing.add_argument("--steps", type=int, default=30, help="default: %(default)s")
-    drawing.add_argument("--guidance-scale", type=float, default=1.5, help="1 is without guidance; default: %(default)s")
-    drawing.add_argument("--scheduler", choices=get_args(Scheduler), default="stochastic", help="default: %(default)s")
-    drawing.set_defaults(action=generate)
+    generate.add_parser(commands)
+    export.add_parser(commands)
     return parser
 
 
@@ -115,6 +109,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"dit: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("dit: interrupted", file=sys.stderr)
+        return 130  # as a shell has it
     except OSError as error:  # a path that cannot be written, most often
         print(f"dit: {error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
         return 1
@@ -145,7 +142,7 @@ def where(arguments: argparse.Namespace) -> None:
         for path, what in PLACES:
             if Path(path).exists():
                 print(f"{path:24} {what}")
-        print('draw something:          dit generate "a red circle above a blue star"')
+        print('draw something:          dit generate --prompt "a red circle above a blue star"')
     else:
         print("no model yet:            `make repro` trains one; `dvc pull models/dit` fetches one that was pushed")
     uri = without_password(os.environ.get("MLFLOW_TRACKING_URI", ""))
@@ -156,14 +153,23 @@ def where(arguments: argparse.Namespace) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    """Print a summary of a latent cache, compare it with its hashes, and draw some of it."""
+    """Print a summary of a latent cache, compare it with its hashes, and draw some of it; of a picture, how it was drawn."""
+    if arguments.what.suffix.lower() == ".png":
+        from dit.png import read_facts
+
+        facts = read_facts(arguments.what)
+        if not facts:
+            raise UserError(f"{arguments.what}: nothing is noted in it on how it was drawn")
+        for name, value in facts.items():
+            print(f"{name:20} {value.replace(chr(10), chr(10) + 21 * ' ')}")
+        return
     from dit.inspection import decode_pictures, describe_cache
     from dit.latents import LatentCache
 
-    cache = LatentCache(arguments.cache)
+    cache = LatentCache(arguments.what)
     print(describe_cache(cache), flush=True)
     cache.verify()
-    print(f"{'checked':16} every file is what {arguments.cache / 'index.json'} says")
+    print(f"{'checked':16} every file is what {arguments.what / 'index.json'} says")
     if arguments.decode > 0:
         sheet = decode_pictures(cache, arguments.raw, arguments.decode)
         save_picture(sheet, arguments.output)
@@ -247,29 +253,6 @@ def save_picture(picture, path: Path) -> None:
         picture.save(path)
     except ValueError as error:
         raise UserError(f"--output {path}: {error}; a name that ends in .png will do") from None
-
-
-def generate(arguments: argparse.Namespace) -> None:
-    """Draw the captions given into one picture, with a label below each where there are several."""
-    import torch
-
-    from dit.images import labelled_grid
-    from dit.pipeline import load_pipeline
-
-    if arguments.steps < 1:
-        raise UserError(f"--steps: {arguments.steps} is not a positive number")
-    if not all(prompt.strip() for prompt in arguments.prompts):
-        raise UserError("a caption is empty; say what to draw")
-    pipeline = load_pipeline(arguments.model, arguments.scheduler)
-    pictures = pipeline(
-        arguments.prompts,
-        num_inference_steps=arguments.steps,
-        guidance_scale=arguments.guidance_scale,
-        generator=[torch.Generator().manual_seed(arguments.seed + k) for k in range(len(arguments.prompts))],
-    ).images
-    sheet = pictures[0] if len(pictures) == 1 else labelled_grid(pictures, arguments.prompts, columns=min(6, len(pictures)))
-    save_picture(sheet, arguments.output)
-    print(arguments.output)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from dit.encoders import EncoderSource, load_text_encoder, load_vae
 from dit.errors import UserError
 from dit.model import DiT
-
-PIPELINE = "DiTTextToImagePipeline"
+from dit.model_folder import read_index
 
 
 def load_components(folder: Path, dtype: torch.dtype, transformer_dtype: torch.dtype) -> dict[str, Any]:
@@ -28,27 +27,21 @@ def load_components(folder: Path, dtype: torch.dtype, transformer_dtype: torch.d
     Raises:
         UserError: there is no such folder, it holds another kind of model, it is damaged, or an encoder is not to be had.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; `dvc repro` trains models/dit, `dvc pull models/dit` fetches it")
+    index = read_index(folder)
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        found = index["_class_name"]
-        if found == PIPELINE:
-            parts = {
-                "transformer": _load_transformer(folder, transformer_dtype),
-                "scheduler": _load_scheduler(folder, index["scheduler"][1]),
-                "prediction_type": index["prediction_type"],
-            }
-            if (folder / "vae").is_dir():
-                return parts | {"image_size": index["image_size"]} | _load_own_encoders(folder, dtype)
-            encoders = index["encoders"]
-            vae_source, clip_source = EncoderSource(**encoders["vae"]), EncoderSource(**encoders["clip"])
-            parts["image_size"] = encoders["image_size"]
+        parts = {
+            "transformer": _load_transformer(folder, transformer_dtype),
+            "scheduler": _load_scheduler(folder, index["scheduler"][1]),
+            "prediction_type": index["prediction_type"],
+        }
+        if (folder / "vae").is_dir():
+            return parts | {"image_size": index["image_size"]} | _load_own_encoders(folder, dtype)
+        encoders = index["encoders"]
+        vae_source, clip_source = EncoderSource(**encoders["vae"]), EncoderSource(**encoders["clip"])
+        parts["image_size"] = encoders["image_size"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise UserError(f"{folder}: not a trained model, or a damaged one ({reason}); `dvc repro` trains one") from None
-    if found != PIPELINE:
-        raise UserError(f"{folder}: holds a {found}; a {PIPELINE} is needed, as `dvc repro` and `dit export` write it")
     vae, _ = load_vae(vae_source, dtype)
     text_encoder, tokenizer, _ = load_text_encoder(clip_source, dtype)
     return parts | {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}

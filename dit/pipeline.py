@@ -15,6 +15,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from dit.components import load_components
+from dit.config import DEFAULTS, STRENGTH
 from dit.diffusion import PredictionType, guide
 from dit.editing import decode_latents, encode_image, first_step, latent_mask, noised
 from dit.errors import UserError
@@ -129,8 +130,8 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 30,
-        guidance_scale: float = 1.5,
+        num_inference_steps: int = DEFAULTS["num_inference_steps"],
+        guidance_scale: float = DEFAULTS["guidance_scale"],
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -174,7 +175,7 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         height, width = height or self.config.image_size, width or self.config.image_size
         count = len(prompts) * num_images_per_prompt
         if strength is None:
-            strength = 1.0 if image is None or mask_image is not None else 0.6
+            strength = STRENGTH if image is not None and mask_image is None else 1.0
         cell = self.vae_scale_factor * self.transformer.config.patch_size
         if height % cell or width % cell:
             raise UserError(f"height and width must be multiples of {cell}, not {height} x {width}")

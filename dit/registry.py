@@ -14,6 +14,8 @@ from mlflow import MlflowClient
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
+from dit.config import DEFAULTS
+
 PACKAGE = Path(__file__).parent
 # What drawing needs, and no more. MLflow would guess, and find another package of the name dit on the public index.
 REQUIREMENTS = (
@@ -37,9 +39,9 @@ SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "prompt")]),
     params=ParamSchema(
         [
-            ParamSpec("num_inference_steps", DataType.long, 30),
-            ParamSpec("guidance_scale", DataType.double, 1.5),
-            ParamSpec("scheduler", DataType.string, "stochastic"),
+            ParamSpec("num_inference_steps", DataType.long, DEFAULTS["num_inference_steps"]),
+            ParamSpec("guidance_scale", DataType.double, DEFAULTS["guidance_scale"]),
+            ParamSpec("scheduler", DataType.string, DEFAULTS["scheduler"]),
             ParamSpec("seed", DataType.long, 0),
         ]
     ),

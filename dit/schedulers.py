@@ -39,7 +39,7 @@ def make_scheduler(name: str, prediction_type: PredictionType) -> SchedulerMixin
         UserError: there is no such scheduler, or not for this.
     """
     if name not in get_args(Scheduler):
-        raise UserError(f"sample.scheduler: {name!r} is unknown; one of {', '.join(get_args(Scheduler))} would be right")
+        raise UserError(f"scheduler: {name!r} is unknown; one of {', '.join(get_args(Scheduler))} would be right")
     if name == "euler":
         return euler_scheduler(prediction_type)
     if prediction_type != "flow_prediction":
@@ -70,7 +70,7 @@ def make_scheduler(name: str, prediction_type: PredictionType) -> SchedulerMixin
         return UniPCMultistepScheduler(**flow)
     if name == "stochastic":
         return FlowMatchEulerDiscreteScheduler(TRAINING_STEPS, shift=2.0, stochastic_sampling=True)
-    raise UserError("sample.scheduler: ddim is for train.objective ddpm; for a flow the same thing is called euler")
+    raise UserError("scheduler: ddim is for train.objective ddpm; for a flow the same thing is called euler")
 
 
 def predicts(scheduler: SchedulerMixin) -> str:

@@ -90,14 +90,9 @@ def test_data_that_is_there_already_is_not_asked_for_again(project, tmp_path):
 def test_help_has_examples_and_where_names_the_way_to_mlflow(project, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["--help"])
-    assert end.value.code == 0 and 'dit generate "a red circle' in capsys.readouterr().out
+    assert end.value.code == 0 and 'dit generate --prompt "a red circle' in capsys.readouterr().out
     assert cli.main(["where"]) == 0
     assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in capsys.readouterr().out
-
-
-def test_generating_without_a_model_says_what_to_do(project, capsys):
-    assert cli.main(["generate", "a red circle"]) == 1
-    assert "not a trained model" in capsys.readouterr().err
 
 
 def test_inspect_says_what_a_cache_holds_and_draws_it(tmp_path, capsys, monkeypatch):

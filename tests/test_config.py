@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from conftest import REPO
-from dit.config import RECIPES, load_config, parse_config
+from dit.config import DEFAULTS, RECIPES, load_config, parse_config
 from dit.errors import UserError
 
 VALUES = yaml.safe_load((REPO / "params.yaml").read_text())
@@ -28,6 +28,10 @@ def changed(path: str, value) -> dict:
 def test_the_committed_file_is_right_for_every_recipe():
     for recipe in RECIPES:
         assert parse_config(changed("recipe", recipe)).active.data.source == recipe
+
+
+def test_where_nobody_says_how_pictures_are_drawn_as_the_samples_are():
+    assert {name: VALUES["sample"][name] for name in DEFAULTS} == DEFAULTS
 
 
 def test_settings_cannot_be_changed_by_accident():

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from dit.config import DEFAULTS
 from dit.training.checkpoint import Checkpoints
 
 
@@ -45,7 +46,7 @@ def test_mlflow_has_one_run_with_curves_and_one_child(clone):
     assert parent.data.metrics["prompt_accuracy"] == clone.json("metrics/evaluate.json")["prompt_accuracy"]
     assert store.get_metric_history(parent.info.run_id, "val_loss")
     children = store.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
-    assert [child.data.params["sample.scheduler"] for child in children] == ["stochastic"]
+    assert [child.data.params["sample.scheduler"] for child in children] == [DEFAULTS["scheduler"]]
 
 
 def test_the_model_is_registered_and_the_data_set_has_dvcs_digest(clone):

@@ -1,0 +1,141 @@
+"""`dit export`: a trained model and all that it needs, in one folder for other people."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import get_args
+
+from dit.commands.evaluated import find_evaluation
+from dit.config import DEFAULTS, Scheduler
+from dit.errors import UserError, in_one_line
+from dit.model_folder import read_index
+
+CARD, PICTURE = "README.md", "samples.png"
+WRITTEN = {CARD, PICTURE, "model_index.json", "transformer", "scheduler", "vae", "text_encoder", "tokenizer"}
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add `export` and its flags."""
+    parser = commands.add_parser(
+        "export",
+        help="write the model and its encoders into one folder, for others",
+        description="Write a folder that holds all that drawing needs - transformer, scheduler, VAE, text encoder, tokenizer\n"
+        "and a model card with the evaluation - and that DiTTextToImagePipeline.from_pretrained loads.",
+        epilog="examples:\n"
+        "  dit export my-model\n"
+        f"  dit export my-model --scheduler {DEFAULTS['scheduler']}        what Python draws with where nothing else is set",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="the folder; an earlier export in its place is replaced")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("models/dit"), metavar="FOLDER", help="the model; default: %(default)s"
+    )
+    parser.add_argument(
+        "--scheduler",
+        choices=get_args(Scheduler),
+        metavar="NAME",
+        help=f"{', '.join(get_args(Scheduler))}; default: the model's own",
+    )
+    parser.set_defaults(action=export)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write the export beside its place, put it there when it is whole, and say what there is and how to load it."""
+    checkpoint, output = arguments.checkpoint, arguments.output
+    read_index(checkpoint)
+    check_place(output, checkpoint)
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from dit.pipeline import DiTTextToImagePipeline
+    from dit.schedulers import make_scheduler
+
+    disable_progress_bar()
+    pipeline = DiTTextToImagePipeline.from_pretrained(checkpoint)
+    if arguments.scheduler:
+        pipeline.scheduler = make_scheduler(arguments.scheduler, pipeline.config.prediction_type)
+    part = output.with_name(output.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        save_pipeline(pipeline, part)
+        missing = write_card(checkpoint, part, type(pipeline.scheduler).__name__)
+        replace_folder(output, part)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    print(f"{output}: {size / 1e6:.1f} MB: transformer, scheduler, VAE, text encoder, tokenizer, {CARD}")
+    if missing:
+        print(f"{CARD} is without an evaluation: {missing}")
+    print("load it:   from dit.pipeline import DiTTextToImagePipeline")
+    print(f'           pipeline = DiTTextToImagePipeline.from_pretrained("{output}")')
+    print(f'or draw:   dit generate --checkpoint {output} --prompt "a red circle above a blue star"')
+
+
+def check_place(output: Path, checkpoint: Path) -> None:
+    """Raise a `UserError` unless `output` is free, empty, or an earlier export with nothing else in it."""
+    if output.resolve().is_relative_to(checkpoint.resolve()):
+        raise UserError(f"{output}: is the model itself, or inside it; name another folder")
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"{output}: is a file; name a folder")
+    found = {path.name for path in output.iterdir()}
+    if not found:
+        return
+    if not {"model_index.json", "vae", "transformer"} <= found:
+        raise UserError(f"{output}: exists and is no earlier export; name another folder")
+    read_index(output)
+    if found - WRITTEN:
+        raise UserError(f"{output}: holds {min(found - WRITTEN)}, which no export wrote; name another folder, or move it away")
+
+
+def save_pipeline(pipeline, folder: Path) -> None:
+    """As `pipeline.save_pretrained`, without the paths that its files were loaded from, and for all to read."""
+    from safetensors import SafetensorError
+
+    try:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+    except SafetensorError as error:  # the disk is full, most often
+        raise UserError(f"{folder}: cannot be written: {in_one_line(error)}") from None
+    for config in folder.rglob("config.json"):
+        values = json.loads(config.read_text(encoding="utf-8"))
+        if values.pop("_name_or_path", None) is not None:
+            config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8", newline="\n")
+    for weights in folder.rglob("*.safetensors"):
+        shutil.copymode(folder / "model_index.json", weights)  # they are written for their owner alone
+
+
+def write_card(checkpoint: Path, folder: Path, scheduler: str) -> str:
+    """Write the card and its picture into `folder`; returns why it is without an evaluation, "" where it has one."""
+    from dit.model_card import export_card
+
+    trained = checkpoint / CARD
+    if trained.is_file() and (checkpoint / "vae").is_dir():  # an export of an export: its card is whole
+        for name in (name for name in (CARD, PICTURE) if (checkpoint / name).is_file()):
+            shutil.copyfile(checkpoint / name, folder / name)
+        return ""
+    evaluation, missing = find_evaluation(checkpoint)
+    text = trained.read_text(encoding="utf-8") if trained.is_file() else "# A text-to-image Diffusion Transformer\n"
+    figures = params = picture = None
+    if evaluation:
+        figures, params = evaluation.figures, evaluation.params
+        if evaluation.picture:
+            picture = PICTURE
+            shutil.copyfile(evaluation.picture, folder / picture)
+    card = export_card(text, scheduler, DEFAULTS["scheduler"], figures, params, picture)
+    (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
+    return missing
+
+
+def replace_folder(place: Path, new: Path) -> None:
+    """Put the folder `new` in the place of an earlier one, which is removed only when that is done."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    old = place.with_name(place.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,183 @@
+"""`dit generate`: draw what captions say, or change a picture as they say."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import get_args
+
+from dit import __version__
+from dit.commands.given import GivenPicture, check_numbers, check_output, read_pictures, read_prompts
+from dit.config import DEFAULTS, STRENGTH, Scheduler
+from dit.model_folder import read_index, weights_hash
+
+EXAMPLES = """\
+examples:
+  dit generate --prompt "a large red circle above a small blue star"
+  dit generate --prompt "a red heart" --prompt "a green cross" --seed 7 --grid --output two.png
+  dit generate --prompts-file prompts.txt --output pictures/picture.png    pictures/picture-0.png, picture-1.png, ...
+  dit generate --prompt "a green cross" --image generated.png --strength 0.8
+  dit generate --prompt "a red circle" --image generated.png --mask mask.png --output mended.png
+  dit inspect generated.png                                                how a picture was drawn
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add `generate` and its flags, which are spelled as diffusers' arguments are."""
+    parser = commands.add_parser(
+        "generate",
+        help="draw captions with the trained model",
+        description="Draw what captions say with a trained model, or change a picture as they say. The same\n"
+        "command gives the same file; each PNG holds its prompt, seed, settings and the model's hash.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def add(group, name: str, **settings) -> None:
+        group.add_argument(f"--{name}", **settings)
+        other = name.replace("_", "-") if "_" in name else name.replace("-", "_")
+        if other != name:  # the other spelling is understood and not shown
+            dest = name.replace("-", "_")
+            group.add_argument(f"--{other}", dest=dest, **settings | {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS})
+
+    what = parser.add_argument_group("what")
+    add(what, "prompt", action="append", default=[], metavar="TEXT", help="what to draw; may be given several times")
+    add(what, "prompts-file", type=Path, metavar="FILE", help="more prompts, one a line")
+    add(what, "negative_prompt", default="", metavar="TEXT", help="what to keep away from, for all pictures")
+    add(what, "num_images_per_prompt", type=int, default=1, metavar="N", help="pictures of each prompt; default: %(default)s")
+    add(what, "height", type=int, metavar="PIXELS", help="default: of the pictures it was trained on")
+    add(what, "width", type=int, metavar="PIXELS", help="the same")
+    add(what, "seed", type=int, default=0, metavar="N", help="of the first picture; the next has N + 1; default: %(default)s")
+    how = parser.add_argument_group("how")
+    add(how, "checkpoint", type=Path, default=Path("models/dit"), metavar="FOLDER", help="the model; default: %(default)s")
+    add(
+        how,
+        "num_inference_steps",
+        type=int,
+        default=DEFAULTS["num_inference_steps"],
+        metavar="N",
+        help="evaluations of the transformer; more take longer; default: %(default)s",
+    )
+    add(
+        how,
+        "guidance_scale",
+        type=float,
+        default=DEFAULTS["guidance_scale"],
+        metavar="X",
+        help="how strictly to follow the prompt; 1 is without guidance; default: %(default)s",
+    )
+    add(
+        how,
+        "guidance_interval",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("LOW", "HIGH"),
+        help="noise levels, 0 to 1, at which guidance is used; default: all",
+    )
+    add(
+        how,
+        "scheduler",
+        choices=get_args(Scheduler),
+        default=DEFAULTS["scheduler"],
+        help=f"{', '.join(get_args(Scheduler))}; default: %(default)s",
+        metavar="NAME",
+    )
+    add(how, "batch_size", type=int, default=16, metavar="N", help="pictures drawn at once; default: %(default)s")
+    change = parser.add_argument_group("change a picture")
+    add(change, "image", type=Path, metavar="FILE", help="start from this picture instead of from noise")
+    add(
+        change,
+        "strength",
+        type=float,
+        metavar="X",
+        help=f"from 0, hardly a change, to 1, nothing is kept; default: {STRENGTH}, with a mask 1",
+    )
+    add(change, "mask", type=Path, metavar="FILE", help="draw only where this picture is white")
+    where = parser.add_argument_group("where to")
+    add(
+        where,
+        "output",
+        type=Path,
+        default=Path("generated.png"),
+        metavar="FILE.png",
+        help="of several pictures, k goes into FILE-k.png, from 0 on; default: %(default)s",
+    )
+    add(where, "grid", action="store_true", help="write one sheet with all pictures and their prompts, instead of each")
+    parser.set_defaults(action=generate)
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Draw, write, and say what was written. Everything that can be wrong is looked at before anything heavy is loaded."""
+    check_numbers(arguments)
+    prompts = read_prompts(arguments.prompt, arguments.prompts_file)
+    image, mask = read_pictures(arguments.image, arguments.mask, arguments.strength)
+    read_index(arguments.checkpoint)
+    check_output(arguments.output)
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from dit.drawing import draw
+    from dit.images import labelled_grid
+    from dit.pipeline import load_pipeline
+    from dit.png import write_png
+    from dit.text import remarks
+
+    disable_progress_bar()  # the weights are loaded at once; the bar is for the drawing
+    pipeline = load_pipeline(arguments.checkpoint, arguments.scheduler)
+    for prompt in dict.fromkeys([*prompts, arguments.negative_prompt]):
+        for line in remarks(pipeline.tokenizer, prompt):
+            print(f"dit: {line}", file=sys.stderr)
+
+    prompts = [prompt for prompt in prompts for _ in range(arguments.num_images_per_prompt)]
+    pictures = draw(
+        pipeline,
+        prompts,
+        arguments.seed,
+        arguments.batch_size,
+        negative_prompt=arguments.negative_prompt,
+        image=image and image.picture,
+        mask_image=mask and mask.picture,
+        strength=arguments.strength,
+        height=arguments.height,
+        width=arguments.width,
+        num_inference_steps=arguments.num_inference_steps,
+        guidance_scale=arguments.guidance_scale,
+        guidance_interval=tuple(arguments.guidance_interval),
+    )
+    shared = settings_of(arguments, image, mask, pipeline.config.image_size)
+    seeds = [str(arguments.seed + k) for k in range(len(prompts))]
+    output: Path = arguments.output
+    if arguments.grid:
+        sheet = labelled_grid(list(pictures), prompts, columns=min(6, len(prompts)))
+        lines = {"prompt": "\n".join(" ".join(prompt.split()) for prompt in prompts), "seed": "\n".join(seeds)}  # one a picture
+        write_png(output, sheet, lines | shared)
+        print(output)
+        return
+    for k, (picture, prompt, seed) in enumerate(zip(pictures, prompts, seeds, strict=True)):
+        path = output if len(prompts) == 1 else output.with_name(f"{output.stem}-{k}{output.suffix}")
+        write_png(path, picture, {"prompt": prompt, "seed": seed} | shared)
+        print(path)
+
+
+def settings_of(
+    arguments: argparse.Namespace, image: GivenPicture | None, mask: GivenPicture | None, trained_size: int
+) -> dict[str, str]:
+    """What determines a picture beside its prompt and seed, as a PNG's text: no path, no machine, no time."""
+    strength = arguments.strength if arguments.strength is not None else 1.0 if mask else STRENGTH
+    facts = {
+        "negative_prompt": arguments.negative_prompt or None,
+        "num_inference_steps": arguments.num_inference_steps,
+        "guidance_scale": arguments.guidance_scale,
+        "guidance_interval": "{} {}".format(*arguments.guidance_interval),
+        "scheduler": arguments.scheduler,
+        "height": arguments.height or trained_size,
+        "width": arguments.width or trained_size,
+        "image": image and f"sha256:{image.sha256}",
+        "mask": mask and f"sha256:{mask.sha256}",
+        "strength": image and strength,
+        "model": f"sha256:{weights_hash(arguments.checkpoint)}",
+        "software": f"latent-dit {__version__}",
+    }
+    return {name: str(value) for name, value in facts.items() if value is not None}

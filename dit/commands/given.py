@@ -1,0 +1,123 @@
+"""What `dit generate` is given by its user, read and checked before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from dit.errors import UserError
+from dit.sources.usable import check_image
+
+POSITIVE = ("num_inference_steps", "height", "width", "num_images_per_prompt", "batch_size")
+
+
+@dataclass(frozen=True)
+class GivenPicture:
+    """A picture to start from, or a mask, and the SHA-256 of its file."""
+
+    picture: Image.Image
+    sha256: str
+
+
+def check_numbers(arguments: Namespace) -> None:
+    """Raise a `UserError` for the first number out of range; whether they fit the model is for the pipeline to say."""
+    for name in POSITIVE:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}: {value} is not a positive number")
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed: {arguments.seed} is not between 0 and {2**63 - 1}")
+    if not 1 <= arguments.guidance_scale < math.inf:
+        raise UserError(f"--guidance_scale: {arguments.guidance_scale} is not a number from 1 (which is without guidance) on")
+    low, high = arguments.guidance_interval
+    if not 0 <= low <= high <= 1:
+        raise UserError(f"--guidance_interval: {low} {high} does not rise from 0 to 1")
+    if arguments.strength is not None and not 0 <= arguments.strength <= 1:
+        raise UserError(f"--strength: {arguments.strength} is not between 0 and 1")
+
+
+def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
+    """`prompts`, and those of `file`: a prompt a line, blank lines skipped.
+
+    Raises:
+        UserError: there is none, one is empty, or the file cannot be read.
+    """
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError("--prompt: one is empty; say what to draw")
+    if file is None:
+        if not prompts:
+            raise UserError('no prompt; say what to draw: dit generate --prompt "a red circle above a blue star"')
+        return prompts
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"--prompts-file {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts-file {file}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"--prompts-file {file}: there is no prompt in it; write one a line")
+    return [*prompts, *found]
+
+
+def read_pictures(
+    image: Path | None, mask: Path | None, strength: float | None
+) -> tuple[GivenPicture | None, GivenPicture | None]:
+    """The picture to start from (RGB) and the mask (L), each turned as its EXIF data say.
+
+    Raises:
+        UserError: one cannot be used, they do not lie over each other, or the picture is missing beside the others.
+    """
+    if image is None:
+        for flag, value in (("--mask", mask), ("--strength", strength)):
+            if value is not None:
+                raise UserError(f"{flag}: there is no picture to change; name one with --image")
+        return None, None
+    given = _read_picture("--image", image, "RGB")
+    if mask is None:
+        return given, None
+    over = _read_picture("--mask", mask, "L")
+    (width, height), (mask_width, mask_height) = given.picture.size, over.picture.size
+    if width * mask_height != height * mask_width:
+        raise UserError(
+            f"--mask {mask}: {mask_width} x {mask_height} pixels do not lie over the picture's {width} x {height}; "
+            f"paint it on a copy of {image}"
+        )
+    return given, over
+
+
+def _read_picture(flag: str, path: Path, mode: str) -> GivenPicture:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}") from None
+    problem = check_image(content)
+    if problem:
+        raise UserError(f"{flag} {path}: {problem}")
+    picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert(mode)
+    return GivenPicture(picture, hashlib.sha256(content).hexdigest())
+
+
+def check_output(path: Path) -> None:
+    """Make the folder that `path` lies in.
+
+    Raises:
+        UserError: `path` is no name for a PNG file, or cannot be written.
+    """
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--output {path}: its name must end in .png, since only a PNG keeps every pixel and how it was drawn")
+    if path.is_dir():
+        raise UserError(f"--output {path}: is a folder; name a file in it, such as {path / 'picture.png'}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {path}: {path.parent} cannot be made: {error.strerror}") from None
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output {path}: you may not write into {path.parent}")

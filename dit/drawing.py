@@ -1,0 +1,61 @@
+"""Draw any number of prompts in batches, each from a seed of its own, with one progress bar."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from dit.errors import UserError
+from dit.pipeline import DiTTextToImagePipeline
+
+
+def draw(
+    pipeline: DiTTextToImagePipeline, prompts: list[str], seed: int, batch_size: int, **settings: Any
+) -> Iterator[Image.Image]:
+    """Yield a picture for each of `prompts`, prompt k from `seed` + k: a picture does not depend on its neighbours.
+
+    The batch size changes no more than how sums are rounded.
+
+    Args:
+        pipeline: what draws.
+        prompts: one for each picture.
+        seed: of the first picture.
+        batch_size: how many are drawn at once.
+        settings: what else the pipeline is called with, the same for all.
+
+    Raises:
+        UserError: a setting is impossible, or the GPU's memory does not hold a batch.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    bar = None
+
+    def advance(pipeline, step, timestep, tensors) -> dict:
+        nonlocal bar
+        if bar is None:  # now it is known how many steps there are
+            pictures = "1 picture" if len(prompts) == 1 else f"{len(prompts)} pictures"
+            bar = tqdm(total=len(prompts) * pipeline.num_timesteps, desc=f"drawing {pictures}", unit=" steps", dynamic_ncols=True)
+        bar.update(len(tensors["latents"]))  # steps of one picture: the last batch may be smaller
+        return {}
+
+    logger = logging.getLogger("dit.pipeline")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it would say of each batch again which prompts are too long; `dit.text.remarks` does so once
+    try:
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            generators = [torch.Generator().manual_seed(seed + start + k) for k in range(len(batch))]
+            yield from pipeline(batch, generator=generators, callback_on_step_end=advance, **settings).images
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"the GPU's memory does not hold {len(batch)} pictures at once; "
+            + (f"try --batch_size {max(1, len(batch) // 2)}" if len(batch) > 1 else "a smaller --height and --width may fit")
+        ) from None
+    finally:
+        logger.setLevel(level)
+        if bar is not None:
+            bar.close()

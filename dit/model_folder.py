@@ -1,0 +1,56 @@
+"""What lies at a path that should be a trained model's folder. Reads JSON and headers, no weights: it takes no time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from dit.errors import UserError
+
+PIPELINE = "DiTTextToImagePipeline"
+WEIGHTS = "transformer/*.safetensors"
+TRAINED = "`dvc repro` trains models/dit, `dvc pull models/dit` fetches it"
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """model_index.json of `models/dit`, or of what `dit export` and `save_pretrained` wrote.
+
+    Raises:
+        UserError: there is none, or it is that of another architecture; one line that says what there is, and what to do.
+    """
+    if folder.is_file():
+        raise UserError(f"{folder}: {_kind(folder)}; a model's folder is needed, such as models/dit")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; {TRAINED}")
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: not a trained model, it has no model_index.json; {TRAINED}")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        found = index["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path}: not readable, so this is not a trained model, or a damaged one; {TRAINED}") from None
+    if found != PIPELINE:
+        raise UserError(f"{folder}: holds a {found}; a {PIPELINE} is needed, as `dvc repro` and `dit export` write it")
+    return index
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 of the transformer's weights, in hexadecimal: of the file, or of all its parts, one after the other."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob(WEIGHTS)):
+        with path.open("rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _kind(file: Path) -> str:
+    """What kind of file somebody took for a model, in a few words."""
+    if file.suffix == ".safetensors" and file.name.startswith("step-"):
+        return f"a checkpoint of a training that is not done (`python -m stages.train --resume {file}` goes on from it)"
+    if file.suffix in (".pt", ".pth", ".ckpt", ".bin", ".pkl"):
+        return "a pickle, which may hold code and is never loaded"
+    return "weights alone, without what they belong to" if file.suffix == ".safetensors" else "a file"

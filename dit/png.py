@@ -1,0 +1,48 @@
+"""Pictures that say how they were drawn: PNG files with text chunks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from dit.errors import UserError
+
+
+def write_png(path: Path, picture: Image.Image, facts: dict[str, str]) -> None:
+    """Write `picture` with a text chunk for each of `facts`, first to a neighbour, then renamed. The same gives the same bytes.
+
+    Args:
+        path: where; its folder exists.
+        picture: the pixels.
+        facts: values are Latin-1 where they can be (tEXt), else UTF-8 (iTXt), as the PNG specification has it.
+    """
+    chunks = PngInfo()
+    for key, value in facts.items():
+        chunks.add_text(key, value)
+    part = path.with_name(path.name + ".part")
+    try:
+        picture.save(part, format="PNG", pnginfo=chunks)
+    except BaseException:
+        part.unlink(missing_ok=True)  # the disk is full, or somebody has had enough
+        raise
+    part.replace(path)
+
+
+def read_facts(path: Path) -> dict[str, str]:
+    """The text chunks of a PNG file, in their order.
+
+    Raises:
+        UserError: the file cannot be read, or is no picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture.load()  # chunks may follow the pixels
+            return dict(getattr(picture, "text", {}))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not a picture") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
