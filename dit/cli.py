@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dit.commands import export, generate
+from dit.commands import export, generate, sweep
 from dit.errors import UserError, without_password
 
 EXAMPLES = """\
@@ -16,6 +16,7 @@ examples:
   dit inspect data/latents --decode 16              what is in the latent cache, and a picture of it
   dit generate --prompt "a red circle"              draw it with the trained model, into generated.png
   dit export my-model                               the model and its encoders in one folder, for others
+  dit sweep                                         which guidance scale and how many steps are worth their time
   dit benchmark                                     how fast training is here, and how fast it could be
   dit compare                                       all trained models side by side: a table and a picture
 """
@@ -98,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     sending.set_defaults(action=sync)
     generate.add_parser(commands)
     export.add_parser(commands)
+    sweep.add_parser(commands)
     return parser
 
 

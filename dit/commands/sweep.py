@@ -1,0 +1,74 @@
+"""`dit sweep`: which guidance scale and how many steps are worth their time, with a model as it is."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+from dit.config import DEFAULTS, Scheduler
+from dit.errors import UserError
+from dit.model_folder import read_index
+
+EXAMPLES = """\
+examples:
+  dit sweep
+  dit sweep --guidance_scale 1.5 --num_inference_steps 5 10 20 50
+  dit sweep --scheduler euler dpm++ stochastic --guidance_scale 1.5 --num_inference_steps 10 20 100 --num_samples 1000
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add `sweep` and its flags, which are spelled as diffusers' arguments are."""
+    parser = commands.add_parser(
+        "sweep",
+        help="draw with several guidance scales and numbers of steps: a table and a plot of quality against seconds",
+        description="Draw the same prompts from the same seeds with every combination, and judge the pictures: by prompt\n"
+        "accuracy where they are coloured shapes, else by CLIP score. Nothing is trained.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = "default: %(default)s"
+    parser.add_argument("--checkpoint", type=Path, default=Path("models/dit"), metavar="FOLDER", help=f"the model; {default}")
+    parser.add_argument("--guidance_scale", type=float, nargs="+", default=[1.0, 1.5, 3.0], metavar="X", help="default: 1 1.5 3")
+    steps = [5, 10, 20, 40]
+    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=steps, metavar="N", help="default: 5 10 20 40")
+    parser.add_argument(
+        "--scheduler",
+        choices=get_args(Scheduler),
+        nargs="+",
+        default=[DEFAULTS["scheduler"]],
+        metavar="NAME",
+        help=f"{', '.join(get_args(Scheduler))}; default: {DEFAULTS['scheduler']}",
+    )
+    parser.add_argument("--num_samples", type=int, default=200, metavar="N", help=f"prompts, the same for all; {default}")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.02, metavar="X", help=f"how much worse than the best the cheapest may be; {default}"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("sweep"), metavar="NAME", help=f"NAME.csv and NAME.png are written; {default}"
+    )
+    parser.set_defaults(action=run_sweep)
+
+
+def run_sweep(arguments: argparse.Namespace) -> None:
+    """Print the table and the cheapest good setting, and write the table and its plot."""
+    if arguments.num_samples < 2:
+        raise UserError(f"--num_samples: {arguments.num_samples} is not at least 2")
+    read_index(arguments.checkpoint)
+
+    from dit.config import load_config
+    from dit.sweep import cheapest, check_settings, describe, plot, readable, sweep
+
+    settings = check_settings(arguments.scheduler, arguments.num_inference_steps, arguments.guidance_scale)
+    params, latents, raw = load_config(), Path("data/latents"), Path("data/raw")
+    table = sweep(params, arguments.checkpoint, latents, raw, settings, arguments.num_samples)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(arguments.output.with_suffix(".csv"), index=False, float_format="%.5g")
+    plot(table).savefig(arguments.output.with_suffix(".png"), dpi=110)
+    print(f"\n{readable(table).to_string(index=False)}")
+    row = cheapest(table, arguments.tolerance)
+    print(
+        f"\nwithin {arguments.tolerance:g} of the best, the cheapest: {describe(row)}: {row['seconds']:.2f} s for 100 pictures\n"
+        f"{arguments.output.with_suffix('.csv')}\n{arguments.output.with_suffix('.png')}"
+    )

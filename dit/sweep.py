@@ -1,0 +1,174 @@
+"""`dit sweep`: what each guidance scale and number of steps of a trained model gives, and what it costs. Nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dit.config import Params
+from dit.encoders import EncoderSource
+from dit.errors import UserError
+from dit.evaluation.accuracy import judge_picture
+from dit.evaluation.features import ClipFeatures, clip_scores
+from dit.evaluation.intervals import wilson
+from dit.latents import LatentCache
+from dit.pipeline import load_pipeline
+from dit.sampling import Prompt, choose_prompts, draw_prompts
+from dit.schedulers import make_scheduler
+
+JUDGED = ("val", "unseen")  # groups of prompts
+NAMES = {"prompt_accuracy": "share of pictures that are right", "clip_score": "CLIP score"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to draw; the fields are called as in params.yaml."""
+
+    scheduler: str
+    num_inference_steps: int
+    guidance_scale: float
+
+
+def sweep(params: Params, model: Path, latents: Path, raw: Path, settings: Sequence[Setting], count: int) -> pd.DataFrame:
+    """Draw the same `count` prompts from the same seeds with each of `settings`, and judge them.
+
+    Args:
+        params: for the recipe, the seed and the batch size of the sample stage, and the confidence of the intervals.
+        model: the trained model's folder.
+        latents: its latent cache, which names the CLIP that gives the score where pictures cannot be judged.
+        raw: the data set that the prompts are from.
+        settings: what is tried.
+        count: number of prompts; half of them with unseen pairs where the recipe is `shapes`.
+
+    Returns:
+        A row for each setting: its fields; `prompt_accuracy` in [0, 1], or `clip_score` in [0, 100] where the prompts are not
+        about our shapes, with `_low` and `_high`; `evaluations` of the transformer for a picture, those with and without
+        its caption; `seconds` for a hundred pictures at the rate of the fastest batch, without loading and judging;
+        `difference` to the best setting, at most 0, prompt by prompt, with `_low` and `_high`.
+
+    Raises:
+        UserError: the model or the data is not there, or a scheduler does not fit the model.
+    """
+    prompts = choose_prompts(raw, params.recipe, replace(params.sample, num_samples=count))
+    prompts = [prompt for prompt in prompts if prompt.group in JUDGED]
+    judged = all(judge_picture(Image.new("RGB", (64, 64)), prompt.text) for prompt in prompts)
+    name = "prompt_accuracy" if judged else "clip_score"
+    clip = None if judged else ClipFeatures(EncoderSource(**LatentCache(latents).index["clip"]), _device())
+    pipeline = load_pipeline(model, settings[0].scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    schedulers = {setting.scheduler: None for setting in settings}
+    for scheduler in schedulers:  # all of them first, since one that does not fit is better refused now than in an hour
+        schedulers[scheduler] = make_scheduler(scheduler, pipeline.config.prediction_type)
+    pipeline([prompt.text for prompt in prompts[:8]], num_inference_steps=1)  # whatever happens only once, happens here
+    rows, scores = [], []
+    for number, setting in enumerate(settings, 1):
+        print(f"{number} of {len(settings)}: {describe(setting)}", flush=True)
+        pipeline.scheduler = schedulers[setting.scheduler]
+        drawing = replace(
+            params.sample, num_inference_steps=setting.num_inference_steps, guidance_scale=setting.guidance_scale
+        )
+        pictures: list[Image.Image] = []
+        seconds = float("inf")
+        for chunk, drawn, took in draw_prompts(pipeline, prompts, drawing):
+            pictures += drawn
+            seconds = min(seconds, 100 * took / len(chunk))
+        scores.append(score(prompts, pictures, clip))
+        low, high = interval(scores[-1], judged, params.evaluate.confidence)
+        mean = float(scores[-1].mean())
+        evaluations = setting.num_inference_steps * (2 if setting.guidance_scale > 1 else 1)
+        figures = {name: mean, f"{name}_low": low, f"{name}_high": high, "evaluations": evaluations, "seconds": seconds}
+        rows.append(asdict(setting) | figures)
+    best = scores[int(np.argmax([one.mean() for one in scores]))]
+    for row, one in zip(rows, scores, strict=True):
+        low, high = interval(one - best, False, params.evaluate.confidence)
+        row |= {"difference": float((one - best).mean()), "difference_low": low, "difference_high": high}
+    return pd.DataFrame(rows)
+
+
+def describe(setting: Setting | pd.Series) -> str:
+    """In words."""
+    return f"{setting.scheduler}, {setting.num_inference_steps} steps, guidance {setting.guidance_scale:g}"
+
+
+def score(prompts: Sequence[Prompt], pictures: list[Image.Image], clip: ClipFeatures | None) -> np.ndarray:
+    """How well each picture shows its prompt, (N,) float64: 1 or 0 as judged, or its CLIP score where there is a `clip`."""
+    texts = [prompt.text for prompt in prompts]
+    if clip is None:
+        judgements = [judge_picture(picture, text) for picture, text in zip(pictures, texts, strict=True)]
+        return np.array([float(not judgement.problem) for judgement in judgements])
+    return clip_scores(clip.of_images(pictures, len(pictures), "CLIP"), clip.of_texts(texts)).double().numpy()
+
+
+def interval(values: np.ndarray, share: bool, confidence: float) -> tuple[float, float]:
+    """Of the mean of `values` (N,): Wilson's where it is a share, else by the standard error."""
+    mean = float(values.mean())
+    if share:
+        return wilson(mean, len(values), confidence)
+    half = NormalDist().inv_cdf((1 + confidence) / 2) * float(values.std(ddof=1)) / len(values) ** 0.5
+    return mean - half, mean + half
+
+
+def cheapest(table: pd.DataFrame, tolerance: float) -> pd.Series:
+    """The row of the fewest evaluations among those that are at most `tolerance` below the best; of equals, the fastest."""
+    return table[table["difference"] >= -tolerance].sort_values(["evaluations", "seconds"]).iloc[0]
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """`table` with intervals in brackets, for a terminal."""
+    name = next(column for column in NAMES if column in table)
+
+    def with_ends(column: str) -> list[str]:
+        return [f"{row[column]:.3f} ({row[f'{column}_low']:.3f} to {row[f'{column}_high']:.3f})" for _, row in table.iterrows()]
+
+    return pd.DataFrame(
+        {
+            "scheduler": table["scheduler"],
+            "steps": table["num_inference_steps"],
+            "guidance": table["guidance_scale"],
+            name: with_ends(name),
+            "seconds for 100": table["seconds"].map("{:.2f}".format),
+            "behind the best": with_ends("difference"),
+        }
+    )
+
+
+def plot(table: pd.DataFrame) -> Figure:
+    """Quality against seconds: a line for each scheduler and guidance scale, a point for each number of steps."""
+    name = next(column for column in NAMES if column in table)
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for (scheduler, scale), rows in table.sort_values("num_inference_steps").groupby(["scheduler", "guidance_scale"]):
+        errors = [rows[name] - rows[f"{name}_low"], rows[f"{name}_high"] - rows[name]]
+        axes.errorbar(
+            rows["seconds"], rows[name], errors, marker="o", markersize=4, capsize=2, label=f"{scheduler}, guidance {scale:g}"
+        )
+        for _, row in rows.iterrows():
+            place = {"xytext": (4, -10), "textcoords": "offset points", "fontsize": 8, "color": "0.35"}
+            axes.annotate(f"{row['num_inference_steps']:g}", (row["seconds"], row[name]), **place)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("seconds for 100 pictures; the number at a point is that of its steps")
+    axes.set_ylabel(NAMES[name])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def check_settings(schedulers: Sequence[str], steps: Sequence[int], scales: Sequence[float]) -> list[Setting]:
+    """Every combination, in the order given; raises a `UserError` where a number is out of range."""
+    if min(steps) < 1:
+        raise UserError(f"--num_inference_steps: {min(steps)} is not a positive number")
+    if min(scales) < 1:
+        raise UserError(f"--guidance_scale: {min(scales):g} is less than 1, which is without guidance")
+    return [Setting(scheduler, count, scale) for scheduler in schedulers for scale in scales for count in steps]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
