@@ -26,6 +26,9 @@ def test_every_stage_leaves_what_the_readme_promises(clone):
         "samples/grids/val.png",
         "samples/grids/unseen.png",
         "samples/worst.png",
+        "samples/nearest.png",
+        "metrics/accuracy_by_attribute.csv",
+        "metrics/loss_by_timestep.csv",
     ):
         assert (clone.root / name).is_file(), name
     assert list((clone.root / "samples" / "progress").glob("*.png"))

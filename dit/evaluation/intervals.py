@@ -34,8 +34,11 @@ def paired_difference(first: np.ndarray, second: np.ndarray, confidence: float) 
     """
     p, q = float(first.mean()), float(second.mean())
     (low_p, high_p), (low_q, high_q) = wilson(p, len(first), confidence), wilson(q, len(second), confidence)
-    varies = 0 < p < 1 and 0 < q < 1
-    together = float(np.corrcoef(first, second)[0, 1]) if varies else 0.0
+    both, neither = int((first & second).sum()), int((~first & ~second).sum())
+    agreement = both * neither - int((first & ~second).sum()) * int((~first & second).sum())
+    agreement = max(0, agreement - len(first) / 2) if agreement > 0 else agreement  # his correction for continuity
+    scale = (first.sum() * (~first).sum() * second.sum() * (~second).sum()) ** 0.5
+    together = agreement / scale if scale else 0.0
     down, up = (p - low_p, high_q - q), (high_p - p, q - low_q)
     below, above = ((a * a - 2 * together * a * b + b * b) ** 0.5 for a, b in (down, up))
     return p - q - below, p - q + above
