@@ -72,13 +72,13 @@ def write_report(results: Results, params: Params, samples: Path, report: Path, 
 def headline(results: Results, params: Params) -> str:
     """The title, the run in a sentence, and the table of figures."""
     train, sample = results.metrics["train"], results.metrics["sample"]
-    how = params.sample
+    how, images = params.sample, results.metrics["download"]["train_images"]
     return f"""\
 # What this model draws
 
-Recipe `{params.recipe}`: {train["parameters"] / 1e6:.1f} M parameters, trained on {results.metrics["download"]["train_images"]:,} \
-images for {train["steps"]:,} steps in {_duration(train["seconds"])}. Pictures are drawn with `{how.scheduler}` in \
-{how.num_inference_steps} steps at a guidance scale of {how.guidance_scale:g}, {sample["sampling_images_per_second"]:.3g} a second.
+Recipe `{params.recipe}`: {train["parameters"] / 1e6:.1f} M parameters, trained on {images:,} images for {train["steps"]:,} \
+steps in {_duration(train["seconds"])}. Pictures are drawn with `{how.scheduler}` in {how.num_inference_steps} steps at a \
+guidance scale of {how.guidance_scale:g}, {sample["sampling_images_per_second"]:.3g} a second.
 
 {figures_table(results.metrics["evaluate"], params.evaluate.confidence)}
 
@@ -125,17 +125,18 @@ def _copies(results: Results, found: dict[str, str]) -> list[str]:
         return []
     share, repeats = figures["nearer_than_held_out"], figures["held_out_repeats"]
     if figures["memorised_low"] > 0:
+        ends = f"{figures['memorised_low']:.0%} to {figures['memorised_high']:.0%}"
         verdict = (
-            f"**The model copies: {figures['memorised']:.0%} of its samples are nearer to a training image than chance "
-            "would have it.** More images, more captions for each, `encode.crops`, or fewer epochs help."
+            f"**{figures['memorised']:.0%} ({ends}) of the samples are copies of training images, beyond those that come about "
+            "by chance.** More images, more captions for each, `encode.crops`, or fewer epochs help."
         )
     else:
         verdict = "There is no sign that the model copies its training images."
     text = f"""\
 ## Does it copy?
 
-{verdict} {share:.0%} of the samples are as near to a training image as the nearest held-out images are; of the held-out images \
-themselves {repeats:.0%}."""
+{verdict} {share:.0%} of the samples are as near to a training image as the nearest held-out images are; of the held-out \
+images themselves {repeats:.0%}."""
     if repeats > 0.05:
         text += " That is more than the 1 % of a set in which all images are different: here, many are the same."
     pairs = "The ten nearest pairs, a sample on the left and its training image on the right:"
@@ -145,7 +146,7 @@ themselves {repeats:.0%}."""
 def _training(results: Results, found: dict[str, str]) -> list[str]:
     train = results.metrics["train"]
     return [
-        f"## Training\n\n{train['images_per_second']:,.0f} images/s, {train['mfu']:.0%} of the matrix-product peak of the machine; "
+        f"## Training\n\n{train['images_per_second']:,.0f} images/s, {train['mfu']:.0%} of the machine's matrix-product peak; "
         f"sampling {results.metrics['sample']['sampling_mfu']:.0%} of it. The VAE keeps "
         f"{results.metrics['encode']['reconstruction_psnr']} dB of the pictures.\n\n![curves]({found['curves']})"
     ]
@@ -158,7 +159,7 @@ def plot_curves(results: Results) -> Figure:
     curves = results.curves
     left.plot(curves["step"], curves["train_loss"], linewidth=1, label="training")
     validated = curves.dropna(subset=["val_loss"])
-    left.plot(validated["step"], validated["val_loss"], marker="o", markersize=3, label="validation, moving average of the weights")
+    left.plot(validated["step"], validated["val_loss"], marker="o", markersize=3, label="validation, averaged weights (EMA)")
     left.set(xlabel="step", ylabel="loss", yscale="log")
     left.legend(fontsize=8)
     times = results.by_timestep
