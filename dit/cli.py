@@ -21,9 +21,11 @@ examples:
   dit compare                                       all trained models side by side: a table and a picture
 """
 PLACES = (
+    ("metrics/report.md", "all of it on one page"),
     ("samples/grids", "grids of samples with their captions"),
     ("samples/images", "all samples"),
     ("samples/worst.png", "the worst ones, and what is wrong with them"),
+    ("samples/nearest.png", "the pictures that are most like a training image, beside it"),
     ("samples/progress", "how the pictures became better during training"),
     ("data/reconstructions.png", "originals above what the VAE keeps of them"),
     ("models/dit", "the trained model"),

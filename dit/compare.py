@@ -12,11 +12,19 @@ from mlflow.entities import Run
 from PIL import Image, ImageDraw, ImageFont
 
 from dit.errors import UserError, in_one_line, without_password
+from dit.figures import headlines
 from dit.images import wrap
 from dit.tracking import PARENT, open_store, tracking_uri
 
-HEADLINES = ("prompt_accuracy", "prompt_accuracy_unseen", "prompt_accuracy_prompts", "clip_score", "val_loss", "training_seconds")
-LOWER_IS_BETTER = ("val_loss", "training_seconds")
+HEADLINES = (
+    "prompt_accuracy",
+    "prompt_accuracy_unseen",
+    "prompt_accuracy_prompts",
+    "clip_score",
+    "memorised",
+    "val_loss",
+    "training_seconds",
+)
 CELL = 128  # pixels of a picture
 MARGIN = 190  # of the names on the left
 
@@ -56,7 +64,7 @@ def read_runs(names: list[str], metric: str) -> pd.DataFrame:
         known = [name for name in known if not name.startswith("system/")]
         raise UserError(f"{metric}: no run has this metric; they have {', '.join(known) or 'none: `dvc repro` makes one'}")
     runs = runs[runs[f"metrics.{metric}"].notna()]
-    return runs.sort_values(f"metrics.{metric}", ascending=metric in LOWER_IS_BETTER, ignore_index=True)
+    return runs.sort_values(f"metrics.{metric}", ascending=_lower_is_better(metric), ignore_index=True)
 
 
 def _row(run: Run) -> dict[str, str | float]:
@@ -64,6 +72,10 @@ def _row(run: Run) -> dict[str, str | float]:
     return {"run_id": run.info.run_id} | {
         f"{kind}.{key}": value for kind, values in named.items() for key, value in values.items()
     }
+
+
+def _lower_is_better(metric: str) -> bool:
+    return metric.endswith("seconds") or headlines({metric: 0.0}).get(metric, ("", ""))[1] == "lower"
 
 
 def _goes_by(name: str, run: pd.Series) -> bool:

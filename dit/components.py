@@ -12,33 +12,36 @@ from diffusers import AutoencoderKL, SchedulerMixin
 from safetensors import SafetensorError
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from dit.config import DEFAULTS
 from dit.encoders import EncoderSource, load_text_encoder, load_vae
 from dit.errors import UserError
 from dit.model import DiT
 from dit.model_folder import read_index
+from dit.schedulers import make_scheduler
 
 
 def load_components(folder: Path, dtype: torch.dtype, transformer_dtype: torch.dtype) -> dict[str, Any]:
     """Load what `DiTTextToImagePipeline` is made of, as its arguments.
 
-    The encoders are in the folder where it is self-contained; else they are those that the encode stage recorded. The base
-    class of the pipeline would look the transformer up in diffusers' own module of the name `dit`.
+    The encoders are in the folder where it is self-contained; else they are those that the encode stage recorded. The scheduler
+    is the saved one or, in what the train stage wrote, which is Euler's method whatever is best, the one that `dit generate`
+    takes. The base class of the pipeline would look the transformer up in diffusers' own module of the name `dit`.
 
     Raises:
         UserError: there is no such folder, it holds another kind of model, it is damaged, or an encoder is not to be had.
     """
     index = read_index(folder)
     try:
-        parts = {
-            "transformer": _load_transformer(folder, transformer_dtype),
-            "scheduler": _load_scheduler(folder, index["scheduler"][1]),
-            "prediction_type": index["prediction_type"],
-        }
+        parts = {"transformer": _load_transformer(folder, transformer_dtype), "prediction_type": index["prediction_type"]}
         if (folder / "vae").is_dir():
-            return parts | {"image_size": index["image_size"]} | _load_own_encoders(folder, dtype)
+            scheduler = _load_scheduler(folder, index["scheduler"][1])
+            return parts | {"scheduler": scheduler, "image_size": index["image_size"]} | _load_own_encoders(folder, dtype)
         encoders = index["encoders"]
         vae_source, clip_source = EncoderSource(**encoders["vae"]), EncoderSource(**encoders["clip"])
-        parts["image_size"] = encoders["image_size"]
+        parts |= {
+            "scheduler": make_scheduler(DEFAULTS["scheduler"], index["prediction_type"]),
+            "image_size": encoders["image_size"],
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise UserError(f"{folder}: not a trained model, or a damaged one ({reason}); `dvc repro` trains one") from None

@@ -6,6 +6,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dit import __version__
 from dit.config import Params
+from dit.figures import figures_table, headlines
 
 SETTINGS = "\nSettings:\n"  # the end of the train stage's card, long and for the few
 USE = """
@@ -17,25 +18,19 @@ beside it is the Python package `latent-dit` {version}, the code that trained it
     pip install -c constraints.txt .
     dit generate --checkpoint {here} --prompt "{prompt}"
 
-The pipeline above draws with the `{scheduler}` that is saved here, `dit generate` with its own choice, `{better}`. For that
-from Python:
-
-    from dit.schedulers import make_scheduler
-
-    pipeline.scheduler = make_scheduler("{better}", pipeline.config.prediction_type)
+The pipeline above draws with the `{scheduler}` that is saved here; `dit.schedulers.make_scheduler` makes others.
 """
 HERE = "path/to/this/folder"
 
 
 def export_card(
-    trained: str, scheduler: str, better: str, figures: dict[str, float] | None, params: Params | None, picture: str | None
+    trained: str, scheduler: str, figures: dict[str, float] | None, params: Params | None, picture: str | None
 ) -> str:
     """The whole README.md of an export.
 
     Args:
         trained: the card of `models/dit`.
         scheduler: name of the scheduler's class in the export.
-        better: name of the scheduler that `dit generate` takes.
         figures: what metrics/evaluate.json says of this model, if it does.
         params: the settings that the figures were measured with.
         picture: name of a file in the folder that shows what the model draws, if there is one.
@@ -44,7 +39,7 @@ def export_card(
     data: ModelCardData = card.data
     text, settings, rest = card.text.replace('"models/dit"', f'"{HERE}"').partition(SETTINGS)
     prompt = text.partition('pipeline("')[2].partition('")')[0] or "a red circle"
-    text += USE.format(version=__version__, here=HERE, prompt=prompt, scheduler=scheduler, better=better)
+    text += USE.format(version=__version__, here=HERE, prompt=prompt, scheduler=scheduler)
     if figures and params:
         text += evaluation_section(figures, params)
         text += f"\n![Captions and what it drew for them]({picture})\n" if picture else ""
@@ -56,9 +51,9 @@ def export_card(
                 dataset_name=f"validation and other prompts of the recipe {params.recipe}",
                 metric_type=name,
                 metric_name=name,
-                metric_value=value,
+                metric_value=figures[name],
             )
-            for name, value, _, _ in rows(figures)
+            for name in headlines(figures)
         ]
     return f"---\n{data.to_yaml(line_break=chr(10))}\n---\n{text}{settings}{rest}"
 
@@ -73,21 +68,6 @@ def evaluation_section(figures: dict[str, float], params: Params) -> str:
         f"Drawn with `{how.scheduler}` in {how.num_inference_steps} evaluations of the transformer, at a guidance scale of "
         f"{how.guidance_scale:g}:",
         "",
-        f"| metric | value | {100 * params.evaluate.confidence:g} % interval | prompts |",
-        "|---|---|---|---|",
+        figures_table(figures, params.evaluate.confidence),
     ]
-    lines += [f"| {name} | {value:g} | {interval} | {prompts} |" for name, value, interval, prompts in rows(figures)]
     return "\n".join(lines) + "\n"
-
-
-def rows(figures: dict[str, float]) -> list[tuple[str, float, str, str]]:
-    """Each metric with its value, its interval and the number of its prompts, "" where there are none."""
-    found = []
-    for name, value in figures.items():
-        base, _, part = name.rpartition("_")
-        if (part in ("low", "high", "prompts") and base in figures) or not isinstance(value, int | float):
-            continue
-        low, high = figures.get(f"{name}_low"), figures.get(f"{name}_high")
-        interval = "" if low is None or high is None else f"{low:g} to {high:g}"
-        found.append((name, value, interval, str(figures.get(f"{name}_prompts", ""))))
-    return found

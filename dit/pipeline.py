@@ -183,6 +183,9 @@ class DiTTextToImagePipeline(DiffusionPipeline):
             raise UserError(f"num_inference_steps: {num_inference_steps} is not a positive number")
         if guidance_scale < 1:
             raise UserError(f"guidance_scale: {guidance_scale} is less than 1, which is without guidance")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise UserError(f"callback_on_step_end_tensor_inputs: {unknown.pop()!r} cannot be given; latents can")
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type: {output_type!r}; one of {', '.join(OUTPUT_TYPES)} would be right")
         shape = (count, self.transformer.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
@@ -192,6 +195,7 @@ class DiTTextToImagePipeline(DiffusionPipeline):
 
         self.scheduler.set_timesteps(scheduler_steps(self.scheduler, num_inference_steps), device=device)
         times = model_times(self.scheduler)
+        levels = times.tolist()  # once, so that no step waits for the device
         first = first_step(self.scheduler, strength)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(min(first, len(times) - 1))
@@ -219,7 +223,8 @@ class DiTTextToImagePipeline(DiffusionPipeline):
                 if self.interrupt:
                     continue
                 t = self.scheduler.timesteps[k]
-                predicted = self._predict(rescale(latents, t), times[k], text, guidance_interval)
+                guided = guidance_scale > 1 and guidance_interval[0] <= levels[k] <= guidance_interval[1]
+                predicted = self._predict(rescale(latents, t), times[k], text, guided)
                 latents = self.scheduler.step(predicted, t, latents, return_dict=False, **fresh_noise)[0]
                 if mask_image is not None:
                     latents = torch.where(redrawn > 0, latents, noised(self.scheduler, original, noise, k + 1))
@@ -246,18 +251,14 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         keys_values = [(k[rows], v[rows]) for k, v in self.transformer.text_keys_values(tokens)]
         return mask[rows], pooled[rows], keys_values
 
-    def _predict(self, inputs: torch.Tensor, time: torch.Tensor, text, interval: tuple[float, float]) -> torch.Tensor:
-        """The transformer's output (N, C, h, w) at `time` in [0, 1], with both halves of the guidance in one batch."""
+    def _predict(self, inputs: torch.Tensor, time: torch.Tensor, text, guided: bool) -> torch.Tensor:
+        """The transformer's output (N, C, h, w) at `time` in [0, 1]; where `guided`, both halves in one batch."""
         mask, pooled, keys_values = text
+        inputs = inputs.repeat(2, 1, 1, 1) if guided else inputs
         count = len(inputs)
-        if len(mask) == count:  # without guidance
-            return self.transformer(inputs, time.expand(count), None, mask, pooled, keys_values)
-        if interval[0] <= time <= interval[1]:
-            inputs = inputs.repeat(2, 1, 1, 1)
-            predicted = self.transformer(inputs, time.expand(2 * count), None, mask, pooled, keys_values)
-            return guide(*predicted.chunk(2), self.guidance_scale)
-        keys_values = [(k[:count], v[:count]) for k, v in keys_values]
-        return self.transformer(inputs, time.expand(count), None, mask[:count], pooled[:count], keys_values)
+        keys_values = [(k[:count], v[:count]) for k, v in keys_values]  # those with a caption come first
+        predicted = self.transformer(inputs, time.expand(count), None, mask[:count], pooled[:count], keys_values)
+        return guide(*predicted.chunk(2), self.guidance_scale) if guided else predicted
 
     def _check(self, prompts, negatives, image, mask_image, strength, count, latent_shape, latents, generator, guidance_interval):
         """Raise a `UserError` for the first argument of a call that is impossible by itself or beside the others."""

@@ -13,22 +13,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dit.config import Params
+from dit.figures import figures_table
 
 WIDEST = 1200  # pixels of a picture: as much as GitHub shows
 QUALITY = 85  # of WebP: a grid of 24 pictures takes 60 KB instead of 230 as PNG; these go into git
-# Name of the metric, without the number of samples; what it says, and which way is better.
-MEANINGS = {
-    "prompt_accuracy": ("pictures with everything right, captions of the validation set", "higher"),
-    "prompt_accuracy_unseen": ("the same, captions with a colour and shape never seen together", "higher"),
-    "clip_score": ("how well CLIP finds picture and caption to agree, 0 to 100", "higher"),
-    "frechet_distance_clip": ("distance between samples and held-out images, as two Gaussians of CLIP features", "lower"),
-    "kid_clip": ("the same without the assumption that they are Gaussians; 0 on average if there is none", "lower"),
-    "precision_clip": ("samples that look like held-out images", "higher"),
-    "recall_clip": ("held-out images that look like samples", "higher"),
-    "diversity_clip": ("how different the pictures of one caption are", "higher"),
-    "memorised": ("samples that are copies of training images, beyond what held-out images are", "lower"),
-    "val_loss": ("the objective on held-out images", "lower"),
-}
 
 
 @dataclass(frozen=True)
@@ -83,17 +71,6 @@ guidance scale of {how.guidance_scale:g}, {sample["sampling_images_per_second"]:
 {figures_table(results.metrics["evaluate"], params.evaluate.confidence)}
 
 How each figure is measured, and what it cannot tell: [docs/evaluation.md](../docs/evaluation.md)."""
-
-
-def figures_table(figures: dict[str, float], confidence: float) -> str:
-    """A row for each of `figures` that `MEANINGS` knows, with its interval and the number of samples that it is of."""
-    lines = [f"| metric | value | {100 * confidence:g} % interval | what it says | better |", "|---|---|---|---|---|"]
-    for name, value in figures.items():
-        meaning = MEANINGS.get(name.rpartition("_n")[0] if name.rpartition("_n")[2].isdigit() else name)
-        if meaning:
-            ends = [f"{figures[f'{name}_{end}']:.3g}" for end in ("low", "high") if f"{name}_{end}" in figures]
-            lines.append(f"| `{name}` | **{value:.3g}** | {' to '.join(ends)} | {meaning[0]} | {meaning[1]} |")
-    return "\n".join(lines)
 
 
 def _grids(found: dict[str, str]) -> list[str]:

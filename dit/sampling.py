@@ -22,7 +22,7 @@ from dit.sources.dataset import read_metadata
 from dit.sources.shapes import unseen_prompts
 from dit.throughput import matmul_peak
 
-SHOWN = 24  # pictures in a grid
+SHOWN, COLUMNS = 24, 6  # pictures in a grid
 REPEATED, TIMES = 20, 5  # prompts that are drawn again and again, and how often: how much do their pictures differ?
 CELLS = 4  # prompts in the grid of settings and in the denoising strip
 
@@ -80,11 +80,11 @@ def sample(model: Path, prompts: list[Prompt], settings: Sample, images: Path, g
         for prompt, picture in zip(chunk, pictures, strict=True):
             picture.save(images / prompt.file)
             shown.setdefault(prompt.group, [])
-            if len(shown[prompt.group]) < SHOWN:
+            if len(shown[prompt.group]) < (TIMES**2 if prompt.group == "diversity" else SHOWN):
                 shown[prompt.group].append((picture, prompt.text))
     write_json(images / "prompts.json", [asdict(prompt) for prompt in prompts])
     for group, pairs in shown.items():
-        columns = TIMES if group == "diversity" else 6
+        columns = TIMES if group == "diversity" else COLUMNS
         labelled_grid(*zip(*pairs, strict=True), columns=min(columns, len(pairs))).save(grids / f"{group}.png")
     chosen = [*(prompt for prompt in prompts if prompt.group == "own"), *prompts][:CELLS]
     settings_grid(pipeline, chosen, settings.grid_guidance_scales, settings.grid_steps, draw).save(grids / "settings.png")

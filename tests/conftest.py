@@ -68,6 +68,16 @@ def cache(tmp_path_factory) -> LatentCache:
 
 
 @pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """A folder as the train stage writes it: a small transformer of random weights, for the encoders in the box."""
+    from small_models import save  # which imports this file
+
+    folder = tmp_path_factory.mktemp("model")
+    save(folder)
+    return folder / "dit"
+
+
+@pytest.fixture(scope="session")
 def clone(tmp_path_factory):
     """A `Clone` in which the pipeline has been run and the run committed. Who changes it puts it back as it was."""
     from clones import Clone  # here, since it imports MLflow, which takes seconds that only these tests need

@@ -19,7 +19,7 @@ def log_run(name: str, colours: list[str], accuracy: float | None, batch_size: i
     run = tracking.start_run("shapes")
     run.params({"train.batch_size": batch_size, "train.seed": 0})
     if accuracy is not None:
-        run.metrics({"prompt_accuracy": accuracy, "val_loss": 1 - accuracy}, 9)
+        run.metrics({"prompt_accuracy": accuracy, "val_loss": 1 - accuracy, "frechet_distance_clip_n500": 1 - accuracy}, 9)
         row = Image.new("RGB", (16 * len(colours), 16))
         for k, colour in enumerate(colours):
             row.paste(COLOURS[colour], (16 * k, 0, 16 * k + 16, 16))
@@ -55,7 +55,8 @@ def test_the_table_has_a_row_per_judged_run_the_best_first_and_what_differs(runs
     assert list(table["id"]) == [runs["better"][:8], runs["worse"][:8]]
     assert list(table["sample.num_samples"]) == [96, 48]
     assert "train.seed" not in table and list(table["prompt_accuracy"]) == [0.75, 0.25]
-    assert list(read_runs([], "val_loss")["tags.mlflow.runName"]) == ["better", "worse"]  # of a loss, the lowest
+    for lowest in ("val_loss", "frechet_distance_clip_n500"):
+        assert list(read_runs([], lowest)["tags.mlflow.runName"]) == ["better", "worse"]
 
 
 def test_the_picture_has_a_row_per_run_and_the_prompts_that_all_drew(runs):
@@ -75,7 +76,7 @@ def test_runs_are_chosen_by_name_or_id_and_what_is_not_there_is_one_line(runs, c
     assert list(read_runs([runs["better"][:6]], "prompt_accuracy")["run_id"]) == [runs["better"]]
     for arguments, says in (
         (["compare", "other"], "has no run other"),
-        (["compare", "--metric", "taste"], "taste: no run has this metric; they have prompt_accuracy, val_loss"),
+        (["compare", "--metric", "taste"], "taste: no run has this metric; they have frechet_distance_clip_n500, prompt_accuracy, val_loss"),
     ):
         assert cli.main(arguments) == 1
         assert says in capsys.readouterr().err

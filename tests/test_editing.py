@@ -13,7 +13,6 @@ from dit.editing import decode_latents, encode_image, first_step, latent_mask, n
 from dit.pipeline import DiTTextToImagePipeline
 from dit.schedulers import make_scheduler, model_times, scheduler_steps
 from dit.sources.scene import Scene, Thing, draw
-from small_models import save
 from test_diffusion import DEVIATION, MEAN, ideal
 from test_pipeline import PAIRS
 
@@ -22,10 +21,8 @@ STRENGTH = 0.6
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory) -> DiTTextToImagePipeline:
-    folder = tmp_path_factory.mktemp("model")
-    save(folder)
-    pipeline = DiTTextToImagePipeline.from_pretrained(folder / "dit")
+def pipeline(model) -> DiTTextToImagePipeline:
+    pipeline = DiTTextToImagePipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

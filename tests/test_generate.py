@@ -23,16 +23,8 @@ from dit.pipeline import DiTTextToImagePipeline, load_pipeline
 from dit.png import read_facts, write_png
 from dit.sources.scene import draw, sample_description, sample_scene
 from dit.text import unknown_words
-from small_models import save
 
 QUICK = ["--num_inference_steps", "3"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    save(folder)
-    return folder / "dit"
 
 
 @pytest.fixture

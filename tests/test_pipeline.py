@@ -25,10 +25,9 @@ PAIRS = [(name, "flow_prediction") for name in SOLVERS] + [
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory) -> DiTTextToImagePipeline:
-    folder = tmp_path_factory.mktemp("model")
-    save(folder)
-    pipeline = DiTTextToImagePipeline.from_pretrained(folder / "dit")
+def pipeline(model) -> DiTTextToImagePipeline:
+    pipeline = DiTTextToImagePipeline.from_pretrained(model)
+    pipeline.scheduler = make_scheduler("euler", "flow_prediction")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -167,6 +166,7 @@ def test_a_callback_sees_every_step_may_change_the_latents_and_may_stop(pipeline
         ({"generator": [torch.Generator(), torch.Generator()]}, "generator: a list needs one for each of 1 pictures"),
         ({"latents": torch.zeros(1, 4, 4, 4)}, r"latents: must be of shape \(1, 4, 8, 8\)"),
         ({"output_type": "jpeg"}, "output_type: 'jpeg'; one of pil, np, pt, latent"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "callback_on_step_end_tensor_inputs: 'prompt_embeds'"),
         ({"strength": 0.5}, "strength, mask_image: they need an image"),
         ({"mask_image": Image.new("L", (64, 64))}, "strength, mask_image: they need an image"),
         ({"image": Image.new("RGB", (64, 64)), "strength": 1.5}, "strength: 1.5 is not between 0 and 1"),
@@ -194,6 +194,7 @@ def test_what_is_saved_draws_the_same_when_it_is_loaded(pipeline, tmp_path, monk
 def test_it_draws_in_bf16_and_picture_by_picture(pipeline, tmp_path):
     save(tmp_path)
     other = DiTTextToImagePipeline.from_pretrained(tmp_path / "dit").to(torch.bfloat16)
+    other.scheduler = pipeline.scheduler
     other.set_progress_bar_config(disable=True)
     assert {module.dtype for module in (other.vae, other.text_encoder)} == {torch.bfloat16}
     a = draw(pipeline, ["a red circle", "a blue star"], [1, 2])

@@ -16,7 +16,6 @@ from mlflow import MlflowClient
 from dit import sync, tracking
 from dit.config import DEFAULTS
 from dit.pipeline import load_pipeline
-from small_models import save
 
 PROMPTS = ["a red circle", "a blue star"]
 USE = """
@@ -29,13 +28,6 @@ pictures = model.predict(table, params={"seed": 3, "num_inference_steps": 2, "sc
 import dit
 print(json.dumps({"dit": dit.__file__, "pixels": [numpy.asarray(picture).tolist() for picture in pictures]}))
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    save(folder)
-    return folder / "dit"
 
 
 @pytest.fixture

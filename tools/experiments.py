@@ -17,6 +17,7 @@ FIGURES = {  # name in metrics/*.json: heading
     "prompt_accuracy": "prompt_accuracy",
     "prompt_accuracy_unseen": "prompt_accuracy_unseen",
     "clip_score": "clip_score",
+    "memorised": "memorised",
     "metrics/evaluate.json:val_loss": "val_loss",  # metrics/train.json has one, too, of fewer images
     "seconds": "training_seconds",
     "images_per_second": "images_per_second",

@@ -26,7 +26,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "and a model card with the evaluation - and that DiTTextToImagePipeline.from_pretrained loads.",
         epilog="examples:\n"
         "  dit export my-model\n"
-        f"  dit export my-model --scheduler {DEFAULTS['scheduler']}        what Python draws with where nothing else is set",
+        "  dit export my-model --scheduler dpm++             what Python draws with where nothing else is set",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="the folder; an earlier export in its place is replaced")
@@ -37,7 +37,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--scheduler",
         choices=get_args(Scheduler),
         metavar="NAME",
-        help=f"{', '.join(get_args(Scheduler))}; default: the model's own",
+        help=f"{', '.join(get_args(Scheduler))}; default: the checkpoint's, {DEFAULTS['scheduler']} for what `dvc repro` trained",
     )
     parser.set_defaults(action=export)
 
@@ -125,7 +125,7 @@ def write_card(checkpoint: Path, folder: Path, scheduler: str) -> str:
         if evaluation.picture:
             picture = PICTURE
             shutil.copyfile(evaluation.picture, folder / picture)
-    card = export_card(text, scheduler, DEFAULTS["scheduler"], figures, params, picture)
+    card = export_card(text, scheduler, figures, params, picture)
     (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
     return missing
 

@@ -1,0 +1,122 @@
+"""metrics/report.md: every figure and picture of a run, nothing that it does not have, the same bytes each time."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from conftest import REPO
+from dit.config import load_config
+from dit.report import Results, write_report
+
+PARAMS = load_config(REPO / "params.yaml")
+FIGURES = {
+    "prompt_accuracy": 0.9,
+    "prompt_accuracy_low": 0.85,
+    "prompt_accuracy_high": 0.94,
+    "prompt_accuracy_prompts": 200,
+    "frechet_distance_clip_n200": 0.0242,
+    "memorised": 0.3,
+    "memorised_low": 0.2,
+    "memorised_high": 0.4,
+    "nearer_than_held_out": 0.31,
+    "held_out_repeats": 0.01,
+    "val_loss": 0.0891,
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """What the stages leave of a run with prompts that can be judged."""
+    stages = {
+        "download": {"train_images": 7440},
+        "encode": {"reconstruction_psnr": 42.7},
+        "train": {"steps": 4030, "seconds": 378.4, "parameters": 2_588_352, "images_per_second": 1022.5, "mfu": 0.206},
+        "sample": {"sampling_images_per_second": 71.2, "sampling_mfu": 0.05},
+        "evaluate": FIGURES,
+    }
+    (tmp_path / "metrics").mkdir()
+    for name, figures in stages.items():
+        (tmp_path / "metrics" / f"{name}.json").write_text(json.dumps(figures))
+    tables = {
+        "curves": [{"step": k, "train_loss": 1 / k, "val_loss": 1 / k if k % 5 == 0 else None} for k in range(1, 21)],
+        "accuracy_by_attribute": [{"attribute": "colour", "accuracy": 0.991, "low": 0.98, "high": 0.995, "count": 833}],
+        "loss_by_timestep": [{"t": t, "val_loss": t, "low": t - 0.01, "high": t + 0.01} for t in (0.05, 0.5, 0.95)],
+    }
+    for name, rows in tables.items():
+        pd.DataFrame(rows).to_csv(tmp_path / "metrics" / f"{name}.csv", index=False)
+    (tmp_path / "samples" / "grids").mkdir(parents=True)
+    for name in ("grids/val", "grids/own", "grids/settings", "worst", "nearest"):
+        Image.new("RGB", (2400, 300), "teal").save(tmp_path / "samples" / f"{name}.png")
+    return tmp_path
+
+
+def write(run) -> str:
+    metrics = run / "metrics"
+    write_report(Results.read(metrics), PARAMS, run / "samples", metrics / "report.md", metrics / "report")
+    return (metrics / "report.md").read_text()
+
+
+def change(run, **figures) -> None:
+    (run / "metrics" / "evaluate.json").write_text(json.dumps({k: v for k, v in (FIGURES | figures).items() if v is not None}))
+
+
+def test_every_picture_is_there_small_enough_for_a_page_and_shown(run):
+    shown = re.findall(r"!\[(\w+)\]\(([^)]+)\)", write(run))
+    assert [name for name, _ in shown] == ["val", "own", "settings", "worst", "nearest", "curves"]
+    for _, address in shown:
+        assert Image.open(run / "metrics" / address).width <= 1200
+    assert len(list((run / "metrics" / "report").iterdir())) == len(shown)
+
+
+def test_the_figures_have_their_intervals_and_say_what_they_mean(run):
+    text = write(run)
+    assert "| `prompt_accuracy` | **0.9** | 0.85 to 0.94 | pictures with everything right" in text
+    assert "| `frechet_distance_clip_n200` | **0.0242** |  | distance between samples and held-out images" in text
+    assert "prompt_accuracy_prompts" not in text
+    assert "| colour | 0.991 | 0.980 to 0.995 | 833 |" in text
+    assert "2.6 M parameters, trained on 7,440 images for 4,030 steps in 6 min" in text
+    how = PARAMS.sample
+    assert f"`{how.scheduler}` in {how.num_inference_steps} steps at a guidance scale of {how.guidance_scale:g}" in text
+    assert "71.2 a second" in text
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_it_says_whether_the_model_copies(run):
+    assert "**30% (20% to 40%) of the samples are copies of training images" in write(run)
+    change(run, memorised_low=0.0)
+    text = write(run)
+    assert "no sign that the model copies" in text and "more than the 1 %" not in text
+    change(run, held_out_repeats=0.4)
+    assert "more than the 1 %" in write(run)
+    change(run, memorised=None)
+    assert "Does it copy?" not in write(run)
+
+
+def test_a_recipe_that_cannot_be_judged_has_no_attributes(run):
+    pd.DataFrame(columns=["attribute", "accuracy", "low", "high", "count"]).to_csv(
+        run / "metrics" / "accuracy_by_attribute.csv", index=False
+    )
+    assert "attribute" not in write(run)
+
+
+def test_the_same_results_give_the_same_bytes(run):
+    def content():
+        write(run)
+        return {path.name: path.read_bytes() for path in (run / "metrics").rglob("*") if path.is_file()}
+
+    assert content() == content()
+
+
+def test_a_long_training_is_told_in_hours(run):
+    results = Results.read(run / "metrics")
+    results.metrics["train"]["seconds"] = 11 * 3600
+    later = replace(results, metrics=results.metrics)
+    write_report(later, PARAMS, run / "samples", run / "metrics" / "report.md", run / "metrics" / "report")
+    assert "steps in 11.0 h" in (run / "metrics" / "report.md").read_text()
