@@ -21,7 +21,7 @@ from dit.editing import decode_latents, encode_image, first_step, latent_mask, n
 from dit.errors import UserError
 from dit.padding import pad
 from dit.precision import has_bf16
-from dit.schedulers import fit_problem, make_scheduler, model_times, scheduler_steps
+from dit.schedulers import fit_problem, make_scheduler, model_times, set_timesteps
 from dit.text import unread
 
 logger = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         self._guidance_scale, self._interrupt = guidance_scale, False
         device = self.transformer.device
 
-        self.scheduler.set_timesteps(scheduler_steps(self.scheduler, num_inference_steps), device=device)
+        set_timesteps(self.scheduler, num_inference_steps, device)
         times = model_times(self.scheduler)
         levels = times.tolist()  # once, so that no step waits for the device
         first = first_step(self.scheduler, strength)

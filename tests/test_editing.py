@@ -11,7 +11,7 @@ from dit.config import Scheduler
 from dit.diffusion import make_objective
 from dit.editing import decode_latents, encode_image, first_step, latent_mask, noised
 from dit.pipeline import DiTTextToImagePipeline
-from dit.schedulers import make_scheduler, model_times, scheduler_steps
+from dit.schedulers import make_scheduler, model_times, set_timesteps
 from dit.sources.scene import Scene, Thing, draw
 from test_diffusion import DEVIATION, MEAN, ideal
 from test_pipeline import PAIRS
@@ -32,7 +32,7 @@ def test_every_solver_goes_on_from_a_noisy_picture(name, prediction_type):
     """Images from N(m, s^2): the ideal prediction carries x_t to m + s (x_t - a m) / sqrt(a^2 s^2 + b^2)."""
     objective = make_objective("flow" if prediction_type == "flow_prediction" else "ddpm", prediction_type)
     scheduler = make_scheduler(name, prediction_type)
-    scheduler.set_timesteps(scheduler_steps(scheduler, 80))
+    set_timesteps(scheduler, 80)
     times, first = model_times(scheduler), first_step(scheduler, STRENGTH)
     assert STRENGTH - 0.03 <= times[first] <= STRENGTH + 1e-6
     scheduler.set_begin_index(first) if hasattr(scheduler, "set_begin_index") else None
@@ -52,7 +52,7 @@ def test_every_solver_goes_on_from_a_noisy_picture(name, prediction_type):
 def test_strength_says_how_noisy_the_beginning_is_whatever_the_number_of_steps():
     for steps in (10, 20, 100):
         scheduler = make_scheduler("euler", "flow_prediction")
-        scheduler.set_timesteps(steps)
+        set_timesteps(scheduler, steps)
         assert first_step(scheduler, 1.0) == 0
         assert first_step(scheduler, 0.0) == len(scheduler.timesteps)
         assert abs(float(model_times(scheduler)[first_step(scheduler, 0.5)]) - 0.5) < 1 / steps

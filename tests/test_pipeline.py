@@ -13,7 +13,7 @@ from dit.encoders import EncoderSource
 from dit.errors import UserError
 from dit.files import file_hash
 from dit.pipeline import DiTTextToImagePipeline
-from dit.schedulers import make_scheduler, model_times, scheduler_steps
+from dit.schedulers import make_scheduler, model_times, set_timesteps
 from small_models import save
 from test_diffusion import DEVIATION, MEAN, ideal
 
@@ -69,7 +69,7 @@ def plain(pipeline, prompts, negatives, noise, levels, scale) -> torch.Tensor:
 def test_keeping_the_text_and_guiding_in_one_batch_changes_no_picture(pipeline):
     prompts, negatives, noise = ["a red circle", "a blue star above a large pink heart"], ["", "a green cross"], random_latents(2)
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
-    scheduler.set_timesteps(5)
+    set_timesteps(scheduler, 5)
     drawn = pipeline(prompts, negatives, latents=noise, num_inference_steps=5, guidance_scale=3.0, output_type="latent").images
     expected = plain(pipeline, prompts, negatives, noise, scheduler.sigmas, 3.0)
     assert (drawn - expected).abs().max() < 1e-4
@@ -232,7 +232,7 @@ def test_every_solver_solves_what_is_known_in_closed_form(name, prediction_type)
     flow = prediction_type == "flow_prediction"
     objective = make_objective("flow" if flow else "ddpm", prediction_type)
     scheduler = make_scheduler(name, prediction_type)
-    scheduler.set_timesteps(scheduler_steps(scheduler, 60))
+    set_timesteps(scheduler, 60)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     x, evaluations = noise * getattr(scheduler, "init_noise_sigma", 1.0), 0
     for timestep, t in zip(scheduler.timesteps, model_times(scheduler), strict=True):
@@ -243,10 +243,20 @@ def test_every_solver_solves_what_is_known_in_closed_form(name, prediction_type)
     assert evaluations in (59, 60)
 
 
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm++", "unipc", "stochastic"])
+@pytest.mark.parametrize("evaluations", [1, 2, 9, 30])
+def test_no_step_is_spent_where_there_is_no_noise_left(name, evaluations):
+    scheduler = make_scheduler(name, "flow_prediction")
+    set_timesteps(scheduler, evaluations)
+    times = model_times(scheduler)
+    assert len(times) == ((evaluations + 1) // 2 * 2 - 1 if name == "heun" else evaluations)
+    assert times[0] >= 0.999 and times[-1] > 0.8 / evaluations
+
+
 @pytest.mark.parametrize("name", ["dpm++", "unipc"])
 def test_a_flows_timesteps_are_the_noise_levels_and_not_rounded(name):
     scheduler = make_scheduler(name, "flow_prediction")
-    scheduler.set_timesteps(7)
+    set_timesteps(scheduler, 7)
     assert torch.allclose(model_times(scheduler), scheduler.sigmas[:7].float())
     assert (model_times(scheduler) * 1000 - scheduler.timesteps).abs().max() > 0.1  # diffusers' own are
 
@@ -254,7 +264,7 @@ def test_a_flows_timesteps_are_the_noise_levels_and_not_rounded(name):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_stochastic_scheduler_of_ddpm_forgets_the_first_noise_too(prediction_type):
     objective, scheduler = make_objective("ddpm", prediction_type), make_scheduler("stochastic", prediction_type)
-    scheduler.set_timesteps(60)
+    set_timesteps(scheduler, 60)
     generator = torch.Generator().manual_seed(0)
     x = noise = torch.randn(1, 4, 32, 32, generator=generator)
     times = model_times(scheduler)
@@ -284,7 +294,7 @@ def test_the_stochastic_scheduler_draws_what_can_be_said_in_closed_form():
     """The same images: at each step the best guess of the image, whose variance is known, and fresh noise on it."""
     mean, deviation = 2.0, 0.5
     scheduler = make_scheduler("stochastic", "flow_prediction")
-    scheduler.set_timesteps(60)
+    set_timesteps(scheduler, 60)
     generator = torch.Generator().manual_seed(0)
     x = noise = torch.randn(1, 4, 32, 32, generator=generator)
     variance = 1.0
