@@ -31,7 +31,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 Scheduler = Literal["euler", "heun", "dpm++", "unipc", "ddim", "stochastic"]
 # How to draw where nobody says how: the command line, MLflow's model and the pipeline. `sample` of params.yaml says the same.
 DEFAULTS = {"num_inference_steps": 10, "guidance_scale": 1.5, "scheduler": "stochastic"}
-STRENGTH = 0.6  # of the noise on a picture to start from, without a mask: by eye, things keep their places and may change colour
+STRENGTH = 0.6  # of noise on a picture, without a mask: things keep their places and may change colour (docs/performance.md)
 
 _settings = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 

@@ -29,6 +29,12 @@ def test_every_stage_leaves_what_the_readme_promises(clone):
         "samples/nearest.png",
         "metrics/accuracy_by_attribute.csv",
         "metrics/loss_by_timestep.csv",
+        "samples/grids/own.png",
+        "samples/grids/diversity.png",
+        "samples/grids/settings.png",
+        "samples/grids/denoising.png",
+        "metrics/report.md",
+        "metrics/report/nearest.webp",
     ):
         assert (clone.root / name).is_file(), name
     assert list((clone.root / "samples" / "progress").glob("*.png"))
@@ -38,6 +44,7 @@ def test_every_stage_leaves_what_the_readme_promises(clone):
         assert results[f"{name}_prompts"] == 8
     assert results["val_loss"] > 0 and "clip_score" in results
     assert clone.json("metrics/encode.json")["reconstruction_psnr"] >= 36
+    assert clone.json("metrics/sample.json")["sampling_images_per_second"] > 0
     assert clone.run("git", "status", "--porcelain").stdout == ""
 
 
