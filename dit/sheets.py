@@ -13,6 +13,7 @@ from dit.images import grid, labelled_grid, to_images
 from dit.pipeline import DiTTextToImagePipeline
 
 MOMENTS = 8  # pictures in a row of the strip
+CELL = 272  # pixels of a cell in the grid of settings, as near as whole enlargements come
 
 
 def settings_grid(
@@ -31,7 +32,7 @@ def settings_grid(
         for count in steps:
             cells.append(grid(draw(pipeline, prompts, count, scale), columns=2 if len(prompts) > 1 else 1, gap=2))
             labels.append(f"guidance {scale:g}, {count} steps")
-    return labelled_grid(cells, labels, columns=len(steps), cell=2 * cells[0].width)
+    return labelled_grid(cells, labels, columns=len(steps), cell=CELL)
 
 
 @torch.no_grad()
