@@ -151,6 +151,8 @@ def where(arguments: argparse.Namespace) -> None:
         print("no model yet:            `make repro` trains one; `dvc pull models/dit` fetches one that was pushed")
     uri = without_password(os.environ.get("MLFLOW_TRACKING_URI", ""))
     command = "mlflow ui --backend-store-uri sqlite:///mlflow.db   then open http://127.0.0.1:5000"
+    if not uri and not Path("mlflow.db").exists():
+        command = "none here yet: a training or an evaluation on this machine makes the first one"
     print(f"runs and curves:         {uri or command}")
     if Path(".state/unsent").exists():
         print("unsent runs:             dit sync-runs sends what MLflow's server did not take")
@@ -158,7 +160,7 @@ def where(arguments: argparse.Namespace) -> None:
 
 def inspect(arguments: argparse.Namespace) -> None:
     """Print a summary of a latent cache, compare it with its hashes, and draw some of it; of a picture, how it was drawn."""
-    if arguments.what.suffix.lower() == ".png":
+    if arguments.what.is_file() or arguments.what.suffix.lower() == ".png":
         from dit.png import read_facts
 
         facts = read_facts(arguments.what)

@@ -155,7 +155,7 @@ class DiTTextToImagePipeline(DiffusionPipeline):
             num_inference_steps: evaluations of the transformer, of one batch with and without caption unless
                 `guidance_scale` is 1. Heun's method makes half as many steps of two evaluations each. With `image`
                 and `strength`, only those after the starting point are made.
-            guidance_scale: how far to lean away from what would be drawn with `negative_prompt`; 1 is not at all.
+            guidance_scale: how far to lean away from what would be drawn with `negative_prompt`; 1 or less is not at all.
             guidance_interval: the noise levels in [0, 1] between which it leans (Kynkäänniemi et al. 2024,
                 arXiv:2404.07724); outside, a step costs half.
             num_images_per_prompt: how often each prompt is drawn.
@@ -181,8 +181,6 @@ class DiTTextToImagePipeline(DiffusionPipeline):
             raise UserError(f"height and width must be multiples of {cell}, not {height} x {width}")
         if num_inference_steps < 1:
             raise UserError(f"num_inference_steps: {num_inference_steps} is not a positive number")
-        if guidance_scale < 1:
-            raise UserError(f"guidance_scale: {guidance_scale} is less than 1, which is without guidance")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise UserError(f"callback_on_step_end_tensor_inputs: {unknown.pop()!r} cannot be given; latents can")

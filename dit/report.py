@@ -79,8 +79,8 @@ def _grids(found: dict[str, str]) -> list[str]:
         "unseen": "## Captions with a colour and shape that were never seen together",
         "own": "## `sample.prompts` of params.yaml",
         "diversity": "## Five pictures of the same caption",
-        "settings": "## Guidance scale and number of steps\n\nThe same prompts from the same noise in each cell: the first four "
-        "of `sample.prompts`.",
+        "settings": "## Guidance scale and number of steps\n\nThe same prompts from the same seeds in each cell: the first four "
+        "of `sample.prompts`. A stochastic scheduler adds other noise at each step, so that layouts differ, too.",
         "denoising": "## From noise to picture\n\nThe latents after some of the steps, as the VAE decodes them.",
         "worst": "## The worst\n\nPictures with something wrong, and then those of the lowest CLIP score.",
     }
@@ -122,10 +122,14 @@ images themselves {repeats:.0%}."""
 
 def _training(results: Results, found: dict[str, str]) -> list[str]:
     train = results.metrics["train"]
+    losses = (
+        "The training loss is that of the weights as they are, on the noise levels that training prefers; the validation loss is "
+        "that of their average, on others."
+    )
     return [
         f"## Training\n\n{train['images_per_second']:,.0f} images/s, {train['mfu']:.0%} of the machine's matrix-product peak; "
         f"sampling {results.metrics['sample']['sampling_mfu']:.0%} of it. The VAE keeps "
-        f"{results.metrics['encode']['reconstruction_psnr']} dB of the pictures.\n\n![curves]({found['curves']})"
+        f"{results.metrics['encode']['reconstruction_psnr']} dB of the pictures. {losses}\n\n![curves]({found['curves']})"
     ]
 
 

@@ -64,6 +64,7 @@ def sweep(params: Params, model: Path, latents: Path, raw: Path, settings: Seque
     clip = None if judged else ClipFeatures(EncoderSource(**LatentCache(latents).index["clip"]), _device())
     pipeline = load_pipeline(model, settings[0].scheduler)
     pipeline.set_progress_bar_config(disable=True)
+    print(f"{len(prompts)} prompts from the same seeds with each of {len(settings)} settings", flush=True)
     schedulers = {setting.scheduler: None for setting in settings}
     for scheduler in schedulers:  # all of them first, since one that does not fit is better refused now than in an hour
         schedulers[scheduler] = make_scheduler(scheduler, pipeline.config.prediction_type)
@@ -140,6 +141,12 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def chance(table: pd.DataFrame) -> float:
+    """How far the figures of a setting may be off by chance: half of the widest interval."""
+    name = next(column for column in NAMES if column in table)
+    return float((table[f"{name}_high"] - table[f"{name}_low"]).max() / 2)
+
+
 def plot(table: pd.DataFrame) -> Figure:
     """Quality against seconds: a line for each scheduler and guidance scale, a point for each number of steps."""
     name = next(column for column in NAMES if column in table)
@@ -162,12 +169,13 @@ def plot(table: pd.DataFrame) -> Figure:
 
 
 def check_settings(schedulers: Sequence[str], steps: Sequence[int], scales: Sequence[float]) -> list[Setting]:
-    """Every combination, in the order given; raises a `UserError` where a number is out of range."""
+    """Every combination once, in the order given; raises a `UserError` where a number is out of range."""
     if min(steps) < 1:
         raise UserError(f"--num_inference_steps: {min(steps)} is not a positive number")
     if min(scales) < 1:
         raise UserError(f"--guidance_scale: {min(scales):g} is less than 1, which is without guidance")
-    return [Setting(scheduler, count, scale) for scheduler in schedulers for scale in scales for count in steps]
+    settings = [Setting(scheduler, count, scale) for scheduler in schedulers for scale in scales for count in steps]
+    return list(dict.fromkeys(settings))
 
 
 def _device() -> str:

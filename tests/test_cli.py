@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,6 +92,9 @@ def test_help_has_examples_and_where_names_the_way_to_mlflow(project, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["--help"])
     assert end.value.code == 0 and 'dit generate --prompt "a red circle' in capsys.readouterr().out
+    assert cli.main(["where"]) == 0
+    assert "none here yet" in capsys.readouterr().out
+    Path("mlflow.db").touch()
     assert cli.main(["where"]) == 0
     assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in capsys.readouterr().out
 

@@ -88,9 +88,9 @@ def test_a_stage_tracks_the_settings_it_uses(stage, blocks):
     assert STAGES[stage]["params"] == blocks
 
 
-def test_the_stages_are_the_five_and_run_as_modules():
+def test_the_stages_are_six_and_run_as_modules():
     assert {name: stage["cmd"] for name, stage in STAGES.items()} == {
-        name: f"python -m stages.{name}" for name in ("download", "encode", "train", "sample", "evaluate")
+        name: f"python -m stages.{name}" for name in ("download", "encode", "train", "sample", "evaluate", "report")
     }
 
 

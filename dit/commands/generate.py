@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -129,6 +130,9 @@ def generate(arguments: argparse.Namespace) -> None:
     for prompt in dict.fromkeys([*prompts, arguments.negative_prompt]):
         for line in remarks(pipeline.tokenizer, prompt):
             print(f"dit: {line}", file=sys.stderr)
+    cell = pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
+    for line in notes(arguments, image, pipeline.config.image_size, cell):
+        print(f"dit: {line}", file=sys.stderr)
 
     prompts = [prompt for prompt in prompts for _ in range(arguments.num_images_per_prompt)]
     pictures = draw(
@@ -161,13 +165,31 @@ def generate(arguments: argparse.Namespace) -> None:
         print(path)
 
 
+def notes(arguments: argparse.Namespace, image: GivenPicture | None, trained: int, cell: int) -> Iterator[str]:
+    """A line for each thing that is done as asked, and may not be what was meant.
+
+    Args:
+        arguments, image: what was asked for.
+        trained: side of the pictures that the model was trained on.
+        cell: what width and height must be multiples of; the pipeline refuses others.
+    """
+    width, height = arguments.width or trained, arguments.height or trained
+    if (width, height) != (trained, trained) and not (width % cell or height % cell):
+        yield f"the model was trained on {trained} x {trained} pixels; at {width} x {height} things may come out twice"
+    if image and image.picture.size != (width, height):
+        given = "{} x {}".format(*image.picture.size)
+        yield f"the picture to start from has {given} pixels; its middle is taken, at {width} x {height}"
+    if arguments.negative_prompt and arguments.guidance_scale == 1:
+        yield "--negative_prompt changes nothing where --guidance_scale is 1"
+
+
 def settings_of(
     arguments: argparse.Namespace, image: GivenPicture | None, mask: GivenPicture | None, trained_size: int
 ) -> dict[str, str]:
     """What determines a picture beside its prompt and seed, as a PNG's text: no path, no machine, no time."""
     strength = arguments.strength if arguments.strength is not None else 1.0 if mask else STRENGTH
     facts = {
-        "negative_prompt": arguments.negative_prompt or None,
+        "negative_prompt": (arguments.guidance_scale > 1 and arguments.negative_prompt) or None,
         "num_inference_steps": arguments.num_inference_steps,
         "guidance_scale": arguments.guidance_scale,
         "guidance_interval": "{} {}".format(*arguments.guidance_interval),

@@ -58,7 +58,7 @@ def run_sweep(arguments: argparse.Namespace) -> None:
     read_index(arguments.checkpoint)
 
     from dit.config import load_config
-    from dit.sweep import cheapest, check_settings, describe, plot, readable, sweep
+    from dit.sweep import chance, cheapest, check_settings, describe, plot, readable, sweep
 
     settings = check_settings(arguments.scheduler, arguments.num_inference_steps, arguments.guidance_scale)
     params, latents, raw = load_config(), Path("data/latents"), Path("data/raw")
@@ -70,5 +70,6 @@ def run_sweep(arguments: argparse.Namespace) -> None:
     row = cheapest(table, arguments.tolerance)
     print(
         f"\nwithin {arguments.tolerance:g} of the best, the cheapest: {describe(row)}: {row['seconds']:.2f} s for 100 pictures\n"
+        f"figures of {arguments.num_samples} prompts may be off by {chance(table):.2g}; --num_samples tells finer differences\n"
         f"{arguments.output.with_suffix('.csv')}\n{arguments.output.with_suffix('.png')}"
     )

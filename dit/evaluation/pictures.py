@@ -52,7 +52,7 @@ def draw_nearest(
         image = central_square(open_upright(stored.read(entry.stored)), pictures[k].width)
         image = ImageOps.mirror(image) if nearest.mirrored[k] else image
         pairs.append(grid([pictures[k], image], columns=2, gap=2))
-        by = f" (held-out images: {threshold:.3f})" if threshold is not None else ""
+        by = f" (too near: below {threshold:.3f})" if threshold is not None else ""
         how = ", mirrored" if nearest.mirrored[k] else ""
         labels.append(f"distance {nearest.distance[k]:.3f}{by}. Drawn: {texts[k]}. Training{how}: {entry.text}")
     _save(labelled_grid(pairs, labels, columns=2, cell=2 * CELL), path)
