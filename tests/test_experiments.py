@@ -117,6 +117,7 @@ def test_the_narrow_table_shows_what_tells_experiments_apart(clone):
         "prompt_accuracy",
         "prompt_accuracy_unseen",
         "clip_score",
+        "memorised",
         "val_loss",
         "training_seconds",
         "images_per_second",
@@ -161,6 +162,8 @@ def test_the_page_of_plots_shows_curves_and_pictures_of_both(clone, tmp_path):
         "Gradient norm",
         "Throughput",
         "Learning rate",
+        "Validation loss, from little noise to much",
+        "Prompt accuracy by attribute",
     }
     tracked = list(csv.DictReader((clone.root / "metrics" / "curves.csv").open()))
     for title, spec in curves.items():

@@ -183,7 +183,7 @@ def test_the_model_alone_is_enough_to_draw(team):
     colleague.dvc("pull", "models/dit", "samples/images")
     assert files(colleague.root / "samples" / "images") == files(team.owner.root / "samples" / "images")
     assert not (colleague.root / "data").exists()
-    colleague.run(sys.executable, "-m", "dit.cli", "generate", "a large red circle", "--steps", "2", "--output", "p.png")
+    colleague.run(sys.executable, "-m", "dit.cli", "generate", "--prompt", "a red circle", "--output", "p.png")
     assert Image.open(colleague.root / "p.png").size == (64, 64)
 
 
