@@ -19,12 +19,12 @@ from dit.errors import UserError
 from dit.evaluation.accuracy import judge_picture
 from dit.evaluation.features import ClipFeatures, clip_scores
 from dit.evaluation.intervals import wilson
+from dit.evaluation.metrics import JUDGED
 from dit.latents import LatentCache
 from dit.pipeline import load_pipeline
 from dit.sampling import Prompt, choose_prompts, draw_prompts
 from dit.schedulers import make_scheduler
 
-JUDGED = ("val", "unseen")  # groups of prompts
 NAMES = {"prompt_accuracy": "share of pictures that are right", "clip_score": "CLIP score"}
 
 

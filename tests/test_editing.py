@@ -35,7 +35,8 @@ def test_every_solver_goes_on_from_a_noisy_picture(name, prediction_type):
     set_timesteps(scheduler, 80)
     times, first = model_times(scheduler), first_step(scheduler, STRENGTH)
     assert STRENGTH - 0.03 <= times[first] <= STRENGTH + 1e-6
-    scheduler.set_begin_index(first) if hasattr(scheduler, "set_begin_index") else None
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
     image, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     image = MEAN + DEVIATION * image
     x = noised(scheduler, image, noise, first)

@@ -17,18 +17,16 @@ from dit.encoders import EncoderSource
 from dit.files import write_json
 from dit.sources import fetch
 from dit.sweep import Setting, cheapest, interval, plot, sweep
-from small_models import save
 
 PARAMS = load_config(REPO / "params.yaml")
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
+def project(model, tmp_path_factory):
     """A project that has been run, with a random model."""
     root = tmp_path_factory.mktemp("project")
     shutil.copy(REPO / "params.yaml", root)
-    save(root)
-    shutil.move(root / "dit", root / "models" / "dit") if (root / "models").mkdir() is None else None
+    shutil.copytree(model, root / "models" / "dit")
     fetch(replace(PARAMS.shapes.data, num_samples=40, val_fraction=0.25), root / "data" / "raw", PARAMS.runtime)
     cache = write_cache(root / "data" / "latents")
     index = cache.index | {"clip": EncoderSource("builtin").to_dict()}
@@ -41,7 +39,7 @@ def run(project, settings, params=PARAMS, count=12) -> pd.DataFrame:
 
 
 def test_settings_are_compared_prompt_by_prompt_with_the_best(project):
-    params = replace(PARAMS, recipe="folder", folder=PARAMS.folder)
+    params = replace(PARAMS, recipe="folder")
     same, other = Setting("euler", 2, 1.0), Setting("euler", 4, 3.0)
     captions = project / "data" / "raw" / "metadata.json"
     before = captions.read_text()
