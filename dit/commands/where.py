@@ -1,0 +1,53 @@
+"""`dit where`: what a run has left and where, and how to look at it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from dit.errors import without_password
+
+PLACES = (
+    ("metrics/report.md", "all of it on one page"),
+    ("samples/grids", "grids of samples with their captions"),
+    ("samples/images", "all samples"),
+    ("samples/worst.png", "the worst ones, and what is wrong with them"),
+    ("samples/nearest.png", "the pictures that are most like a training image, beside it"),
+    ("samples/progress", "how the pictures became better during training"),
+    ("data/reconstructions.png", "originals above what the VAE keeps of them"),
+    ("models/dit", "the trained model"),
+)
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add `where`."""
+    parser = commands.add_parser("where", help="say where the results are and how to open MLflow")
+    parser.set_defaults(action=run_where)
+
+
+def run_where(arguments: argparse.Namespace) -> None:
+    """Print what a run has left and where, and how to look at it."""
+    from dit.checks import read_json
+
+    if sys.prefix != sys.base_prefix and "VIRTUAL_ENV" not in os.environ:
+        print(f"before these commands:   . {os.path.relpath(sys.prefix)}/bin/activate")
+    if Path("models/dit/model_index.json").exists():
+        results = read_json(Path("metrics/evaluate.json")) or {}
+        for name in ("prompt_accuracy", "prompt_accuracy_unseen", "clip_score", "val_loss"):
+            if name in results:
+                print(f"{name:24} {results[name]}")
+        for path, what in PLACES:
+            if Path(path).exists():
+                print(f"{path:24} {what}")
+        print('draw something:          dit generate --prompt "a red circle above a blue star"')
+    else:
+        print("no model yet:            `make repro` trains one; `dvc pull models/dit` fetches one that was pushed")
+    uri = without_password(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    command = "mlflow ui --backend-store-uri sqlite:///mlflow.db   then open http://127.0.0.1:5000"
+    if not uri and not Path("mlflow.db").exists():
+        command = "none here yet: a training or an evaluation on this machine makes the first one"
+    print(f"runs and curves:         {uri or command}")
+    if Path(".state/unsent").exists():
+        print("unsent runs:             dit sync-runs sends what MLflow's server did not take")
