@@ -285,11 +285,12 @@ class DiTTextToImagePipeline(DiffusionPipeline):
             raise UserError(problem)
 
 
-def load_pipeline(folder: str | Path, scheduler: str) -> DiTTextToImagePipeline:
+def load_pipeline(folder: str | Path, scheduler: str | None = None) -> DiTTextToImagePipeline:
     """The pipeline as `sample` and `dit generate` use it: on the GPU if there is one, the transformer in bf16 where that is
-    fast, the encoders in fp32."""
+    fast, the encoders in fp32. With the scheduler of that name, or with the one that `from_pretrained` finds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fast = torch.bfloat16 if has_bf16(device) else torch.float32
     pipeline = DiTTextToImagePipeline.from_pretrained(folder, transformer_dtype=fast).to(device)
-    pipeline.scheduler = make_scheduler(scheduler, pipeline.config.prediction_type)
+    if scheduler:
+        pipeline.scheduler = make_scheduler(scheduler, pipeline.config.prediction_type)
     return pipeline

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -72,6 +72,22 @@ def make_scheduler(name: str, prediction_type: PredictionType) -> SchedulerMixin
     if name == "stochastic":
         return FlowMatchEulerDiscreteScheduler(TRAINING_STEPS, shift=2.0, stochastic_sampling=True)
     raise UserError("scheduler: ddim is for train.objective ddpm; for a flow the same thing is called euler")
+
+
+def scheduler_name(scheduler: SchedulerMixin) -> str:
+    """The name under which `make_scheduler` makes one that is set as `scheduler` is; where it makes none, that of its class."""
+    for name in get_args(Scheduler):
+        prediction_type = predicts(scheduler)
+        if name == "ddim" and prediction_type == "flow_prediction":
+            continue
+        made = make_scheduler(name, prediction_type)
+        if type(made) is type(scheduler) and _settings(made) == _settings(scheduler):
+            return name
+    return type(scheduler).__name__
+
+
+def _settings(scheduler: SchedulerMixin) -> dict[str, Any]:
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
 
 
 def predicts(scheduler: SchedulerMixin) -> str:

@@ -50,9 +50,9 @@ def sweep(params: Params, model: Path, latents: Path, raw: Path, settings: Seque
 
     Returns:
         A row for each setting: its fields; `prompt_accuracy` in [0, 1], or `clip_score` in [0, 100] where the prompts are not
-        about our shapes, with `_low` and `_high`; `evaluations` of the transformer for a picture, those with and without
-        its caption; `seconds` for a hundred pictures at the rate of the fastest batch, without loading and judging;
-        `difference` to the best setting, at most 0, prompt by prompt, with `_low` and `_high`.
+        about our shapes, with `_low` and `_high`; `prompts`, their number; `evaluations` of the transformer for a picture,
+        those with and without its caption; `seconds` for a hundred pictures at the rate of the fastest batch, without loading
+        and judging; `difference` to the best setting, at most 0, prompt by prompt, with `_low` and `_high`.
 
     Raises:
         UserError: the model or the data is not there, or a scheduler does not fit the model.
@@ -64,6 +64,8 @@ def sweep(params: Params, model: Path, latents: Path, raw: Path, settings: Seque
     clip = None if judged else ClipFeatures(EncoderSource(**LatentCache(latents).index["clip"]), _device())
     pipeline = load_pipeline(model, settings[0].scheduler)
     pipeline.set_progress_bar_config(disable=True)
+    if len(prompts) < count:
+        print(f"the validation set has captions for {len(prompts)} of {count} prompts", flush=True)
     print(f"{len(prompts)} prompts from the same seeds with each of {len(settings)} settings", flush=True)
     schedulers = {setting.scheduler: None for setting in settings}
     for scheduler in schedulers:  # all of them first, since one that does not fit is better refused now than in an hour
@@ -85,8 +87,8 @@ def sweep(params: Params, model: Path, latents: Path, raw: Path, settings: Seque
         low, high = interval(scores[-1], judged, params.evaluate.confidence)
         mean = float(scores[-1].mean())
         evaluations = setting.num_inference_steps * (2 if setting.guidance_scale > 1 else 1)
-        figures = {name: mean, f"{name}_low": low, f"{name}_high": high, "evaluations": evaluations, "seconds": seconds}
-        rows.append(asdict(setting) | figures)
+        figures = {name: mean, f"{name}_low": low, f"{name}_high": high, "prompts": len(prompts)}
+        rows.append(asdict(setting) | figures | {"evaluations": evaluations, "seconds": seconds})
     best = scores[int(np.argmax([one.mean() for one in scores]))]
     for row, one in zip(rows, scores, strict=True):
         low, high = interval(one - best, False, params.evaluate.confidence)

@@ -18,8 +18,10 @@ from PIL import Image
 
 from conftest import REPO
 from dit import cli
+from dit.config import DEFAULTS
 from dit.files import file_hash
 from dit.pipeline import DiTTextToImagePipeline
+from dit.png import read_facts
 
 PROMPT = "a red circle above a blue star"
 FIGURES = {
@@ -153,6 +155,16 @@ def test_generate_draws_with_an_export_as_with_the_model(there):
     command = ["generate", "--prompt", PROMPT, "--num_inference_steps", "3"]
     assert cli.main(command) == 0 and cli.main([*command, "--checkpoint", "a", "--output", "b.png"]) == 0
     assert file_hash(Path("generated.png")) == file_hash(Path("b.png"))  # the hash of the model is in it, and is the same
+
+
+def test_generate_takes_the_scheduler_that_is_saved_and_notes_its_name(there):
+    assert cli.main(["export", "a", "--scheduler", "euler"]) == 0
+    command = ["generate", "--prompt", PROMPT, "--num_inference_steps", "3", "--checkpoint"]
+    assert cli.main([*command, "a"]) == 0 and read_facts(Path("generated.png"))["scheduler"] == "euler"
+    assert cli.main([*command, "models/dit", "--scheduler", "euler", "--output", "b.png"]) == 0
+    assert cli.main([*command, "models/dit", "--output", "c.png"]) == 0
+    assert file_hash(Path("generated.png")) == file_hash(Path("b.png")) != file_hash(Path("c.png"))
+    assert read_facts(Path("c.png"))["scheduler"] == DEFAULTS["scheduler"]
 
 
 def test_the_card_says_how_to_load_it_and_what_the_evaluation_found(evaluated, capsys):

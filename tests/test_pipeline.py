@@ -13,7 +13,7 @@ from dit.encoders import EncoderSource
 from dit.errors import UserError
 from dit.files import file_hash
 from dit.pipeline import DiTTextToImagePipeline
-from dit.schedulers import make_scheduler, model_times, set_timesteps
+from dit.schedulers import make_scheduler, model_times, scheduler_name, set_timesteps
 from small_models import save
 from test_diffusion import DEVIATION, MEAN, ideal
 
@@ -241,6 +241,15 @@ def test_every_solver_solves_what_is_known_in_closed_form(name, prediction_type)
         evaluations += 1
     assert (x - (MEAN + DEVIATION * noise)).abs().max() < 0.12
     assert evaluations in (59, 60)
+
+
+@pytest.mark.parametrize(("name", "prediction_type"), PAIRS)
+def test_a_saved_scheduler_is_known_by_its_name(name, prediction_type, tmp_path):
+    make_scheduler(name, prediction_type).save_pretrained(tmp_path)
+    loaded = type(make_scheduler(name, prediction_type)).from_pretrained(tmp_path)
+    assert scheduler_name(loaded) == name
+    other = type(loaded).from_config(loaded.config, num_train_timesteps=500)
+    assert scheduler_name(other) == type(loaded).__name__
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "dpm++", "unipc", "stochastic"])

@@ -62,6 +62,12 @@ def test_drawings_are_judged_by_prompt_accuracy(project):
     assert "clip_score" not in table
 
 
+def test_more_prompts_than_there_are_is_said(project, capsys):
+    table = run(project, [Setting("euler", 1, 1.0)], replace(PARAMS, recipe="folder"), count=20)
+    assert list(table["prompts"]) == [10]
+    assert "the validation set has captions for 10 of 20 prompts" in capsys.readouterr().out
+
+
 def test_an_interval_of_a_difference_knows_that_the_prompts_are_the_same():
     rng = np.random.default_rng(0)
     first = (rng.random(1000) < 0.9).astype(float)
@@ -104,6 +110,7 @@ def test_the_command_writes_the_table_and_the_plot(project, monkeypatch, capsys)
     assert Image.open("out/sweep.png").width > 800
     printed = capsys.readouterr().out
     assert "within 0.02 of the best, the cheapest: stochastic," in printed and "out/sweep.csv" in printed
+    assert "figures of 6 prompts" in printed and "the validation set has" not in printed
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         how,
         "scheduler",
         choices=get_args(Scheduler),
-        default=DEFAULTS["scheduler"],
-        help=f"{', '.join(get_args(Scheduler))}; default: %(default)s",
+        help=f"{', '.join(get_args(Scheduler))}; default: the checkpoint's, {DEFAULTS['scheduler']} for what `dvc repro` trained",
         metavar="NAME",
     )
     add(how, "batch_size", type=int, default=16, metavar="N", help="pictures drawn at once; default: %(default)s")
@@ -123,6 +122,7 @@ def generate(arguments: argparse.Namespace) -> None:
     from dit.images import labelled_grid
     from dit.pipeline import load_pipeline
     from dit.png import write_png
+    from dit.schedulers import scheduler_name
     from dit.text import remarks
 
     disable_progress_bar()  # the weights are loaded at once; the bar is for the drawing
@@ -150,7 +150,7 @@ def generate(arguments: argparse.Namespace) -> None:
         guidance_scale=arguments.guidance_scale,
         guidance_interval=tuple(arguments.guidance_interval),
     )
-    shared = settings_of(arguments, image, mask, pipeline.config.image_size)
+    shared = settings_of(arguments, image, mask, scheduler_name(pipeline.scheduler), pipeline.config.image_size)
     seeds = [str(arguments.seed + k) for k in range(len(prompts))]
     output: Path = arguments.output
     if arguments.grid:
@@ -184,7 +184,7 @@ def notes(arguments: argparse.Namespace, image: GivenPicture | None, trained: in
 
 
 def settings_of(
-    arguments: argparse.Namespace, image: GivenPicture | None, mask: GivenPicture | None, trained_size: int
+    arguments: argparse.Namespace, image: GivenPicture | None, mask: GivenPicture | None, scheduler: str, trained_size: int
 ) -> dict[str, str]:
     """What determines a picture beside its prompt and seed, as a PNG's text: no path, no machine, no time."""
     strength = arguments.strength if arguments.strength is not None else 1.0 if mask else STRENGTH
@@ -193,7 +193,7 @@ def settings_of(
         "num_inference_steps": arguments.num_inference_steps,
         "guidance_scale": arguments.guidance_scale,
         "guidance_interval": "{} {}".format(*arguments.guidance_interval),
-        "scheduler": arguments.scheduler,
+        "scheduler": scheduler,
         "height": arguments.height or trained_size,
         "width": arguments.width or trained_size,
         "image": image and f"sha256:{image.sha256}",

@@ -70,6 +70,6 @@ def run_sweep(arguments: argparse.Namespace) -> None:
     row = cheapest(table, arguments.tolerance)
     print(
         f"\nwithin {arguments.tolerance:g} of the best, the cheapest: {describe(row)}: {row['seconds']:.2f} s for 100 pictures\n"
-        f"figures of {arguments.num_samples} prompts may be off by {chance(table):.2g}; --num_samples tells finer differences\n"
+        f"figures of {row['prompts']} prompts may be off by {chance(table):.2g}; --num_samples tells finer differences\n"
         f"{arguments.output.with_suffix('.csv')}\n{arguments.output.with_suffix('.png')}"
     )
