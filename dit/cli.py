@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from dit.commands import benchmark, check, compare, export, generate, inspect, sweep, sync_runs, where
@@ -43,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dit: interrupted", file=sys.stderr)
         return 130  # as a shell has it
+    except BrokenPipeError:  # whoever read the output has seen enough: `dit inspect | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's end has nothing left to write
+        return 141  # as a shell has it
     except OSError as error:  # a path that cannot be written, most often
         print(f"dit: {error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
         return 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import diffusers
 import torch
@@ -13,11 +13,15 @@ from safetensors import SafetensorError
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from dit.config import DEFAULTS
+from dit.diffusion import PredictionType
 from dit.encoders import EncoderSource, load_text_encoder, load_vae
-from dit.errors import UserError
+from dit.errors import UserError, in_one_line
 from dit.model import DiT
 from dit.model_folder import read_index
 from dit.schedulers import make_scheduler
+
+# What the libraries raise where files are missing, cut short, or not what they say they are.
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, SafetensorError)
 
 
 def load_components(folder: Path, dtype: torch.dtype, transformer_dtype: torch.dtype) -> dict[str, Any]:
@@ -32,21 +36,24 @@ def load_components(folder: Path, dtype: torch.dtype, transformer_dtype: torch.d
     """
     index = read_index(folder)
     try:
-        parts = {"transformer": _load_transformer(folder, transformer_dtype), "prediction_type": index["prediction_type"]}
-        if (folder / "vae").is_dir():
-            scheduler = _load_scheduler(folder, index["scheduler"][1])
-            return parts | {"scheduler": scheduler, "image_size": index["image_size"]} | _load_own_encoders(folder, dtype)
-        encoders = index["encoders"]
-        vae_source, clip_source = EncoderSource(**encoders["vae"]), EncoderSource(**encoders["clip"])
-        parts |= {
-            "scheduler": make_scheduler(DEFAULTS["scheduler"], index["prediction_type"]),
-            "image_size": encoders["image_size"],
+        prediction_type, complete = index["prediction_type"], (folder / "vae").is_dir()
+        image_size = (index if complete else index["encoders"])["image_size"]
+        if prediction_type not in get_args(PredictionType) or not isinstance(image_size, int):
+            raise ValueError(f"model_index.json has {prediction_type!r} and {image_size!r} for prediction_type and image_size")
+        parts = {
+            "transformer": _load_transformer(folder, transformer_dtype),
+            "prediction_type": prediction_type,
+            "image_size": image_size,
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        if complete:
+            return parts | {"scheduler": _load_scheduler(folder, index["scheduler"][1])} | _load_own_encoders(folder, dtype)
+        sources = {kind: EncoderSource(**index["encoders"][kind]) for kind in ("vae", "clip")}
+        parts["scheduler"] = make_scheduler(DEFAULTS["scheduler"], prediction_type)
+    except DAMAGE as error:
+        reason = f"{type(error).__name__}: {in_one_line(error)}"
         raise UserError(f"{folder}: not a trained model, or a damaged one ({reason}); `dvc repro` trains one") from None
-    vae, _ = load_vae(vae_source, dtype)
-    text_encoder, tokenizer, _ = load_text_encoder(clip_source, dtype)
+    vae, _ = load_vae(sources["vae"], dtype)
+    text_encoder, tokenizer, _ = load_text_encoder(sources["clip"], dtype)
     return parts | {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
 
 
@@ -54,13 +61,17 @@ def _load_transformer(folder: Path, dtype: torch.dtype) -> DiT:
     config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
     if config["_class_name"] != "DiT":
         raise ValueError(f"its transformer is a {config['_class_name']}, and a DiT of this project is needed")
-    transformer, loading = DiT.from_pretrained(
-        folder, subfolder="transformer", torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+    return _load_network(DiT, folder, "transformer", torch_dtype=dtype)
+
+
+def _load_network(network_class: type, folder: Path, part: str, **dtype):
+    network, loading = network_class.from_pretrained(
+        folder, subfolder=part, use_safetensors=True, output_loading_info=True, **dtype
     )
     astray = [*loading["missing_keys"], *loading["unexpected_keys"]]
-    if astray:  # diffusers would fill in at random what is missing
-        raise ValueError(f"the weights do not fit transformer/config.json: {astray[0]}")
-    return transformer.eval()
+    if astray:  # the libraries fill in at random what is missing
+        raise ValueError(f"the weights do not fit {part}/config.json: {astray[0]}")
+    return network.requires_grad_(False).eval()
 
 
 def _load_scheduler(folder: Path, name: str) -> SchedulerMixin:
@@ -71,13 +82,11 @@ def _load_scheduler(folder: Path, name: str) -> SchedulerMixin:
 
 
 def _load_own_encoders(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
-    text_encoder = CLIPTextModelWithProjection.from_pretrained(
-        folder, subfolder="text_encoder", dtype=dtype, use_safetensors=True
-    )
-    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    for name in ("tokenizer_config.json", "tokenizer.json"):  # without them the library makes a tokenizer that knows no word
+        if not (folder / "tokenizer" / name).is_file():
+            raise FileNotFoundError(f"there is no tokenizer/{name}")
     return {
-        "vae": vae.requires_grad_(False).eval(),
-        "text_encoder": text_encoder.requires_grad_(False).eval(),
-        "tokenizer": tokenizer,
+        "vae": _load_network(AutoencoderKL, folder, "vae", torch_dtype=dtype),
+        "text_encoder": _load_network(CLIPTextModelWithProjection, folder, "text_encoder", dtype=dtype),
+        "tokenizer": CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
     }

@@ -11,7 +11,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit.errors import UserError
-from dit.pipeline import DiTTextToImagePipeline
+from dit.pipeline import DiTTextToImagePipeline, generators
+
+ALLOCATOR = "DefaultCPUAllocator"  # what a CPU's memory error names; its class is RuntimeError
 
 
 def draw(
@@ -29,7 +31,7 @@ def draw(
         settings: what else the pipeline is called with, the same for all.
 
     Raises:
-        UserError: a setting is impossible, or the GPU's memory does not hold a batch.
+        UserError: a setting is impossible, or the memory does not hold a batch.
     """
     pipeline.set_progress_bar_config(disable=True)
     bar = None
@@ -48,13 +50,17 @@ def draw(
     try:
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
-            generators = [torch.Generator().manual_seed(seed + start + k) for k in range(len(batch))]
-            yield from pipeline(batch, generator=generators, callback_on_step_end=advance, **settings).images
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"the GPU's memory does not hold {len(batch)} pictures at once; "
-            + (f"try --batch_size {max(1, len(batch) // 2)}" if len(batch) > 1 else "a smaller --height and --width may fit")
-        ) from None
+            noise = generators(range(seed + start, seed + start + len(batch)))
+            pictures = pipeline(batch, generator=noise, callback_on_step_end=advance, **settings).images
+            if bar is not None and start + len(batch) == len(prompts):
+                bar.close()  # before the last pictures are handed on, so that it does not go on over what is said of them
+            yield from pictures
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and ALLOCATOR not in str(error):
+            raise
+        if len(batch) == 1:
+            raise UserError("the memory does not hold this picture; a smaller --height and --width may fit") from None
+        raise UserError(f"the memory does not hold {len(batch)} pictures at once; try --batch_size {len(batch) // 2}") from None
     finally:
         logger.setLevel(level)
         if bar is not None:

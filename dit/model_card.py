@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from yaml import YAMLError
 
 from dit import __version__
 from dit.config import Params
+from dit.errors import UserError, in_one_line
 from dit.figures import figures_table, headlines
 
 SETTINGS = "\nSettings:\n"  # the end of the train stage's card, long and for the few
@@ -18,9 +23,29 @@ beside it is the Python package `latent-dit` {version}, the code that trained it
     pip install -c constraints.txt .
     dit generate --checkpoint {here} --prompt "{prompt}"
 
-The pipeline above draws with the `{scheduler}` that is saved here; `dit.schedulers.make_scheduler` makes others.
+The pipeline above {draws}; `dit.schedulers.make_scheduler` makes others.
 """
+DRAWS = "draws with the `{}` that is saved here"
 HERE = "path/to/this/folder"
+
+
+def read_card(path: Path) -> str:
+    """The text of the card at `path`.
+
+    Raises:
+        UserError: it is no card that a new one could be made from; somebody has edited it, most likely.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        ModelCard(text, ignore_metadata_errors=True)
+    except (OSError, ValueError, YAMLError) as error:
+        raise UserError(f"{path}: not a model card ({in_one_line(error)}); mend what is between its lines of ---") from None
+    return text
+
+
+def with_scheduler(card: str, scheduler: str) -> str:
+    """The card of an export with `scheduler`, the name of a class, in place of the one that it names."""
+    return re.sub(re.escape(DRAWS).replace(re.escape("{}"), r"\w+"), DRAWS.format(scheduler), card)
 
 
 def export_card(
@@ -39,7 +64,7 @@ def export_card(
     data: ModelCardData = card.data
     text, settings, rest = card.text.replace('"models/dit"', f'"{HERE}"').partition(SETTINGS)
     prompt = text.partition('pipeline("')[2].partition('")')[0] or "a red circle"
-    text += USE.format(version=__version__, here=HERE, prompt=prompt, scheduler=scheduler)
+    text += USE.format(version=__version__, here=HERE, prompt=prompt, draws=DRAWS.format(scheduler))
     if figures and params:
         text += evaluation_section(figures, params)
         text += f"\n![Captions and what it drew for them]({picture})\n" if picture else ""

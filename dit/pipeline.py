@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from dit.components import load_components
 from dit.config import DEFAULTS, STRENGTH
 from dit.diffusion import PredictionType, guide
 from dit.editing import decode_latents, encode_image, first_step, latent_mask, noised
-from dit.errors import UserError
+from dit.errors import UserError, in_one_line
 from dit.padding import pad
 from dit.precision import has_bf16
 from dit.schedulers import fit_problem, make_scheduler, model_times, set_timesteps
@@ -66,7 +66,11 @@ class DiTTextToImagePipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32, transformer_dtype: torch.dtype | None = None
+        cls,
+        folder: str | Path,
+        torch_dtype: torch.dtype = torch.float32,
+        transformer_dtype: torch.dtype | None = None,
+        **components: Any,
     ) -> DiTTextToImagePipeline:
         """Load what the train stage wrote, and the encoders that it names; or what `save_pretrained` or `dit export` wrote.
 
@@ -74,11 +78,12 @@ class DiTTextToImagePipeline(DiffusionPipeline):
             folder: `models/dit`, or a copy of it.
             torch_dtype: of everything.
             transformer_dtype: of the transformer, where it should differ.
+            components: what to take instead of what is there, such as `scheduler`.
 
         Raises:
             UserError: the folder is no such model, or an encoder is not to be had or has changed.
         """
-        return cls(**load_components(Path(folder), torch_dtype, transformer_dtype or torch_dtype))
+        return cls(**load_components(Path(folder), torch_dtype, transformer_dtype or torch_dtype) | components)
 
     def enable_vae_slicing(self) -> None:
         """Decode pictures one by one: less memory for large batches."""
@@ -90,7 +95,7 @@ class DiTTextToImagePipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """Of the call that is going on; a callback may set `_guidance_scale`."""
+        """Of the call that is going on; a callback may set `_guidance_scale`, to 1 or less for steps without guidance."""
         return self._guidance_scale
 
     @property
@@ -171,13 +176,14 @@ class DiTTextToImagePipeline(DiffusionPipeline):
             UserError: an argument is impossible; one line that says which, and what would be right.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = [negative_prompt or ""] * len(prompts) if not isinstance(negative_prompt, list) else negative_prompt
-        height, width = height or self.config.image_size, width or self.config.image_size
+        one = negative_prompt is None or isinstance(negative_prompt, str)
+        negatives = [negative_prompt or ""] * len(prompts) if one else list(negative_prompt)
+        height, width = (self.config.image_size if size is None else size for size in (height, width))
         count = len(prompts) * num_images_per_prompt
         if strength is None:
             strength = STRENGTH if image is not None and mask_image is None else 1.0
         cell = self.vae_scale_factor * self.transformer.config.patch_size
-        if height % cell or width % cell:
+        if height % cell or width % cell or min(height, width) < 1:
             raise UserError(f"height and width must be multiples of {cell}, not {height} x {width}")
         if num_inference_steps < 1:
             raise UserError(f"num_inference_steps: {num_inference_steps} is not a positive number")
@@ -187,6 +193,7 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type: {output_type!r}; one of {', '.join(OUTPUT_TYPES)} would be right")
         shape = (count, self.transformer.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        generator = list(generator) if isinstance(generator, tuple) else generator
         self._check(prompts, negatives, image, mask_image, strength, count, shape, latents, generator, guidance_interval)
         self._guidance_scale, self._interrupt = guidance_scale, False
         device = self.transformer.device
@@ -198,22 +205,27 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(min(first, len(times) - 1))
         self._num_timesteps = len(times) - first
+        if strength > 0 and not self._num_timesteps:
+            least = min(levels[:: self.scheduler.order])
+            raise UserError(
+                f"strength: {strength} is below {least:.2g}, the least noise level of {num_inference_steps} steps: nothing would "
+                "change; more strength or more steps would be right"
+            )
 
         # Noise and latents are fp32 all the way, whatever the networks are.
         noise = randn_tensor(shape, generator, device, torch.float32) if latents is None else latents.to(device, torch.float32)
         if image is None:
             latents = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
         else:
-            pixels = self.image_processor.preprocess(image, height, width, resize_mode="crop").to(device, torch.float32)
-            pixels = pixels.repeat_interleave(count // len(pixels), 0)
+            pixels = self._pixels("image", image, height, width, len(prompts), num_images_per_prompt)
             original = encode_image(self.vae, pixels)
             latents = noised(self.scheduler, original, noise, first)
         if mask_image is not None:
-            mask = self.mask_processor.preprocess(mask_image, height, width, resize_mode="crop").to(device, torch.float32)
-            mask = mask.repeat_interleave(count // len(mask), 0)
+            mask = self._pixels("mask_image", mask_image, height, width, len(prompts), num_images_per_prompt)
             redrawn = latent_mask(mask, self.vae_scale_factor)
 
-        text = self._text([p for p in prompts for _ in range(num_images_per_prompt)], negatives, guidance_scale > 1)
+        both = guidance_scale > 1
+        text = self._text([p for p in prompts for _ in range(num_images_per_prompt)], negatives, both)
         fresh_noise = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         rescale = getattr(self.scheduler, "scale_model_input", lambda latents, t: latents)
         with self.progress_bar(total=self.num_timesteps) as progress:
@@ -221,7 +233,7 @@ class DiTTextToImagePipeline(DiffusionPipeline):
                 if self.interrupt:
                     continue
                 t = self.scheduler.timesteps[k]
-                guided = guidance_scale > 1 and guidance_interval[0] <= levels[k] <= guidance_interval[1]
+                guided = both and self.guidance_scale > 1 and guidance_interval[0] <= levels[k] <= guidance_interval[1]
                 predicted = self._predict(rescale(latents, t), times[k], text, guided)
                 latents = self.scheduler.step(predicted, t, latents, return_dict=False, **fresh_noise)[0]
                 if mask_image is not None:
@@ -231,6 +243,11 @@ class DiTTextToImagePipeline(DiffusionPipeline):
                     latents = (callback_on_step_end(self, k - first, t, given) or {}).get("latents", latents)
                 progress.update()
 
+        if not torch.isfinite(latents).all():
+            raise UserError(
+                f"no picture came out: numbers grew beyond what {self.transformer.dtype} holds; a lower guidance_scale, "
+                "fewer steps, another scheduler or float32 would be right"
+            )
         images = latents
         if output_type != "latent":
             images = decode_latents(self.vae, latents)
@@ -238,6 +255,23 @@ class DiTTextToImagePipeline(DiffusionPipeline):
                 images = torch.where(mask > 0, images, pixels)
             images = self.image_processor.postprocess(images, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _pixels(self, name: str, pictures: PipelineImageInput, height: int, width: int, prompts: int, times: int) -> torch.Tensor:
+        """`pictures` as the argument `name` gives them, one for each of the pictures that are drawn: (N, 3, H, W) in [-1, 1],
+        of a mask (N, 1, H, W), 0 or 1; float32, on the transformer's device."""
+        processor, channels = (self.image_processor, 3) if name == "image" else (self.mask_processor, 1)
+        pictures = list(pictures) if isinstance(pictures, tuple) else pictures
+        try:
+            pixels = processor.preprocess(pictures, height, width, resize_mode="crop")
+            shape = tuple(pixels.shape)
+        except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            raise UserError(f"{name}: not a picture, nor several ({in_one_line(error)})") from None
+        if shape[1:] != (channels, height, width):
+            raise UserError(f"{name}: {shape} are no pictures of {channels} x {height} x {width}")
+        if len(pixels) not in (1, prompts):
+            raise UserError(f"{name}: one for all, or one for each of {prompts} prompts")
+        repeats = times * (prompts if len(pixels) == 1 else 1)
+        return pixels.to(self.transformer.device, torch.float32).repeat_interleave(repeats, 0)
 
     def _text(self, prompts: list[str], negatives: list[str], guided: bool):
         """What each picture's half with its caption and, if `guided`, its half without one see: keys and values of every
@@ -272,17 +306,16 @@ class DiTTextToImagePipeline(DiffusionPipeline):
             f"generator: a list needs one for each of {count} pictures": isinstance(generator, list) and len(generator) != count,
             f"latents: must be of shape {latent_shape}": latents is not None and tuple(latents.shape) != latent_shape,
         }
-        for name, pictures in (("image", image), ("mask_image", mask_image)):
-            several = isinstance(pictures, list) or getattr(pictures, "ndim", 0) == 4
-            problems[f"{name}: one for all, or one for each of {len(prompts)} prompts"] = several and len(pictures) not in (
-                1,
-                len(prompts),
-            )
         for problem in (text for text, wrong in problems.items() if wrong):
             raise UserError(problem)
         problem = fit_problem(self.scheduler, self.config.prediction_type)
         if problem:
             raise UserError(problem)
+
+
+def generators(seeds: Iterable[int]) -> list[torch.Generator]:
+    """A generator for each picture: of its own seed, and on the CPU, so that its noise is the same on every machine."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def load_pipeline(folder: str | Path, scheduler: str | None = None) -> DiTTextToImagePipeline:

@@ -24,10 +24,10 @@ def write_png(path: Path, picture: Image.Image, facts: dict[str, str]) -> None:
     part = path.with_name(path.name + ".part")
     try:
         picture.save(part, format="PNG", pnginfo=chunks)
+        part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)  # the disk is full, or somebody has had enough
         raise
-    part.replace(path)
 
 
 def read_facts(path: Path) -> dict[str, str]:

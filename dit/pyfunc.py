@@ -10,18 +10,21 @@ from typing import Any
 
 import mlflow
 import pandas as pd
-import torch
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from PIL import Image
 
+from dit.drawing import draw
 from dit.pipeline import load_pipeline
+from dit.schedulers import make_scheduler
+
+BATCH_SIZE = 16
 
 
 class TextToImage(PythonModel):
     """A row of the table is a prompt, and becomes a picture."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        self.folder = context.artifacts["model"]
+        self.pipeline = load_pipeline(context.artifacts["model"])
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -35,15 +38,9 @@ class TextToImage(PythonModel):
                 next one), as the model's signature lists them.
         """
         settings = params or {}
-        pipeline = load_pipeline(self.folder, settings["scheduler"])
-        pipeline.set_progress_bar_config(disable=True)
-        prompts = list(model_input["prompt"])
-        return pipeline(
-            prompts,
-            num_inference_steps=settings["num_inference_steps"],
-            guidance_scale=settings["guidance_scale"],
-            generator=[torch.Generator().manual_seed(settings["seed"] + k) for k in range(len(prompts))],
-        ).images
+        self.pipeline.scheduler = make_scheduler(settings["scheduler"], self.pipeline.config.prediction_type)
+        how = {name: settings[name] for name in ("num_inference_steps", "guidance_scale")}
+        return list(draw(self.pipeline, list(model_input["prompt"]), settings["seed"], BATCH_SIZE, **how))
 
 
 mlflow.models.set_model(TextToImage())

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -16,7 +15,7 @@ from dit.config import Sample
 from dit.files import write_json
 from dit.images import labelled_grid
 from dit.model import forward_flops
-from dit.pipeline import DiTTextToImagePipeline, load_pipeline
+from dit.pipeline import DiTTextToImagePipeline, generators, load_pipeline
 from dit.sheets import denoising_strip, settings_grid
 from dit.sources.dataset import read_metadata
 from dit.sources.shapes import unseen_prompts
@@ -87,7 +86,7 @@ def sample(model: Path, prompts: list[Prompt], settings: Sample, images: Path, g
         columns = TIMES if group == "diversity" else COLUMNS
         labelled_grid(*zip(*pairs, strict=True), columns=min(columns, len(pairs))).save(grids / f"{group}.png")
     chosen = [*(prompt for prompt in prompts if prompt.group == "own"), *prompts][:CELLS]
-    settings_grid(pipeline, chosen, settings.grid_guidance_scales, settings.grid_steps, draw).save(grids / "settings.png")
+    settings_grid(pipeline, chosen, settings.grid_guidance_scales, settings.grid_steps, draw_batch).save(grids / "settings.png")
     denoising_strip(pipeline, chosen, settings.num_inference_steps, settings.guidance_scale).save(grids / "denoising.png")
     flops = len(prompts) * drawing_flops(pipeline, settings.num_inference_steps, settings.guidance_scale)
     peak = matmul_peak(pipeline.device, pipeline.transformer.dtype)
@@ -106,18 +105,18 @@ def draw_prompts(
         for start in range(0, len(prompts), settings.batch_size):
             chunk = prompts[start : start + settings.batch_size]
             began = time.perf_counter()
-            pictures = draw(pipeline, chunk, settings.num_inference_steps, settings.guidance_scale)
+            pictures = draw_batch(pipeline, chunk, settings.num_inference_steps, settings.guidance_scale)
             yield chunk, pictures, time.perf_counter() - began
             progress.update(len(chunk))
 
 
-def draw(pipeline: DiTTextToImagePipeline, prompts: list[Prompt], steps: int, guidance_scale: float) -> list[Image.Image]:
+def draw_batch(pipeline: DiTTextToImagePipeline, prompts: list[Prompt], steps: int, guidance_scale: float) -> list[Image.Image]:
     """A picture for each of `prompts`, each from its own seed."""
     return pipeline(
         [prompt.text for prompt in prompts],
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
-        generator=[torch.Generator().manual_seed(prompt.seed) for prompt in prompts],
+        generator=generators(prompt.seed for prompt in prompts),
     ).images
 
 

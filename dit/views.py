@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 from dit.errors import UserError
+from dit.pixels import eight_bits
 from dit.sources.storage import StoredImages
 
 CROP_AREA = (0.5, 1.0)  # of the largest square in the picture
@@ -22,7 +23,7 @@ CROP_AREA = (0.5, 1.0)  # of the largest square in the picture
 def open_upright(content: bytes) -> Image.Image:
     """A picture file as RGB, turned upright; what is transparent becomes white."""
     with Image.open(io.BytesIO(content)) as image:
-        image = ImageOps.exif_transpose(image)
+        image = eight_bits(ImageOps.exif_transpose(image))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dit.errors import UserError
+from dit.training import loop
 from dit.training.checkpoint import Checkpoints, open_checkpoint, training_key
 from dit.training.stop import Stopped
 from training import PARAMS, Notes, run, same
@@ -56,6 +57,18 @@ def test_other_settings_go_on_to_the_same_bits_too(cache, tmp_path, train):
         run(cache, tmp_path / "halves", train, journal=stop_at(6))
     checkpoint = Checkpoints(tmp_path / "halves", 2).newest(pytest.fail)
     assert same(run(cache, tmp_path / "halves", train, resume=checkpoint)[0], whole)
+
+
+def test_it_goes_on_in_the_precision_that_it_began_in(cache, tmp_path, monkeypatch):
+    """Whether bf16 is faster here is measured, and may come out otherwise after a kill."""
+    monkeypatch.setattr(loop, "has_bf16", lambda device: True)
+    whole = run(cache, tmp_path / "whole", {"mixed_precision": "bf16"})[0]
+    with pytest.raises(Stopped):
+        run(cache, tmp_path / "halves", {"mixed_precision": "bf16"}, journal=stop_at(6))
+    monkeypatch.setattr(loop, "has_bf16", lambda device: False)
+    checkpoint = Checkpoints(tmp_path / "halves", 2).newest(pytest.fail)
+    assert same(run(cache, tmp_path / "halves", {"mixed_precision": "bf16"}, resume=checkpoint)[0], whole)
+    assert not same(run(cache, tmp_path / "fp32", {"mixed_precision": "bf16"})[0], whole)
 
 
 def test_the_last_checkpoints_are_kept_and_nothing_half_written(cache, tmp_path):

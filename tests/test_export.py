@@ -15,6 +15,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from conftest import REPO
 from dit import cli
@@ -240,8 +241,76 @@ def test_an_earlier_export_is_replaced_and_nothing_else_ever(there, capsys):
         assert error.startswith(f"dit: {place}: ") and says in error and error.count("\n") == 1
     assert cli.main(["export", "b", "--checkpoint", "nowhere"]) == 1
     assert "nowhere: no such folder" in capsys.readouterr().err
+    for place in (".", "..", str(there)):
+        assert cli.main(["export", place]) == 1
+        assert "is the folder that you are in, or above it" in capsys.readouterr().err
     Path("a/.git").rmdir()
     assert hashes(Path("a")) == before and hashes(Path("models/dit"))
+
+
+def test_what_lies_beside_an_export_stays_and_may_be_what_is_exported(there):
+    assert cli.main(["export", "a.old"]) == 0
+    for name in ("a.part", ".a-notes"):
+        Path(name).mkdir()
+        Path(name, "thesis.txt").write_text("years of work")
+    for _ in range(2):
+        assert cli.main(["export", "a", "--checkpoint", "a.old"]) == 0
+    assert hashes(Path("a")) == hashes(Path("a.old"))
+    assert all(Path(name, "thesis.txt").is_file() for name in ("a.part", ".a-notes"))
+    assert sorted(path.name for path in there.iterdir()) == [".a-notes", "a", "a.old", "a.part", "models"]
+
+
+def test_an_export_of_an_export_names_its_own_scheduler(there):
+    assert cli.main(["export", "a"]) == 0
+    assert cli.main(["export", "b", "--checkpoint", "a", "--scheduler", "dpm++"]) == 0
+    cards = [Path(name, "README.md").read_text() for name in ("a", "b")]
+    assert "`FlowMatchEulerDiscreteScheduler`" in cards[0] and "`DPMSolverMultistepScheduler` that is saved here" in cards[1]
+    assert cards[0].replace("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler") == cards[1]
+
+
+@pytest.mark.parametrize("edited", [b"---\nlicense: [mit\n---\n", b"---\n- a\n- list\n---\n", b"caf\xe9", b"---\n\ta: 1\n---\n"])
+def test_a_card_that_cannot_be_read_is_one_line(there, capsys, edited):
+    Path("models/dit/README.md").write_bytes(edited)
+    assert cli.main(["export", "a"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("dit: models/dit/README.md: not a model card (") and error.count("\n") == 1
+    assert [path.name for path in there.iterdir()] == ["models"]
+
+
+def without_a_weight(path: Path) -> None:
+    weights = load_file(path)
+    weights.pop(sorted(weights)[0])
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def with_other_values(path: Path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+DAMAGE = {
+    "no tokenizer": lambda a: shutil.rmtree(a / "tokenizer"),
+    "no words": lambda a: (a / "tokenizer/tokenizer.json").unlink(),
+    "no length": lambda a: (a / "tokenizer/tokenizer_config.json").unlink(),
+    "no scheduler": lambda a: shutil.rmtree(a / "scheduler"),
+    "half a VAE": lambda a: without_a_weight(a / "vae/diffusion_pytorch_model.safetensors"),
+    "half a text encoder": lambda a: without_a_weight(a / "text_encoder/model.safetensors"),
+    "half a transformer": lambda a: without_a_weight(a / "transformer/diffusion_pytorch_model.safetensors"),
+    "an unnamed scheduler": lambda a: with_other_values(a / "model_index.json", scheduler=[]),
+    "an unknown objective": lambda a: with_other_values(a / "model_index.json", prediction_type="x"),
+    "a size in words": lambda a: with_other_values(a / "model_index.json", image_size="64"),
+    "no heads": lambda a: with_other_values(a / "transformer/config.json", num_heads=0),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_an_export_that_something_is_missing_from_draws_nothing_and_is_one_line(there, capsys, damage):
+    assert cli.main(["export", "a"]) == 0
+    DAMAGE[damage](Path("a"))
+    capsys.readouterr()
+    assert cli.main(["generate", "--prompt", PROMPT, "--num_inference_steps", "1", "--checkpoint", "a"]) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dit:")]
+    assert len(error) == 1 and error[0].startswith("dit: a: not a trained model, or a damaged one (")
+    assert not list(there.glob("*.png"))
 
 
 def test_an_export_that_fails_leaves_the_earlier_one(there, monkeypatch, capsys):
@@ -255,5 +324,5 @@ def test_an_export_that_fails_leaves_the_earlier_one(there, monkeypatch, capsys)
 
     monkeypatch.setattr(DiTTextToImagePipeline, "save_pretrained", full)
     assert cli.main(["export", "a"]) == 1
-    assert capsys.readouterr().err == "dit: a.part: No space left on device\n"
+    assert capsys.readouterr().err == "dit: a: cannot be written: No space left on device\n"
     assert hashes(Path("a")) == before and sorted(path.name for path in there.iterdir()) == ["a", "models"]

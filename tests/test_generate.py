@@ -17,12 +17,14 @@ from PIL import Image
 
 from conftest import REPO
 from dit import __version__, cli
+from dit.commands.given import read_pictures
 from dit.config import DEFAULTS
 from dit.files import file_hash
 from dit.pipeline import DiTTextToImagePipeline, load_pipeline
 from dit.png import read_facts, write_png
 from dit.sources.scene import draw, sample_description, sample_scene
 from dit.text import unknown_words
+from dit.views import open_upright
 
 QUICK = ["--num_inference_steps", "3"]
 
@@ -68,6 +70,7 @@ def test_the_same_command_gives_the_same_file_that_says_how_it_was_drawn(there, 
         "guidance_scale": str(DEFAULTS["guidance_scale"]),
         "guidance_interval": "0.0 1.0",
         "scheduler": "euler",
+        "dtype": str(load_pipeline(model).transformer.dtype).removeprefix("torch."),
         "height": "64",
         "width": "64",
         "model": "sha256:" + file_hash(model / "transformer" / "diffusion_pytorch_model.safetensors"),
@@ -159,7 +162,7 @@ def test_what_of_a_prompt_is_not_read_is_said_once(there, capsys):
     long = "a red circle " * 40 + "and the end"
     prompts = ["--prompt", long, "--prompt", long, "--prompt", "a Giraffe, a giraffe and naïve cats", "--prompt", "a red circle."]
     assert generate(*prompts, "--batch_size", "1") == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if line and "drawing" not in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "drawing" not in line]
     assert lines[0].startswith("dit: the prompt is longer than 77 tokens; not read: 'a red circle") and "and the end'" in lines[0]
     assert lines[1:] == [
         "dit: the text encoder does not know 'giraffe', 'naïve', 'cats', in 'a Giraffe, a giraffe and naïve cats'"
@@ -178,6 +181,9 @@ def test_a_text_encoder_with_a_large_vocabulary_knows_words_by_their_pieces(mode
     [
         ([], "no prompt; say what to draw"),
         (["--prompt", " "], "--prompt: one is empty"),
+        (["--prompt", os.fsdecode(b"caf\xe9")], "--prompt 'caf\\udce9': not UTF-8; set the terminal to UTF-8"),
+        (["--prompt", "a", "--negative_prompt", os.fsdecode(b"\xe9")], "--negative_prompt '\\udce9': not UTF-8"),
+        (["--prompt", "a", "--height", "1" + 20 * "0"], "--height: 100000000000000000000 is more than 100,000"),
         (["--prompts-file", "nowhere.txt"], "--prompts-file nowhere.txt: No such file"),
         (["--prompts-file", "blank.txt"], "--prompts-file blank.txt: there is no prompt in it"),
         (["--prompts-file", "latin.txt"], "--prompts-file latin.txt: not UTF-8 at byte 1"),
@@ -250,7 +256,25 @@ def test_too_many_at_once_for_the_gpu_is_one_line_that_names_a_batch(there, caps
 
     monkeypatch.setattr(DiTTextToImagePipeline, "__call__", full)
     assert generate("--prompt", "a", "--num_images_per_prompt", "6") == 1
-    assert capsys.readouterr().err == "dit: the GPU's memory does not hold 6 pictures at once; try --batch_size 3\n"
+    assert capsys.readouterr().err == "dit: the memory does not hold 6 pictures at once; try --batch_size 3\n"
+
+
+def test_a_picture_that_no_memory_holds_is_one_line_on_a_cpu_too(there, capsys, monkeypatch):
+    monkeypatch.setattr(DiTTextToImagePipeline, "__call__", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
+    assert generate("--prompt", "a") == 1
+    assert capsys.readouterr().err == "dit: the memory does not hold this picture; a smaller --height and --width may fit\n"
+
+
+def test_what_is_said_comes_after_the_progress_bar(there, capsys):
+    """Errors, too: as a file that cannot be written, here since a folder is in its place."""
+    Path("x-1.png").mkdir()
+    assert generate("--prompt", "a", "--prompt", "b", "--prompt", "c", "--batch_size", "1", "--output", "x.png") == 1
+    printed = capsys.readouterr()
+    assert printed.out == "x-0.png\n" and printed.err.splitlines()[-1] == "dit: x-1.png.part: Is a directory"
+    assert sorted(path.name for path in there.glob("x*")) == ["x-0.png", "x-1.png"]
+    assert generate("--prompt", "a", "--output", "x.png") == 0
+    bars, _, after = capsys.readouterr().err.rpartition("\n")
+    assert "3/3" in bars and not after
 
 
 def test_ctrl_c_is_no_stack_trace_and_leaves_whole_pictures(there, capsys, monkeypatch):
@@ -282,6 +306,28 @@ def test_a_picture_that_could_not_be_written_whole_leaves_the_one_before_it(ther
     with pytest.raises(OSError, match="No space"):
         write_png(path, Image.new("RGB", (16, 16), "red"), {})
     assert hashlib.sha256(path.read_bytes()).digest() == before and list(there.glob("*.png*")) == [path]
+
+
+def test_sixteen_bits_are_scaled_and_not_cut(there):
+    """Pillow alone makes white of all from 256 on, of 65,535."""
+    grey = np.linspace(0, 65_535, 64).astype(np.uint16)[None].repeat(64, 0)
+    Image.fromarray(grey).save("deep.png")
+    image, mask = read_pictures(Path("deep.png"), Path("deep.png"), None)
+    for picture in (image.picture.convert("L"), mask.picture, open_upright(Path("deep.png").read_bytes()).convert("L")):
+        assert np.abs(np.asarray(picture).astype(int) - grey / 257).max() <= 1
+
+
+def test_inspect_commands_no_terminal(there, capsys):
+    write_png(Path("a.png"), Image.new("RGB", (16, 16)), {"prompt": "a\x1b[2J red\ncircle é\u202e"})
+    assert cli.main(["inspect", "a.png"]) == 0
+    assert capsys.readouterr().out == f"{'prompt':20} a\\x1b[2J red\n{'':20} circle é\\u202e\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(there):
+    write_png(Path("a.png"), Image.new("RGB", (16, 16)), {"prompt": "\n".join(map(str, range(50_000)))})
+    command, env = f"{sys.executable} -m dit.cli inspect a.png | head -1", os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, shell=True, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("prompt") and not done.stderr
 
 
 def test_inspect_says_what_is_no_picture_of_ours(there, capsys):
@@ -327,6 +373,8 @@ def test_the_help_is_fast_and_shows_flags_defaults_and_examples(there):
     [
         (["--height", "128"], "dit: the model was trained on 64 x 64 pixels; at 64 x 128 things may come out twice"),
         (["--image", "wide.png"], "dit: the picture to start from has 96 x 64 pixels; its middle is taken, at 64 x 64"),
+        (["--image", "large.png"], "dit: the picture to start from has 128 x 128 pixels; it is resized to 64 x 64"),
+        (["--image", "same.png", "--mask", "black.png"], "dit: the mask is white nowhere, so that nothing is drawn"),
         (
             ["--negative_prompt", "a blue star", "--guidance_scale", "1"],
             "dit: --negative_prompt changes nothing where --guidance_scale is 1",
@@ -334,7 +382,9 @@ def test_the_help_is_fast_and_shows_flags_defaults_and_examples(there):
     ],
 )
 def test_what_may_not_be_meant_is_said_and_done(there, capsys, arguments, says):
-    Image.new("RGB", (96, 64), "teal").save("wide.png")
+    for name, size in (("wide", (96, 64)), ("large", (128, 128)), ("same", (64, 64))):
+        Image.new("RGB", size, "teal").save(f"{name}.png")
+    Image.new("L", (64, 64)).save("black.png")
     assert cli.main(["generate", "--prompt", "a red circle", *QUICK, *arguments]) == 0
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("dit:")] == [says]
     assert Path("generated.png").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from PIL import Image
 
 from dit.diffusion import make_objective
@@ -154,6 +154,67 @@ def test_a_callback_sees_every_step_may_change_the_latents_and_may_stop(pipeline
     assert torch.equal(pipeline("a red circle", callback_on_step_end=stop, **settings).images, seen[0][2])
 
 
+def test_a_callback_may_end_the_guidance_as_diffusers_users_do(pipeline):
+    def end(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 0.0  # as diffusers' SDCFGCutoffCallback sets it
+
+    settings = {"latents": random_latents(1), "num_inference_steps": 3, "output_type": "latent", "guidance_scale": 4.0}
+    cut = pipeline("a red circle", callback_on_step_end=end, **settings).images
+    first = pipeline.scheduler.sigmas[0].item()  # the first step alone is guided
+    expected = pipeline("a red circle", guidance_interval=(first, 1.0), **settings).images
+    assert torch.equal(cut, expected) and not torch.equal(cut, pipeline("a red circle", **settings).images)
+
+
+def test_a_tuple_is_as_good_as_a_list(pipeline):
+    prompts, negatives = ["a red circle", "a blue star"], ["a green cross", ""]
+    generators = [torch.Generator().manual_seed(k) for k in range(2)]
+    settings = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 3.0, "latents": random_latents(2)}
+    expected = pipeline(prompts, negative_prompt=negatives, generator=generators, **settings).images
+    drawn = pipeline(tuple(prompts), negative_prompt=tuple(negatives), generator=tuple(generators), **settings).images
+    assert torch.equal(drawn, expected)
+
+
+def test_numbers_that_grow_beyond_all_bounds_are_no_picture(pipeline):
+    with pytest.raises(UserError, match=r"no picture came out: numbers grew beyond what torch.float32 holds"):
+        pipeline("a red circle", guidance_scale=1e38, num_inference_steps=4)
+
+
+def test_a_scheduler_that_is_given_is_taken(model):
+    scheduler = make_scheduler("heun", "flow_prediction")
+    assert DiTTextToImagePipeline.from_pretrained(model, scheduler=scheduler).scheduler is scheduler
+
+
+def test_a_flows_scheduler_that_is_none_of_ours_is_refused(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline, "scheduler", FlowMatchLCMScheduler())
+    with pytest.raises(UserError, match="FlowMatchLCMScheduler takes its output for something else"):
+        pipeline("a red circle")
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "says"),
+    [
+        ("stochastic", 1001, "1001 is more than the 1000 noise levels that there are"),
+        ("dpm++", 1200, "1200 is more than the 1000 noise levels"),
+        ("ddim", 300, "300 steps do not reach the image; 333 would, and euler takes any number"),
+        ("ddim", 600, "600 steps do not reach the image; 1000 would"),
+    ],
+)
+def test_steps_that_a_ddpm_cannot_take_are_refused(name, steps, says):
+    with pytest.raises(UserError, match=says):
+        set_timesteps(make_scheduler(name, "v_prediction"), steps)
+
+
+@pytest.mark.parametrize("steps", [10, 30, 50, 60, 100, 250, 333, 500, 1000])
+def test_the_steps_that_ddim_may_take_reach_the_image(steps):
+    objective, scheduler = make_objective("ddpm", "v_prediction"), make_scheduler("ddim", "v_prediction")
+    set_timesteps(scheduler, steps)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = noise
+    for timestep, t in zip(scheduler.timesteps, model_times(scheduler), strict=True):
+        x = scheduler.step(ideal(objective)(x, t[None]), timestep, x, return_dict=False)[0]
+    assert (x - (MEAN + DEVIATION * noise)).abs().max() < (0.12 if steps >= 50 else 0.6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -162,6 +223,8 @@ def test_a_callback_sees_every_step_may_change_the_latents_and_may_stop(pipeline
         ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
         ({"guidance_interval": (0.8, 0.2)}, "guidance_interval"),
         ({"width": 60}, "multiples of 16, not 64 x 60"),
+        ({"height": -64}, "multiples of 16, not -64 x 64"),
+        ({"height": 0}, "multiples of 16, not 0 x 64"),
         ({"negative_prompt": ["", ""]}, "negative_prompt: one for all, or one for each of 1 prompts"),
         ({"generator": [torch.Generator(), torch.Generator()]}, "generator: a list needs one for each of 1 pictures"),
         ({"latents": torch.zeros(1, 4, 4, 4)}, r"latents: must be of shape \(1, 4, 8, 8\)"),
@@ -171,11 +234,18 @@ def test_a_callback_sees_every_step_may_change_the_latents_and_may_stop(pipeline
         ({"mask_image": Image.new("L", (64, 64))}, "strength, mask_image: they need an image"),
         ({"image": Image.new("RGB", (64, 64)), "strength": 1.5}, "strength: 1.5 is not between 0 and 1"),
         ({"image": [Image.new("RGB", (64, 64))] * 2}, "image: one for all, or one for each of 1 prompts"),
+        ({"image": (Image.new("RGB", (64, 64)),) * 2}, "image: one for all, or one for each of 1 prompts"),
+        ({"image": [torch.zeros(3, 3, 64, 64)]}, "image: one for all, or one for each of 1 prompts"),
+        ({"image": torch.zeros(1, 4, 8, 8)}, r"image: \(1, 4, 8, 8\) are no pictures of 3 x 64 x 64"),
+        ({"image": np.zeros((64, 64))}, "image: "),
+        ({"image": "picture.png"}, "image: not a picture"),
+        ({"image": Image.new("RGB", (64, 64)), "mask_image": torch.zeros(3, 64, 64)}, "mask_image: one for all, or one for each"),
+        ({"image": Image.new("RGB", (64, 64)), "strength": 0.2}, "strength: 0.2 is below 0.25, the least noise level of 4 steps"),
     ],
 )
 def test_an_impossible_argument_is_one_line(pipeline, arguments, says):
     with pytest.raises(UserError, match=says) as caught:
-        pipeline(**({"prompt": "a red circle"} | arguments))
+        pipeline(**({"prompt": "a red circle", "num_inference_steps": 4} | arguments))
     assert "\n" not in str(caught.value)
 
 

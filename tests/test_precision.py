@@ -36,6 +36,18 @@ def test_bf16_is_used_where_it_is_clearly_faster(monkeypatch, bf16, worth_it):
     assert precision.has_bf16.__wrapped__(torch.device("cpu")) == worth_it
 
 
+def test_a_busy_moment_does_not_decide(monkeypatch):
+    """Another program has the cores during one of the rounds, whichever it is."""
+    for busy in range(2 * precision.ROUNDS):
+        calls = iter(range(2 * precision.ROUNDS))
+
+        def peak(device, dtype, *_, calls=calls, busy=busy):
+            return (2.2 if dtype == torch.bfloat16 else 1.0) * (0.1 if next(calls) == busy else 1.0)
+
+        monkeypatch.setattr(precision, "matmul_peak", peak)
+        assert precision.has_bf16.__wrapped__(torch.device("cpu"))
+
+
 def test_freed_memory_stays_with_a_training_and_otherwise_goes_back():
     given_back = {}
     for keep in (False, True):

@@ -14,7 +14,7 @@ from PIL import Image
 from conftest import REPO
 from dit.config import load_config
 from dit.pipeline import load_pipeline
-from dit.sampling import TIMES, Prompt, choose_prompts, draw, drawing_flops, sample
+from dit.sampling import TIMES, Prompt, choose_prompts, draw_batch, drawing_flops, sample
 from dit.sheets import MOMENTS, denoising_strip, settings_grid
 from dit.sources import fetch
 from dit.sources.captions import parse
@@ -80,7 +80,7 @@ def test_every_prompt_becomes_a_picture_and_grids_show_them(folder):
     pipeline = load_pipeline(folder / "dit", SETTINGS.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     last = prompts[-1]  # alone, and not in a batch of others
-    (alone,) = draw(pipeline, [last], SETTINGS.num_inference_steps, SETTINGS.guidance_scale)
+    (alone,) = draw_batch(pipeline, [last], SETTINGS.num_inference_steps, SETTINGS.guidance_scale)
     stored = Image.open(folder / "images" / last.file)
     difference = np.abs(np.asarray(alone).astype(int) - np.asarray(stored))
     assert difference.mean() < 1 and difference.max() <= 8  # bf16 rounds by the batch
@@ -91,7 +91,7 @@ def test_the_grid_of_settings_has_a_row_for_each_scale_and_a_column_for_each_num
 
     def count(pipeline, prompts, steps, scale):
         asked.append((scale, steps))
-        return draw(pipeline, prompts, steps, scale)
+        return draw_batch(pipeline, prompts, steps, scale)
 
     prompts = [Prompt("", "a red circle", 1, "own"), Prompt("", "a blue star", 2, "own")]
     sheet = settings_grid(pipeline, prompts, (1.0, 4.0), (1, 2, 3), count)
@@ -103,7 +103,7 @@ def test_the_strip_ends_with_the_picture_itself(pipeline):
     prompts = [Prompt("", "a red circle", 1, "own"), Prompt("", "a blue star", 2, "own")]
     strip = np.asarray(denoising_strip(pipeline, prompts, 20, 1.5)).astype(int)
     assert strip.shape[1] == 8 + MOMENTS * (128 + 8)  # pictures of 128 pixels, 8 apart
-    final = draw(pipeline, prompts[:1], 20, 1.5)[0].resize((128, 128), Image.Resampling.LANCZOS)
+    final = draw_batch(pipeline, prompts[:1], 20, 1.5)[0].resize((128, 128), Image.Resampling.LANCZOS)
     last = strip[8 : 8 + 128, -8 - 128 : -8]
     assert np.abs(last - np.asarray(final)).mean() < 2
     assert np.abs(strip[8 : 8 + 128, 8 : 8 + 128] - last).mean() > 10  # and does not begin with it

@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import get_args
 
 from dit.commands.evaluated import find_evaluation
@@ -48,6 +49,7 @@ def export(arguments: argparse.Namespace) -> None:
     read_index(checkpoint)
     check_place(output, checkpoint)
 
+    from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
     from dit.pipeline import DiTTextToImagePipeline
@@ -57,14 +59,15 @@ def export(arguments: argparse.Namespace) -> None:
     pipeline = DiTTextToImagePipeline.from_pretrained(checkpoint)
     if arguments.scheduler:
         pipeline.scheduler = make_scheduler(arguments.scheduler, pipeline.config.prediction_type)
-    part = output.with_name(output.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
     try:
-        save_pipeline(pipeline, part)
-        missing = write_card(checkpoint, part, type(pipeline.scheduler).__name__)
-        replace_folder(output, part)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as aside:
+            new = Path(aside) / "new"
+            save_pipeline(pipeline, new)
+            missing = write_card(checkpoint, new, type(pipeline.scheduler).__name__)
+            replace_folder(output, new, Path(aside) / "old")
+    except (OSError, SafetensorError) as error:  # the disk is full, most often
+        raise UserError(f"{output}: cannot be written: {getattr(error, 'strerror', None) or in_one_line(error)}") from None
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"{output}: {size / 1e6:.1f} MB: transformer, scheduler, VAE, text encoder, tokenizer, {CARD}")
     if missing:
@@ -76,6 +79,8 @@ def export(arguments: argparse.Namespace) -> None:
 
 def check_place(output: Path, checkpoint: Path) -> None:
     """Raise a `UserError` unless `output` is free, empty, or an earlier export with nothing else in it."""
+    if Path.cwd().is_relative_to(output.resolve()):
+        raise UserError(f"{output}: is the folder that you are in, or above it; name another folder")
     if output.resolve().is_relative_to(checkpoint.resolve()):
         raise UserError(f"{output}: is the model itself, or inside it; name another folder")
     if not output.exists():
@@ -94,12 +99,7 @@ def check_place(output: Path, checkpoint: Path) -> None:
 
 def save_pipeline(pipeline, folder: Path) -> None:
     """As `pipeline.save_pretrained`, without the paths that its files were loaded from, and for all to read."""
-    from safetensors import SafetensorError
-
-    try:
-        pipeline.save_pretrained(folder, safe_serialization=True)
-    except SafetensorError as error:  # the disk is full, most often
-        raise UserError(f"{folder}: cannot be written: {in_one_line(error)}") from None
+    pipeline.save_pretrained(folder, safe_serialization=True)
     for config in folder.rglob("config.json"):
         values = json.loads(config.read_text(encoding="utf-8"))
         if values.pop("_name_or_path", None) is not None:
@@ -110,15 +110,16 @@ def save_pipeline(pipeline, folder: Path) -> None:
 
 def write_card(checkpoint: Path, folder: Path, scheduler: str) -> str:
     """Write the card and its picture into `folder`; returns why it is without an evaluation, "" where it has one."""
-    from dit.model_card import export_card
+    from dit.model_card import export_card, read_card, with_scheduler
 
     trained = checkpoint / CARD
+    text = read_card(trained) if trained.is_file() else "# A text-to-image Diffusion Transformer\n"
     if trained.is_file() and (checkpoint / "vae").is_dir():  # an export of an export: its card is whole
-        for name in (name for name in (CARD, PICTURE) if (checkpoint / name).is_file()):
-            shutil.copyfile(checkpoint / name, folder / name)
+        (folder / CARD).write_text(with_scheduler(text, scheduler), encoding="utf-8", newline="\n")
+        if (checkpoint / PICTURE).is_file():
+            shutil.copyfile(checkpoint / PICTURE, folder / PICTURE)
         return ""
     evaluation, missing = find_evaluation(checkpoint)
-    text = trained.read_text(encoding="utf-8") if trained.is_file() else "# A text-to-image Diffusion Transformer\n"
     figures = params = picture = None
     if evaluation:
         figures, params = evaluation.figures, evaluation.params
@@ -130,12 +131,13 @@ def write_card(checkpoint: Path, folder: Path, scheduler: str) -> str:
     return missing
 
 
-def replace_folder(place: Path, new: Path) -> None:
-    """Put the folder `new` in the place of an earlier one, which is removed only when that is done."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    old = place.with_name(place.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+def replace_folder(place: Path, new: Path, old: Path) -> None:
+    """Put the folder `new` in the place of an earlier one, which becomes `old`."""
     if place.exists():
         place.rename(old)
-    new.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        new.rename(place)
+    except OSError:
+        if old.exists():
+            old.rename(place)
+        raise

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import get_args
 
 from dit import __version__
-from dit.commands.given import GivenPicture, check_numbers, check_output, read_pictures, read_prompts
+from dit.commands.given import GivenPicture, check_numbers, check_output, check_text, read_pictures, read_prompts
 from dit.config import DEFAULTS, STRENGTH, Scheduler
 from dit.model_folder import read_index, weights_hash
 
@@ -112,10 +113,12 @@ def generate(arguments: argparse.Namespace) -> None:
     """Draw, write, and say what was written. Everything that can be wrong is looked at before anything heavy is loaded."""
     check_numbers(arguments)
     prompts = read_prompts(arguments.prompt, arguments.prompts_file)
+    check_text("--negative_prompt", arguments.negative_prompt)
     image, mask = read_pictures(arguments.image, arguments.mask, arguments.strength)
     read_index(arguments.checkpoint)
     check_output(arguments.output)
 
+    from tqdm import tqdm
     from transformers.utils.logging import disable_progress_bar
 
     from dit.drawing import draw
@@ -131,11 +134,11 @@ def generate(arguments: argparse.Namespace) -> None:
         for line in remarks(pipeline.tokenizer, prompt):
             print(f"dit: {line}", file=sys.stderr)
     cell = pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
-    for line in notes(arguments, image, pipeline.config.image_size, cell):
+    for line in notes(arguments, image, mask, pipeline.config.image_size, cell):
         print(f"dit: {line}", file=sys.stderr)
 
     prompts = [prompt for prompt in prompts for _ in range(arguments.num_images_per_prompt)]
-    pictures = draw(
+    drawing = draw(
         pipeline,
         prompts,
         arguments.seed,
@@ -150,26 +153,30 @@ def generate(arguments: argparse.Namespace) -> None:
         guidance_scale=arguments.guidance_scale,
         guidance_interval=tuple(arguments.guidance_interval),
     )
-    shared = settings_of(arguments, image, mask, scheduler_name(pipeline.scheduler), pipeline.config.image_size)
+    made_with = {"scheduler": scheduler_name(pipeline.scheduler), "dtype": str(pipeline.transformer.dtype).removeprefix("torch.")}
+    shared = settings_of(arguments, image, mask, made_with, pipeline.config.image_size)
     seeds = [str(arguments.seed + k) for k in range(len(prompts))]
     output: Path = arguments.output
     if arguments.grid:
-        sheet = labelled_grid(list(pictures), prompts, columns=min(6, len(prompts)))
+        sheet = labelled_grid(list(drawing), prompts, columns=min(6, len(prompts)))
         lines = {"prompt": "\n".join(" ".join(prompt.split()) for prompt in prompts), "seed": "\n".join(seeds)}  # one a picture
         write_png(output, sheet, lines | shared)
         print(output)
         return
-    for k, (picture, prompt, seed) in enumerate(zip(pictures, prompts, seeds, strict=True)):
-        path = output if len(prompts) == 1 else output.with_name(f"{output.stem}-{k}{output.suffix}")
-        write_png(path, picture, {"prompt": prompt, "seed": seed} | shared)
-        print(path)
+    with closing(drawing) as pictures:  # and its progress bar, before anything is said of a file that cannot be written
+        for k, (picture, prompt, seed) in enumerate(zip(pictures, prompts, seeds, strict=True)):
+            path = output if len(prompts) == 1 else output.with_name(f"{output.stem}-{k}{output.suffix}")
+            write_png(path, picture, {"prompt": prompt, "seed": seed} | shared)
+            tqdm.write(str(path))  # above the progress bar
 
 
-def notes(arguments: argparse.Namespace, image: GivenPicture | None, trained: int, cell: int) -> Iterator[str]:
+def notes(
+    arguments: argparse.Namespace, image: GivenPicture | None, mask: GivenPicture | None, trained: int, cell: int
+) -> Iterator[str]:
     """A line for each thing that is done as asked, and may not be what was meant.
 
     Args:
-        arguments, image: what was asked for.
+        arguments, image, mask: what was asked for.
         trained: side of the pictures that the model was trained on.
         cell: what width and height must be multiples of; the pipeline refuses others.
     """
@@ -177,23 +184,36 @@ def notes(arguments: argparse.Namespace, image: GivenPicture | None, trained: in
     if (width, height) != (trained, trained) and not (width % cell or height % cell):
         yield f"the model was trained on {trained} x {trained} pixels; at {width} x {height} things may come out twice"
     if image and image.picture.size != (width, height):
-        given = "{} x {}".format(*image.picture.size)
-        yield f"the picture to start from has {given} pixels; its middle is taken, at {width} x {height}"
+        given, same_shape = "{} x {}".format(*image.picture.size), image.picture.width * height == image.picture.height * width
+        how = "it is resized to" if same_shape else "its middle is taken, at"
+        yield f"the picture to start from has {given} pixels; {how} {width} x {height}"
+    if mask and mask.picture.getextrema()[1] < 128:
+        yield "the mask is white nowhere, so that nothing is drawn"
     if arguments.negative_prompt and arguments.guidance_scale == 1:
         yield "--negative_prompt changes nothing where --guidance_scale is 1"
 
 
 def settings_of(
-    arguments: argparse.Namespace, image: GivenPicture | None, mask: GivenPicture | None, scheduler: str, trained_size: int
+    arguments: argparse.Namespace,
+    image: GivenPicture | None,
+    mask: GivenPicture | None,
+    made_with: dict[str, str],
+    trained_size: int,
 ) -> dict[str, str]:
-    """What determines a picture beside its prompt and seed, as a PNG's text: no path, no machine, no time."""
+    """What determines a picture beside its prompt and seed, as a PNG's text: no path, no machine, no time.
+
+    Args:
+        arguments, image, mask: what was asked for.
+        made_with: what the pipeline has been given or found: `scheduler` and `dtype`.
+        trained_size: side of the pictures that the model was trained on.
+    """
     strength = arguments.strength if arguments.strength is not None else 1.0 if mask else STRENGTH
     facts = {
         "negative_prompt": (arguments.guidance_scale > 1 and arguments.negative_prompt) or None,
         "num_inference_steps": arguments.num_inference_steps,
         "guidance_scale": arguments.guidance_scale,
         "guidance_interval": "{} {}".format(*arguments.guidance_interval),
-        "scheduler": scheduler,
+        **made_with,
         "height": arguments.height or trained_size,
         "width": arguments.width or trained_size,
         "image": image and f"sha256:{image.sha256}",

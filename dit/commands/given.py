@@ -13,8 +13,10 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from dit.errors import UserError
-from dit.sources.usable import check_image
+from dit.pixels import eight_bits
+from dit.sources.usable import check_image, is_text
 
+LARGEST = 100_000  # of these
 POSITIVE = ("num_inference_steps", "height", "width", "num_images_per_prompt", "batch_size")
 
 
@@ -32,6 +34,8 @@ def check_numbers(arguments: Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name}: {value} is not a positive number")
+        if value is not None and value > LARGEST:
+            raise UserError(f"--{name}: {value} is more than {LARGEST:,}")
     if not 0 <= arguments.seed < 2**63:
         raise UserError(f"--seed: {arguments.seed} is not between 0 and {2**63 - 1}")
     if not 1 <= arguments.guidance_scale < math.inf:
@@ -51,6 +55,8 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     """
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("--prompt: one is empty; say what to draw")
+    for prompt in prompts:
+        check_text("--prompt", prompt)
     if file is None:
         if not prompts:
             raise UserError('no prompt; say what to draw: dit generate --prompt "a red circle above a blue star"')
@@ -65,6 +71,12 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     if not found:
         raise UserError(f"--prompts-file {file}: there is no prompt in it; write one a line")
     return [*prompts, *found]
+
+
+def check_text(flag: str, value: str) -> None:
+    """Raise a `UserError` where the terminal has sent `value` in another encoding than UTF-8."""
+    if not is_text(value):
+        raise UserError(f"{flag} {value!r}: not UTF-8; set the terminal to UTF-8, or write it into a --prompts-file")
 
 
 def read_pictures(
@@ -101,7 +113,7 @@ def _read_picture(flag: str, path: Path, mode: str) -> GivenPicture:
     problem = check_image(content)
     if problem:
         raise UserError(f"{flag} {path}: {problem}")
-    picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert(mode)
+    picture = eight_bits(ImageOps.exif_transpose(Image.open(io.BytesIO(content)))).convert(mode)
     return GivenPicture(picture, hashlib.sha256(content).hexdigest())
 
 

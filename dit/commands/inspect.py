@@ -28,6 +28,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(action=run_inspect)
 
 
+def printable(text: str) -> str:
+    """`text` with what would command a terminal, or be nothing to see, as Python writes it: a picture may be anybody's."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 def run_inspect(arguments: argparse.Namespace) -> None:
     """Print a summary of a latent cache, compare it with its hashes, and draw some of it; of a picture, how it was drawn."""
     if arguments.what.is_file() or arguments.what.suffix.lower() == ".png":
@@ -37,7 +42,8 @@ def run_inspect(arguments: argparse.Namespace) -> None:
         if not facts:
             raise UserError(f"{arguments.what}: nothing is noted in it on how it was drawn")
         for name, value in facts.items():
-            print(f"{name:20} {value.replace(chr(10), chr(10) + 21 * ' ')}")
+            lines = ("\n" + 21 * " ").join(printable(line) for line in value.split("\n"))
+            print(f"{printable(name):20} {lines}")
         return
     from dit.inspection import decode_pictures, describe_cache
     from dit.latents import LatentCache

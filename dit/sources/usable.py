@@ -41,7 +41,7 @@ def check_captions(captions: list[str]) -> str | None:
     """Why the captions of an image cannot be used, None if they can."""
     if not captions:
         return "no caption"
-    if not all(_is_text(caption) for caption in captions):
+    if not all(is_text(caption) for caption in captions):
         return "a caption that is no text (half a surrogate pair, which UTF-8 has no bytes for)"
     longest = max(len(caption.split()) for caption in captions)
     return f"a caption of {longest} words; {LONGEST_CAPTION} are the most" if longest > LONGEST_CAPTION else None
@@ -55,10 +55,10 @@ def clean_caption(text: str) -> str:
 def inside(name: str) -> bool:
     """Whether a file name from an archive or a list stays in the folder it is meant for."""
     path = PurePosixPath(name.replace("\\", "/"))
-    printable = name.isprintable() and _is_text(name)
+    printable = name.isprintable() and is_text(name)
     return bool(path.parts) and printable and not path.is_absolute() and ".." not in path.parts and ":" not in name
 
 
-def _is_text(value: str) -> bool:
-    """Whether `value` can be written as UTF-8; JSON can hold what cannot."""
+def is_text(value: str) -> bool:
+    """Whether `value` can be written as UTF-8; JSON can hold what cannot, and so can a command line."""
     return not any("\ud800" <= character <= "\udfff" for character in value)

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm import tqdm
@@ -42,12 +43,20 @@ EXPLODED = 100.0  # mean loss of a batch; a network that predicts 0 has about 2
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
-def choose_precision(wanted: str, log: Callable[[str], None]) -> str:
-    """`train.mixed_precision` if this machine can do it. A CPU that is not faster in bf16 trains in fp32, and says so once."""
+def choose_precision(wanted: str, log: Callable[[str], None], begun_in: str | None = None) -> str:
+    """`train.mixed_precision` if this machine can do it. A CPU that is not faster in bf16 trains in fp32, and says so once.
+
+    Args:
+        wanted: the setting.
+        log: what says so.
+        begun_in: what the training began in, if it goes on: this is kept, since another one leads to other weights.
+    """
     if torch.cuda.is_available():
-        return wanted
-    if wanted == "fp16":
+        return begun_in or wanted
+    if "fp16" in (wanted, begun_in):
         raise UserError("train.mixed_precision: fp16 needs a GPU; bf16 or no would be right on this machine")
+    if begun_in:
+        return begun_in
     if wanted == "bf16" and not has_bf16(torch.device("cpu")):
         log("this processor is not faster in bf16: training in fp32")
         return "no"
@@ -93,7 +102,9 @@ def train_transformer(
         Stopped: SIGTERM or Ctrl-C; a checkpoint has been saved.
     """
     alike = DistributedDataParallelKwargs(broadcast_buffers=False)  # the text's statistics never change
-    accelerator = Accelerator(mixed_precision=choose_precision(train.mixed_precision, journal.log), kwargs_handlers=[alike])
+    begun_in = resume.record.get("precision") if resume else None
+    chosen = broadcast_object_list([choose_precision(train.mixed_precision, journal.log, begun_in)])  # by the first process
+    accelerator = Accelerator(mixed_precision=chosen[0], kwargs_handlers=[alike])
     device, precision, main = accelerator.device, accelerator.mixed_precision, accelerator.is_main_process
     if device.type == "cpu":
         keep_freed_memory()
@@ -152,7 +163,8 @@ def train_transformer(
         tensors = state.tensors()
         if main:
             spent = before + time.perf_counter() - started
-            checkpoints.save(state.step, tensors, state.record() | {"seconds": spent, "journal": journal.state()})
+            about = {"seconds": spent, "journal": journal.state(), "precision": precision}
+            checkpoints.save(state.step, tensors, state.record() | about)
 
     def validate(network: DiT) -> float:
         return validation_loss(network, cache, train.batch_size, judged, 1, VALIDATION_IMAGES, accelerator.autocast, accelerator)
