@@ -152,7 +152,7 @@ def _copies(results: Results, found: dict[str, str]) -> list[str]:
     )
     if figures["held_out_same"] >= 0.01:
         same = _percent(figures["held_out_same"])
-        text += f" The data repeat themselves: {same} of the held-out images are in the training set again."
+        text += f" The data repeat themselves: {same} of the held-out images are the same as a training image."
     pairs = (
         "A sample on the left and its nearest training image on the right; first the samples whose held-out image, the one of "
         "the same caption, is like no training image:"

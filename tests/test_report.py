@@ -122,10 +122,10 @@ def test_a_few_held_out_images_tell_little_about_copies(run, count, if_copies, i
         assert f"## Does it copy?\n\n{says}" in text and "repeat themselves" not in text
 
 
-def test_that_the_data_repeat_themselves_is_said_where_held_out_images_are_in_the_training_set(run):
+def test_that_the_data_repeat_themselves_is_said_where_held_out_images_are_the_same_as_training_images(run):
     held_out = np.concatenate([np.zeros(3), np.linspace(0.5, 1.2, 5)])
     change(run, **memorisation(np.full(8, 1.3), held_out, 0.95))
-    assert "The data repeat themselves: 38 % of the held-out images are in the training set again." in write(run)
+    assert "The data repeat themselves: 38 % of the held-out images are the same as a training image." in write(run)
 
 
 def test_without_a_figure_of_copies_there_are_no_pairs(run):
