@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+WIDEST = 1200  # pixels of a sheet of large pictures: the report shows no more, and labels in a wider one could not be read
+
 
 def to_tensor(pixels: torch.Tensor) -> torch.Tensor:
     """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in [-1, 1]."""
@@ -31,11 +33,19 @@ def grid(images: list[Image.Image], columns: int, gap: int = 4, scale: int = 1) 
     return sheet
 
 
-def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], columns: int, cell: int = 160) -> Image.Image:
-    """Like `grid`, with each picture enlarged to about `cell` pixels and its label in small print below."""
-    font = ImageFont.load_default(size=12)
-    scale = max(1, cell // images[0].width)
-    width, height = images[0].width * scale, images[0].height * scale
+def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], columns: int, cell: int = 190) -> Image.Image:
+    """Like `grid`, with each picture's label in small print below it.
+
+    Pictures of up to `cell` pixels are enlarged a whole number of times, as far as `cell`. Wider ones are reduced to `cell`, or
+    further, so that the sheet is not wider than `WIDEST`.
+    """
+    font, gap = ImageFont.load_default(size=12), 8
+    width, height = images[0].size
+    if width <= cell:
+        factor = cell // width
+    else:
+        factor = min(cell, (WIDEST - gap) // columns - gap) / width
+    width, height = round(width * factor), round(height * factor)
     texts = [wrap(label, font, width) for label in labels]
     below = 16 * max(len(lines) for lines in texts) + 4
     tiles = []
@@ -44,7 +54,7 @@ def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], columns:
         tile.paste(image.resize((width, height), Image.Resampling.LANCZOS))
         ImageDraw.Draw(tile).multiline_text((2, height + 2), "\n".join(lines), fill=(60, 60, 60), font=font, spacing=2)
         tiles.append(tile)
-    return grid(tiles, columns, gap=8)
+    return grid(tiles, columns, gap)
 
 
 def wrap(text: str, font, width: int, most: int = 5) -> list[str]:

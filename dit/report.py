@@ -17,6 +17,9 @@ from dit.figures import figures_table
 
 WIDEST = 1200  # pixels of a picture: as much as GitHub shows
 QUALITY = 85  # of WebP: a grid of 24 pictures takes 60 KB instead of 230 as PNG; these go into git
+CELLS = 4  # prompts in a cell of samples/grids/settings.png
+WORST = 18  # pictures in samples/worst.png
+FEW = 0.1  # an interval of copies from 0 to no more than this says that there are hardly any
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Results:
     metrics: dict[str, dict[str, Any]]
     curves: pd.DataFrame
     by_attribute: pd.DataFrame
+    by_number: pd.DataFrame
     by_timestep: pd.DataFrame
 
     @classmethod
@@ -33,8 +37,8 @@ class Results:
         """Of the folder `metrics/`."""
         stages = ("download", "encode", "train", "sample", "evaluate")
         metrics = {stage: json.loads((folder / f"{stage}.json").read_text(encoding="utf-8")) for stage in stages}
-        tables = (pd.read_csv(folder / f"{name}.csv") for name in ("curves", "accuracy_by_attribute", "loss_by_timestep"))
-        return cls(metrics, *tables)
+        tables = ("curves", "accuracy_by_attribute", "accuracy_by_number", "loss_by_timestep")
+        return cls(metrics, *(pd.read_csv(folder / f"{name}.csv") for name in tables))
 
 
 def write_report(results: Results, params: Params, samples: Path, report: Path, pictures: Path) -> None:
@@ -48,12 +52,12 @@ def write_report(results: Results, params: Params, samples: Path, report: Path, 
         pictures: a folder beside it.
     """
     pictures.mkdir(parents=True, exist_ok=True)
-    found: dict[str, str] = {}
-    for path in sorted([*(samples / "grids").glob("*.png"), samples / "worst.png", samples / "nearest.png"]):
-        found[path.stem] = _show(Image.open(path), path.stem, report, pictures)
+    shown = [*sorted((samples / "grids").glob("*.png")), samples / "worst.png"]
+    shown += [samples / "nearest.png"] if "memorised" in results.metrics["evaluate"] else []
+    found = {path.stem: _show(Image.open(path), path.stem, report, pictures) for path in shown}
     found["curves"] = _show(_draw(plot_curves(results)), "curves", report, pictures)
-    attributes, copies, training = _attributes(results), _copies(results, found), _training(results, found)
-    sections = [headline(results, params), *_grids(found), *attributes, *copies, *training]
+    accuracy, copies, training = _accuracy(results), _copies(results, found), _training(results, found)
+    sections = [headline(results, params), *_grids(results, params, found), *accuracy, *copies, *training]
     report.write_text("\n\n".join(sections) + "\n", encoding="utf-8", newline="\n")
 
 
@@ -73,64 +77,105 @@ guidance scale of {how.guidance_scale:g}, {sample["sampling_images_per_second"]:
 How each figure is measured, and what it cannot tell: [docs/evaluation.md](../docs/evaluation.md)."""
 
 
-def _grids(found: dict[str, str]) -> list[str]:
+def _grids(results: Results, params: Params, found: dict[str, str]) -> list[str]:
     titles = {
         "val": "## Captions of the validation set",
         "unseen": "## Captions with a colour and shape that were never seen together",
         "own": "## `sample.prompts` of params.yaml",
         "diversity": "## Five pictures of the same caption",
-        "settings": "## Guidance scale and number of steps\n\nThe same prompts from the same seeds in each cell: the first four "
-        "of `sample.prompts`. A stochastic scheduler adds other noise at each step, so that layouts differ, too.",
+        "settings": f"## Guidance scale and number of steps\n\n{_say_settings(params)}",
         "denoising": "## From noise to picture\n\nThe latents after some of the steps, as the VAE decodes them.",
-        "worst": "## The worst\n\nPictures with something wrong, and then those of the lowest CLIP score.",
+        "worst": f"## The worst\n\n{_say_worst(results.metrics['evaluate'])}",
     }
     return [f"{title}\n\n![{name}]({found[name]})" for name, title in titles.items() if name in found]
 
 
-def _attributes(results: Results) -> list[str]:
-    if results.by_attribute.empty:
-        return []
-    lines = ["## What is right, by attribute\n", "| attribute | right | interval | of |", "|---|---|---|---|"]
-    for _, row in results.by_attribute.iterrows():
-        lines.append(f"| {row['attribute']} | {row['accuracy']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {row['count']} |")
-    return ["\n".join(lines)]
+def _say_settings(params: Params) -> str:
+    own = len(params.sample.prompts)
+    if own >= CELLS:
+        which = "the first four of `sample.prompts`"
+    else:
+        which = "those of `sample.prompts`, and captions of the validation set" if own else "captions of the validation set"
+    text = f"The same prompts from the same seeds in each cell: {which}."
+    if params.sample.scheduler == "stochastic":
+        text += " A stochastic scheduler adds other noise at each step, so that layouts differ, too."
+    return text
+
+
+def _say_worst(figures: dict[str, Any]) -> str:
+    judged = [name for name in ("prompt_accuracy", "prompt_accuracy_unseen") if name in figures]
+    if not judged:
+        return "Those of the lowest CLIP score."
+    wrong = sum(round((1 - figures[name]) * figures[f"{name}_prompts"]) for name in judged)
+    if wrong > WORST:
+        return f"{WORST} of the {wrong} pictures with something wrong, those of the lowest CLIP score."
+    return f"Pictures with something wrong, of which there are {wrong}, and then those of the lowest CLIP score."
+
+
+def _accuracy(results: Results) -> list[str]:
+    sections = []
+    for title, table, names in (
+        ("by attribute", results.by_attribute, ["attribute"]),
+        ("by number of things", results.by_number, ["group", "things"]),
+    ):
+        columns = [*names, "right", "interval", "of"]
+        lines = [f"## What is right, {title}\n", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+        for _, row in table.iterrows():
+            what = " | ".join(str(row[name]) for name in names)
+            lines.append(f"| {what} | {row['accuracy']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {row['count']} |")
+        sections += [] if table.empty else ["\n".join(lines)]
+    return sections
 
 
 def _copies(results: Results, found: dict[str, str]) -> list[str]:
     figures = results.metrics["evaluate"]
     if "memorised" not in figures:
         return []
-    share, repeats = figures["nearer_than_held_out"], figures["held_out_repeats"]
-    if figures["memorised_low"] > 0:
-        ends = f"{figures['memorised_low']:.0%} to {figures['memorised_high']:.0%}"
+    low, high, count = figures["memorised_low"], figures["memorised_high"], figures["memorised_prompts"]
+    if low > 0:
         verdict = (
-            f"**{figures['memorised']:.0%} ({ends}) of the samples are copies of training images, beyond those that come about "
-            "by chance.** More images, more captions for each, `encode.crops`, or fewer epochs help."
+            f"**{_percent(figures['memorised'])} ({_percent(low)} to {_percent(high)}) of the samples are copies of training "
+            "images, beyond those that come about by chance.** More images, more captions for each, `encode.crops`, or fewer "
+            "epochs help."
         )
-    else:
+    elif high <= FEW:
         verdict = "There is no sign that the model copies its training images."
-    text = f"""\
-## Does it copy?
-
-{verdict} {share:.0%} of the samples are as near to a training image as the nearest held-out images are; of the held-out \
-images themselves {repeats:.0%}."""
-    if repeats > 0.05:
-        text += " That is more than the 1 % of a set in which all images are different: here, many are the same."
-    pairs = "The ten nearest pairs, a sample on the left and its training image on the right:"
-    return [f"{text} {pairs}\n\n![nearest]({found['nearest']})"]
+    else:
+        images = "One held-out image is" if count == 1 else f"{count} held-out images are"
+        verdict = (
+            f"**{images} too few to tell:** between 0 % and {_percent(high)} of the samples may be copies. Look at the pairs."
+        )
+    text = (
+        f"## Does it copy?\n\n{verdict} {_percent(figures['nearer_than_held_out'])} of the samples show the same as a training "
+        "image, or nearly so; of the held-out images, which no model drew and training has not seen, "
+        f"{_percent(figures['held_out_repeats'])} do."
+    )
+    if figures["held_out_same"] >= 0.01:
+        same = _percent(figures["held_out_same"])
+        text += f" The data repeat themselves: {same} of the held-out images are the same as a training image."
+    pairs = (
+        "A sample on the left and its nearest training image on the right; first the samples whose held-out image, the one of "
+        "the same caption, is like no training image:"
+    )
+    return [f"{text}\n\n{pairs}\n\n![nearest]({found['nearest']})"]
 
 
 def _training(results: Results, found: dict[str, str]) -> list[str]:
     train = results.metrics["train"]
     losses = (
         "The training loss is that of the weights as they are, on the noise levels that training prefers; the validation loss is "
-        "that of their average, on others."
+        "that of their average, on others. Its last point is not quite the `val_loss` of the table: training looks at some "
+        "hundred held-out images once, the evaluation at all of them and several times."
     )
     return [
-        f"## Training\n\n{train['images_per_second']:,.0f} images/s, {train['mfu']:.0%} of the machine's matrix-product peak; "
-        f"sampling {results.metrics['sample']['sampling_mfu']:.0%} of it. The VAE keeps "
+        f"## Training\n\n{train['images_per_second']:,.0f} images/s, {_percent(train['mfu'])} of the machine's matrix-product "
+        f"peak; sampling {_percent(results.metrics['sample']['sampling_mfu'])} of it. The VAE keeps "
         f"{results.metrics['encode']['reconstruction_psnr']} dB of the pictures. {losses}\n\n![curves]({found['curves']})"
     ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def plot_curves(results: Results) -> Figure:

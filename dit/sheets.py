@@ -13,7 +13,7 @@ from dit.images import grid, labelled_grid, to_images
 from dit.pipeline import DiTTextToImagePipeline
 
 MOMENTS = 8  # pictures in a row of the strip
-CELL = 272  # pixels of a cell in the grid of settings, as near as whole enlargements come
+CELL = 384  # pixels of a cell in the grid of settings; four pictures of 64 pixels are enlarged to twice their size
 
 
 def settings_grid(

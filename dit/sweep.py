@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import ceil
 from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
-import torch
+from diffusers import SchedulerMixin
 from matplotlib.figure import Figure
 from PIL import Image
+from tqdm import tqdm
 
 from dit.config import Params
 from dit.encoders import EncoderSource
 from dit.errors import UserError
 from dit.evaluation.accuracy import judge_picture
-from dit.evaluation.features import ClipFeatures, clip_scores
+from dit.evaluation.features import ClipFeatures, clip_scores, fastest_device
 from dit.evaluation.intervals import wilson
 from dit.evaluation.metrics import JUDGED
 from dit.latents import LatentCache
-from dit.pipeline import load_pipeline
-from dit.sampling import Prompt, choose_prompts, draw_prompts
+from dit.pipeline import DiTTextToImagePipeline, load_pipeline
+from dit.sampling import Prompt, choose_prompts, draw
 from dit.schedulers import make_scheduler
 
 NAMES = {"prompt_accuracy": "share of pictures that are right", "clip_score": "CLIP score"}
@@ -55,13 +58,15 @@ def sweep(params: Params, model: Path, latents: Path, raw: Path, settings: Seque
         and judging; `difference` to the best setting, at most 0, prompt by prompt, with `_low` and `_high`.
 
     Raises:
-        UserError: the model or the data is not there, or a scheduler does not fit the model.
+        UserError: the model or the data is not there, there are captions for fewer than two prompts, or a scheduler does not fit
+            the model.
     """
     prompts = choose_prompts(raw, params.recipe, replace(params.sample, num_samples=count))
     prompts = [prompt for prompt in prompts if prompt.group in JUDGED]
+    if len(prompts) < 2:
+        raise UserError(f"{raw}: one validation caption, where two are needed; a larger {params.recipe}.data.val_fraction helps")
     judged = all(judge_picture(Image.new("RGB", (64, 64)), prompt.text) for prompt in prompts)
-    name = "prompt_accuracy" if judged else "clip_score"
-    clip = None if judged else ClipFeatures(EncoderSource(**LatentCache(latents).index["clip"]), _device())
+    clip = None if judged else ClipFeatures(EncoderSource(**LatentCache(latents).index["clip"]), fastest_device())
     pipeline = load_pipeline(model, settings[0].scheduler)
     pipeline.set_progress_bar_config(disable=True)
     if len(prompts) < count:
@@ -70,30 +75,49 @@ def sweep(params: Params, model: Path, latents: Path, raw: Path, settings: Seque
     schedulers = {setting.scheduler: None for setting in settings}
     for scheduler in schedulers:  # all of them first, since one that does not fit is better refused now than in an hour
         schedulers[scheduler] = make_scheduler(scheduler, pipeline.config.prediction_type)
-    pipeline([prompt.text for prompt in prompts[:8]], num_inference_steps=1)  # whatever happens only once, happens here
-    rows, scores = [], []
-    for number, setting in enumerate(settings, 1):
-        print(f"{number} of {len(settings)}: {describe(setting)}", flush=True)
-        pipeline.scheduler = schedulers[setting.scheduler]
-        drawing = replace(
-            params.sample, num_inference_steps=setting.num_inference_steps, guidance_scale=setting.guidance_scale
-        )
-        pictures: list[Image.Image] = []
-        seconds = float("inf")
-        for chunk, drawn, took in draw_prompts(pipeline, prompts, drawing):
-            pictures += drawn
-            seconds = min(seconds, 100 * took / len(chunk))
-        scores.append(score(prompts, pictures, clip))
-        low, high = interval(scores[-1], judged, params.evaluate.confidence)
-        mean = float(scores[-1].mean())
+    scores, seconds = _draw_and_score(pipeline, prompts, settings, schedulers, params.sample.batch_size, clip)
+    name, confidence = "prompt_accuracy" if judged else "clip_score", params.evaluate.confidence
+    best = scores[scores.mean(axis=1).argmax()]
+    rows = []
+    for setting, one, took in zip(settings, scores, seconds, strict=True):
+        low, high = interval(one, judged, confidence)
+        figures = {name: float(one.mean()), f"{name}_low": low, f"{name}_high": high, "prompts": len(prompts)}
         evaluations = setting.num_inference_steps * (2 if setting.guidance_scale > 1 else 1)
-        figures = {name: mean, f"{name}_low": low, f"{name}_high": high, "prompts": len(prompts)}
-        rows.append(asdict(setting) | figures | {"evaluations": evaluations, "seconds": seconds})
-    best = scores[int(np.argmax([one.mean() for one in scores]))]
-    for row, one in zip(rows, scores, strict=True):
-        low, high = interval(one - best, False, params.evaluate.confidence)
-        row |= {"difference": float((one - best).mean()), "difference_low": low, "difference_high": high}
+        low, high = interval(one - best, False, confidence)
+        behind = {"difference": float((one - best).mean()), "difference_low": low, "difference_high": high}
+        rows.append(asdict(setting) | figures | {"evaluations": evaluations, "seconds": took} | behind)
     return pd.DataFrame(rows)
+
+
+def _draw_and_score(
+    pipeline: DiTTextToImagePipeline,
+    prompts: list[Prompt],
+    settings: Sequence[Setting],
+    schedulers: dict[str, SchedulerMixin],
+    batch_size: int,
+    clip: ClipFeatures | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (S, N) of the N prompts with each of the S settings, and the seconds (S,) that each takes for a hundred pictures.
+
+    Each batch is drawn with all settings before the next one: where the machine becomes slower, it does so for all of them.
+    Batches are of one size, but for the last one, whose rate does not count where it is smaller.
+    """
+    full = ceil(len(prompts) / ceil(len(prompts) / batch_size))
+    scores, seconds = np.empty((len(settings), len(prompts))), np.full(len(settings), np.inf)
+    draw(pipeline, prompts[:full], 1, max(setting.guidance_scale for setting in settings))  # what happens only once, happens here
+    with tqdm(total=scores.size, desc="sweep", unit="image") as progress:
+        for start in range(0, len(prompts), full):
+            chunk = prompts[start : start + full]
+            for k, setting in enumerate(settings):
+                progress.set_postfix_str(describe(setting))
+                pipeline.scheduler = schedulers[setting.scheduler]
+                began = time.perf_counter()
+                pictures = draw(pipeline, chunk, setting.num_inference_steps, setting.guidance_scale)
+                took = 100 * (time.perf_counter() - began) / len(chunk)
+                seconds[k] = min(seconds[k], took) if len(chunk) == full else seconds[k]
+                scores[k, start : start + len(chunk)] = score(chunk, pictures, clip)
+                progress.update(len(chunk))
+    return scores, seconds
 
 
 def describe(setting: Setting | pd.Series) -> str:
@@ -154,13 +178,15 @@ def plot(table: pd.DataFrame) -> Figure:
     name = next(column for column in NAMES if column in table)
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
-    for (scheduler, scale), rows in table.sort_values("num_inference_steps").groupby(["scheduler", "guidance_scale"]):
+    lines = table.sort_values("num_inference_steps").groupby(["scheduler", "guidance_scale"])
+    for number, ((scheduler, scale), rows) in enumerate(lines):
         errors = [rows[name] - rows[f"{name}_low"], rows[f"{name}_high"] - rows[name]]
-        axes.errorbar(
-            rows["seconds"], rows[name], errors, marker="o", markersize=4, capsize=2, label=f"{scheduler}, guidance {scale:g}"
-        )
+        style = {"color": f"C{number}", "marker": "o", "markersize": 4, "capsize": 2}
+        axes.errorbar(rows["seconds"], rows[name], errors, label=f"{scheduler}, guidance {scale:g}", **style)
+        # Beside the error bar: right and left in turn, since two lines may have points in the same place.
+        beside = {"xytext": (5, 4), "ha": "left"} if number % 2 == 0 else {"xytext": (-5, -10), "ha": "right"}
         for _, row in rows.iterrows():
-            place = {"xytext": (4, -10), "textcoords": "offset points", "fontsize": 8, "color": "0.35"}
+            place = {"textcoords": "offset points", "fontsize": 7, "color": f"C{number}"} | beside
             axes.annotate(f"{row['num_inference_steps']:g}", (row["seconds"], row[name]), **place)
     axes.set_xlim(left=0)
     axes.set_xlabel("seconds for 100 pictures; the number at a point is that of its steps")
@@ -168,17 +194,3 @@ def plot(table: pd.DataFrame) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
-
-
-def check_settings(schedulers: Sequence[str], steps: Sequence[int], scales: Sequence[float]) -> list[Setting]:
-    """Every combination once, in the order given; raises a `UserError` where a number is out of range."""
-    if min(steps) < 1:
-        raise UserError(f"--num_inference_steps: {min(steps)} is not a positive number")
-    if min(scales) < 1:
-        raise UserError(f"--guidance_scale: {min(scales):g} is less than 1, which is without guidance")
-    settings = [Setting(scheduler, count, scale) for scheduler in schedulers for scale in scales for count in steps]
-    return list(dict.fromkeys(settings))
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,9 +1,10 @@
-"""What the five stages share: reading params.yaml, writing metrics, and failing with one clear line."""
+"""What the stages share: reading params.yaml, writing metrics, and failing with one clear line."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -23,9 +24,9 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], par
     A `parallel` stage runs `runtime.num_processes` times side by side, as accelerate does it: one process per GPU. What
     stands behind its name on the command line is passed on.
 
-    DVC deletes a stage's outs before it starts it. `dvc checkout --force` brings those in its cache back; `metrics`, the outs
-    that live in git instead, are brought back here: every good run leaves a copy in .state/metrics/ under its hash, and
-    after a clone the last commit has them.
+    DVC deletes a stage's outs before it starts it. `dvc checkout --force` brings those in its cache back; `metrics`, the files
+    and folders that live in git instead, are brought back here: every good run leaves a copy in .state/metrics/ under its hash,
+    and after a clone the last commit has them.
     """
     if "RANK" in os.environ:  # one of several processes: the one that started them does the rest
         from stages.processes import leave_processes  # imports torch, which the download stage needs not wait for
@@ -59,9 +60,9 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], par
         if lost and not getattr(error, "goes_on", False):
             print(f"{name}: `dvc checkout --force` brings the earlier outputs back", file=sys.stderr)
         sys.exit(1)
-    kept.mkdir(parents=True, exist_ok=True)
     for path in metrics:
-        shutil.copyfile(path, kept / hashlib.md5(Path(path).read_bytes()).hexdigest())
+        files = _read(Path(path))
+        _write(kept / _digest(files), files)
 
 
 def locked_outs(stage: str) -> list[dict]:
@@ -82,21 +83,49 @@ def _lost_outs(stage: str) -> list[str]:
 
 
 def _restore(stage: str, metrics: list[str], kept: Path) -> None:
-    """Put back the files that dvc.lock records for `stage`: from the copies, or as git has them, after a clone."""
+    """Put back the metrics that dvc.lock records for `stage`: from the copies, or as git has them, after a clone."""
     for out in locked_outs(stage):
-        path, copy = Path(out["path"]), kept / out["md5"]
         if out["path"] not in metrics:
             continue
-        content = copy.read_bytes() if copy.exists() else _committed(path)
-        if content is not None and hashlib.md5(content).hexdigest() == out["md5"]:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+        path = Path(out["path"])
+        files = _read(kept / out["md5"]) or _committed(path)
+        if files and _digest(files) == out["md5"]:
+            _write(path, files)
 
 
-def _committed(path: Path) -> bytes | None:
-    """The file as the last commit has it; None if it has none."""
-    shown = subprocess.run(["git", "show", f"HEAD:./{path.as_posix()}"], capture_output=True)
-    return shown.stdout if shown.returncode == 0 else None
+def _read(path: Path) -> dict[str, bytes]:
+    """The files in the folder at `path` by their names in it; "." where it is a file itself; none where there is nothing."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
+
+
+def _write(path: Path, files: dict[str, bytes]) -> None:
+    """Make the file or folder at `path` what `_read` has read."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    for name, content in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+
+
+def _digest(files: dict[str, bytes]) -> str:
+    """The hash by which DVC knows a file, or a folder: that of the list of hashes."""
+    hashes = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    if "." in hashes:
+        return hashes["."]
+    listed = [{"md5": hashes[name], "relpath": name} for name in sorted(hashes)]
+    return hashlib.md5(json.dumps(listed).encode()).hexdigest() + ".dir"
+
+
+def _committed(path: Path) -> dict[str, bytes]:
+    """The file or folder as the last commit has it; none if it has none."""
+    listing = ["git", "ls-tree", "-rz", "--name-only", "HEAD", f"./{path.as_posix()}"]
+    listed = subprocess.run(listing, capture_output=True, text=True)
+    files = {}
+    for name in filter(None, listed.stdout.split("\0")):
+        shown = subprocess.run(["git", "show", f"HEAD:./{name}"], capture_output=True, check=True)
+        files[Path(name).relative_to(path).as_posix()] = shown.stdout
+    return files
 
 
 def _in_one_line(error: BaseException) -> str | None:

@@ -17,7 +17,8 @@ from stages import run_stage
 from stages.runs import find_run
 
 METRICS = "metrics/evaluate.json"
-BY_ATTRIBUTE, BY_TIMESTEP = "metrics/accuracy_by_attribute.csv", "metrics/loss_by_timestep.csv"
+BY_ATTRIBUTE, BY_NUMBER = "metrics/accuracy_by_attribute.csv", "metrics/accuracy_by_number.csv"
+BY_TIMESTEP = "metrics/loss_by_timestep.csv"
 SHOWN = 8  # pictures by which runs are compared
 
 
@@ -34,8 +35,9 @@ def main(params: Params) -> None:
         nearest=nearest,
     )
     write_json(Path(METRICS), evaluation.metrics)
-    # With its heading alone where no prompt is about shapes: a stage has to write all its outs.
+    # With their headings alone where no prompt is about shapes: a stage has to write all its outs.
     write_table(BY_ATTRIBUTE, evaluation.by_attribute, ["attribute", "accuracy", "low", "high", "count"])
+    write_table(BY_NUMBER, evaluation.by_number, ["group", "things", "accuracy", "low", "high", "count"])
     write_table(BY_TIMESTEP, evaluation.by_timestep, ["t", "val_loss", "low", "high"])
     report(params, evaluation.metrics, [*sorted(Path("samples/grids").glob("*.png")), worst, nearest])
     for name, value in evaluation.metrics.items():
@@ -49,7 +51,10 @@ def write_table(path: str, rows: list[dict], columns: list[str]) -> None:
 
 
 def report(params: Params, results: dict[str, float], pictures: list[Path]) -> None:
-    """Put the evaluation into MLflow: a child run with its settings, and its figures on the training's run, too."""
+    """Put the evaluation into MLflow: a child run with its settings, and its figures on the training's run, too.
+
+    There, what training has measured at each step stays as it is: its `val_loss` is another than ours, whose ends would not fit.
+    """
     curves = pd.read_csv("metrics/curves.csv", index_col="step")
     prompts = json.loads(Path("samples/images/prompts.json").read_text(encoding="utf-8"))[:SHOWN]
     row = grid([Image.open(Path("samples/images") / prompt["file"]) for prompt in prompts], columns=len(prompts), gap=0)
@@ -57,7 +62,8 @@ def report(params: Params, results: dict[str, float], pictures: list[Path]) -> N
     child = parent.start_child(f"{parent.name} evaluation")
     child.params(flatten("sample", params.sample) | flatten("evaluate", params.evaluate))
     child.metrics(results)
-    parent.metrics({name: value for name, value in results.items() if name not in curves}, step=int(curves.index.max()))
+    measured = {f"{name}{end}" for name in curves for end in ("", "_low", "_high")}
+    parent.metrics({name: value for name, value in results.items() if name not in measured}, step=int(curves.index.max()))
     for run in (parent, child):
         for picture in pictures:
             run.picture(picture, picture.stem)
@@ -67,4 +73,4 @@ def report(params: Params, results: dict[str, float], pictures: list[Path]) -> N
 
 
 if __name__ == "__main__":
-    run_stage("evaluate", main, metrics=[METRICS, BY_ATTRIBUTE, BY_TIMESTEP])
+    run_stage("evaluate", main, metrics=[METRICS, BY_ATTRIBUTE, BY_NUMBER, BY_TIMESTEP])

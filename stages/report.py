@@ -21,4 +21,4 @@ def main(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("report", main, metrics=[str(REPORT)])
+    run_stage("report", main, metrics=[str(REPORT), str(PICTURES)])

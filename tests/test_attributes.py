@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from scipy.stats import binomtest
 
-from dit.evaluation.accuracy import accuracy, accuracy_by_attribute, judge_picture
+from dit.evaluation.accuracy import Judgement, accuracy, accuracy_by_attribute, accuracy_by_number, judge_picture
 from dit.evaluation.detector import detect
 from dit.evaluation.judge import attributes
 from dit.sources.captions import parse
@@ -120,6 +120,21 @@ def test_the_interval_has_as_many_trials_as_there_are_pictures():
 def test_captions_about_other_things_are_not_judged():
     assert judge_picture(picture(RED), "a dog on a sofa") is None
     assert accuracy("prompt_accuracy", [], 0.95) == {} and accuracy_by_attribute([], 0.95) == []
+    assert accuracy_by_number({"val": [], "unseen": []}, 0.95) == []
+
+
+def test_accuracy_has_a_row_for_each_group_and_number_of_things():
+    one, two = "a red circle", "a red circle and a blue star"
+    val = [judge_picture(picture(RED), one), judge_picture(picture(BLUE), one), judge_picture(picture(RED, BLUE), two)]
+    unseen = [Judgement("", 2, {})] * 49 + [Judgement("wrong", 2, {})]
+    rows = accuracy_by_number({"val": val, "unseen": unseen}, 0.9)
+    assert [(row["group"], row["things"], row["accuracy"], row["count"]) for row in rows] == [
+        ("val", 1, 0.5, 2),
+        ("val", 2, 1.0, 1),
+        ("unseen", 2, 0.98, 50),
+    ]
+    expected = binomtest(49, 50).proportion_ci(0.9, method="wilson")
+    assert (rows[2]["low"], rows[2]["high"]) == pytest.approx((expected.low, expected.high), abs=1e-4)
 
 
 def test_one_thing_is_one_thing():

@@ -7,10 +7,12 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.stats import binomtest
 
 from conftest import REPO, write_cache
@@ -23,10 +25,12 @@ from dit.evaluation.losses import TIMESTEPS, measure_losses, validation_losses
 from dit.evaluation.metrics import Evaluation, evaluate_samples
 from dit.latents import LatentCache
 from dit.model import DiT
+from dit.sources.captions import parse
 from dit.sources.dataset import DatasetWriter, Report
 from dit.training.export import save_model
 from dit.training.validation import validation_loss
 from drawings import captions, descriptions, drawn
+from stages.evaluate import report
 
 PARAMS = load_config(REPO / "params.yaml")
 SETTINGS = replace(PARAMS.evaluate, resamples=20, val_passes=2)
@@ -78,10 +82,10 @@ def prompted(seed: int, count: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory) -> tuple[Path, Evaluation]:
+def small(tmp_path_factory) -> tuple[Path, Evaluation, dict[str, list[str]]]:
     groups = {"val": prompted(33, 12), "unseen": prompted(34, 6), "diversity": sorted(prompted(35, 3) * 2), "own": ["a dog"] * 2}
     folder = make_run(tmp_path_factory.mktemp("run"), 60, 14, groups)
-    return folder, evaluate(folder)
+    return folder, evaluate(folder), groups
 
 
 def test_every_metric_is_there_with_its_interval(small):
@@ -91,17 +95,17 @@ def test_every_metric_is_there_with_its_interval(small):
         *("prompt_accuracy", "prompt_accuracy_unseen", "clip_score", "diversity_clip", "val_loss"),
         *(f"prompt_accuracy_{attribute}" for attribute in ("colour", "shape", "size", "relation", "count")),
         *(f"{name}_clip_n12" for name in ("frechet_distance", "kid", "precision", "recall")),
-        *("memorised", "nearer_than_held_out", "held_out_repeats"),
+        *("memorised", "nearer_than_held_out", "held_out_repeats", "held_out_same"),
     }
     for name in names:
         assert metrics[f"{name}_low"] <= metrics[name] <= metrics[f"{name}_high"], name
         assert metrics[f"{name}_low"] < metrics[f"{name}_high"], name
-    assert (metrics["prompt_accuracy_prompts"], metrics["prompt_accuracy_unseen_prompts"]) == (12, 6)
+    assert [metrics[f"{name}_prompts"] for name in ("prompt_accuracy", "prompt_accuracy_unseen", "memorised")] == [12, 6, 12]
     assert np.isfinite(list(metrics.values())).all()
 
 
 def test_an_evaluation_gives_the_same_bytes_twice_and_wherever_chance_stands(small):
-    folder, first = small
+    folder, first, _ = small
     pictures = [(folder / name).read_bytes() for name in ("worst.png", "nearest.png")]
     torch.manual_seed(123)
     np.random.seed(123)
@@ -109,10 +113,38 @@ def test_an_evaluation_gives_the_same_bytes_twice_and_wherever_chance_stands(sma
     assert [(folder / name).read_bytes() for name in ("worst.png", "nearest.png")] == pictures
 
 
+def test_accuracy_by_number_of_things_adds_up_to_that_of_all(small):
+    metrics, rows = small[1].metrics, small[1].by_number
+    for group, name in (("val", "prompt_accuracy"), ("unseen", "prompt_accuracy_unseen")):
+        own = [row for row in rows if row["group"] == group]
+        assert [row["things"] for row in own] == sorted({len(parse(text).things) for text in small[2][group]})
+        assert sum(row["count"] for row in own) == metrics[f"{name}_prompts"]
+        right = sum(row["accuracy"] * row["count"] for row in own)
+        assert right == pytest.approx(metrics[name] * metrics[f"{name}_prompts"], abs=0.01)
+
+
+def test_mlflow_has_no_ends_beside_the_validation_loss_of_the_training(tmp_path, monkeypatch):
+    """Which is another than that of the evaluation; the child run has the latter with its ends."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "curves.csv").write_text("step,train_loss,val_loss\n1,0.5,0.4\n")
+    (tmp_path / "samples" / "images").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "samples" / "images" / "0.png")
+    (tmp_path / "samples" / "images" / "prompts.json").write_text('[{"file": "0.png", "text": "a", "seed": 0}]')
+    child, parent = MagicMock(), MagicMock()
+    parent.start_child.return_value = child
+    monkeypatch.setattr("stages.evaluate.find_run", lambda params: parent)
+    results = {f"{name}{end}": 0.3 for name in ("val_loss", "clip_score") for end in ("", "_low", "_high")}
+    report(PARAMS, results, [])
+    child.metrics.assert_called_once_with(results)
+    assert set(parent.metrics.call_args.args[0]) == {"clip_score", "clip_score_low", "clip_score_high"}
+
+
 def test_photographs_have_all_but_prompt_accuracy(tmp_path):
     texts = [f"photograph {k}" for k in range(5)]
     evaluation = evaluate(make_run(tmp_path, 20, 5, {"val": texts}, about_shapes=False, objective="ddpm"))
     assert not [name for name in evaluation.metrics if name.startswith("prompt_accuracy")] and evaluation.by_attribute == []
+    assert evaluation.by_number == []
     assert {"clip_score", "frechet_distance_clip_n5", "kid_clip_n5", "memorised", "val_loss"} <= set(evaluation.metrics)
     assert [row["t"] for row in evaluation.by_timestep] == list(TIMESTEPS)
 

@@ -164,6 +164,7 @@ def test_the_page_of_plots_shows_curves_and_pictures_of_both(clone, tmp_path):
         "Learning rate",
         "Validation loss, from little noise to much",
         "Prompt accuracy by attribute",
+        "Prompt accuracy by number of things",
     }
     tracked = list(csv.DictReader((clone.root / "metrics" / "curves.csv").open()))
     for title, spec in curves.items():

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from dit.encoders import EncoderSource, load_vae
 from dit.evaluation.memorisation import SAME, Nearest, find_nearest, memorisation, near
 from dit.evaluation.pictures import draw_nearest
-from dit.images import to_images, to_tensor
+from dit.images import labelled_grid, to_images, to_tensor
 from dit.sources.dataset import Entry
 from drawings import descriptions, drawn, features, several
 
@@ -98,6 +98,16 @@ def test_what_would_happen_anyway_is_taken_out_as_abbott_did():
     assert memorisation(held_out, held_out, 0.95)["memorised"] == 0
 
 
+@pytest.mark.parametrize("count", [3, 8, 250])
+def test_few_images_are_not_taken_for_repeated_ones(count):
+    """One of them is always below their own 1st percentile, and the same as no training image for all that."""
+    metrics = memorisation(np.full(count, 1.3), np.linspace(0.5, 1.2, count), 0.95)
+    assert metrics["held_out_repeats"] >= 0.01 and metrics["held_out_same"] == metrics["held_out_same_low"] == 0
+    assert metrics["memorised_prompts"] == count
+    repeated = memorisation(np.full(count, 1.3), np.linspace(0, 1.2, count), 0.95)  # the first of which is a training image
+    assert 0 < repeated["held_out_same_low"] < repeated["held_out_same"] < repeated["held_out_same_high"]
+
+
 def test_the_interval_of_pairs_that_agree_is_narrower_than_of_those_that_do_not():
     held_out = np.concatenate([np.zeros(40), np.linspace(0.5, 1.5, 60)])
     samples = np.concatenate([np.zeros(50), np.full(50, 1.2)])
@@ -113,6 +123,51 @@ def test_where_there_is_nothing_to_measure_by_nothing_is_reported(held_out):
     assert memorisation(np.array([]), np.array([0.5, 0.6]), 0.95) == {}
 
 
+@pytest.fixture
+def shown(tmp_path: Path, monkeypatch):
+    """Draws the pairs of samples of these distances, and returns their labels, in which "caption k" is that of sample k."""
+    training = drawn(descriptions(18, 3, several), 18)
+    for k, picture in enumerate(training):
+        picture.save(tmp_path / f"{k}.png")
+    entries = [Entry(f"{k}.png", "trained", "train", f"{k}.png") for k in range(3)]
+    labels: list[str] = []
+
+    def note(pictures, texts, columns, cell):
+        labels.extend(texts)
+        return labelled_grid(pictures, texts, columns, cell)
+
+    def show(distances: list[float], held_out: list[float]) -> list[str]:
+        count = len(distances)
+        pairs = Nearest(np.zeros(count, dtype=int), np.array(distances), np.zeros(count, dtype=bool))
+        texts = [f"caption {k}" for k in range(count)]
+        draw_nearest(training[:1] * count, texts, pairs, np.array(held_out), tmp_path, entries, tmp_path / "nearest.png")
+        return labels
+
+    monkeypatch.setattr("dit.evaluation.pictures.labelled_grid", note)
+    return show
+
+
+def named(labels: list[str]) -> list[int]:
+    return [int(label.partition("caption ")[2].partition(".")[0]) for label in labels]
+
+
+def test_the_pairs_that_the_figure_is_about_come_first(shown):
+    """Samples 0 to 5 are near to a training image, as is what is held out; of the others, 6 and 7 are."""
+    held_out = [0.0] * 6 + [0.9, 0.9, 0.9, 0.9, 0.9, 0.9]
+    labels = shown([0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.3, 0.1, 1.0, 0.95, 1.1, 1.2], held_out)
+    assert named(labels) == [7, 6, 9, 8, 10, 11, 0, 1, 2, 3]
+    assert labels[0] == "Nearly the same, while the held-out image is new; 0.100 apart. Drawn: caption 7. Training: trained"
+    assert labels[2].startswith("Different; 0.950 apart. ")
+    assert labels[6].startswith("Nearly the same, and so is the held-out image; 0.010 apart. ")
+
+
+def test_where_every_held_out_image_is_a_repeat_the_nearest_pairs_are_shown(shown):
+    labels = shown([0.3, 0.01], [0.0, 0.02])
+    assert named(labels) == [1, 0]
+    assert labels[0].startswith("Nearly the same, and so") and labels[1].startswith("Different; 0.300")
+    assert named(shown([0.4, 0.2], [])[2:]) == [1, 0]
+
+
 def test_the_picture_shows_the_nearest_pairs_first(tmp_path: Path):
     training = drawn(descriptions(18, 3, several), 18)
     for k, picture in enumerate(training):
@@ -120,7 +175,7 @@ def test_the_picture_shows_the_nearest_pairs_first(tmp_path: Path):
     entries = [Entry(f"{k}.png", f"caption {k}", "train", f"{k}.png") for k in range(3)]
     samples = [training[2], ImageOps.mirror(training[1]), training[0]]
     pairs = Nearest(np.array([0, 1, 0]), np.array([0.9, 0.1, 0.0]), np.array([False, True, False]))
-    draw_nearest(samples, ["a", "b", "c"], pairs, tmp_path, entries, 0.5, tmp_path / "nearest.png")
+    draw_nearest(samples, ["a", "b", "c"], pairs, np.full(3, 0.5), tmp_path, entries, tmp_path / "nearest.png")
     sheet = np.asarray(Image.open(tmp_path / "nearest.png").convert("RGB")).astype(int)
     rows, columns = (sheet.shape[0] - 8) // 2, (sheet.shape[1] - 8) // 2
     tiles = [sheet[y + 20 : y + 120, x : x + columns] for y in (8, 8 + rows) for x in (8, 8 + columns)]

@@ -28,6 +28,7 @@ def test_every_stage_leaves_what_the_readme_promises(clone):
         "samples/worst.png",
         "samples/nearest.png",
         "metrics/accuracy_by_attribute.csv",
+        "metrics/accuracy_by_number.csv",
         "metrics/loss_by_timestep.csv",
         "samples/grids/own.png",
         "samples/grids/diversity.png",

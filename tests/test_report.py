@@ -6,13 +6,17 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
 from conftest import REPO
+from dit import sampling
 from dit.config import load_config
-from dit.report import Results, write_report
+from dit.evaluation import pictures
+from dit.evaluation.memorisation import memorisation
+from dit.report import CELLS, WORST, Results, write_report
 
 PARAMS = load_config(REPO / "params.yaml")
 FIGURES = {
@@ -24,8 +28,10 @@ FIGURES = {
     "memorised": 0.3,
     "memorised_low": 0.2,
     "memorised_high": 0.4,
+    "memorised_prompts": 200,
     "nearer_than_held_out": 0.31,
     "held_out_repeats": 0.01,
+    "held_out_same": 0.0,
     "val_loss": 0.0891,
 }
 
@@ -46,6 +52,7 @@ def run(tmp_path):
     tables = {
         "curves": [{"step": k, "train_loss": 1 / k, "val_loss": 1 / k if k % 5 == 0 else None} for k in range(1, 21)],
         "accuracy_by_attribute": [{"attribute": "colour", "accuracy": 0.991, "low": 0.98, "high": 0.995, "count": 833}],
+        "accuracy_by_number": [{"group": "unseen", "things": 3, "accuracy": 0.75, "low": 0.6, "high": 0.86, "count": 40}],
         "loss_by_timestep": [{"t": t, "val_loss": t, "low": t - 0.01, "high": t + 0.01} for t in (0.05, 0.5, 0.95)],
     }
     for name, rows in tables.items():
@@ -56,9 +63,10 @@ def run(tmp_path):
     return tmp_path
 
 
-def write(run) -> str:
-    metrics = run / "metrics"
-    write_report(Results.read(metrics), PARAMS, run / "samples", metrics / "report.md", metrics / "report")
+def write(run, **sample) -> str:
+    """The report of `run` as it would be with these settings of the sample stage."""
+    metrics, params = run / "metrics", replace(PARAMS, sample=replace(PARAMS.sample, **sample))
+    write_report(Results.read(metrics), params, run / "samples", metrics / "report.md", metrics / "report")
     return (metrics / "report.md").read_text()
 
 
@@ -80,6 +88,7 @@ def test_the_figures_have_their_intervals_and_say_what_they_mean(run):
     assert "| `frechet_distance_clip_n200` | **0.0242** |  | distance between samples and held-out images" in text
     assert "prompt_accuracy_prompts" not in text
     assert "| colour | 0.991 | 0.980 to 0.995 | 833 |" in text
+    assert "| group | things | right | interval | of |\n" in text and "| unseen | 3 | 0.750 | 0.600 to 0.860 | 40 |" in text
     assert "2.6 M parameters, trained on 7,440 images for 4,030 steps in 6 min" in text
     how = PARAMS.sample
     assert f"`{how.scheduler}` in {how.num_inference_steps} steps at a guidance scale of {how.guidance_scale:g}" in text
@@ -89,21 +98,80 @@ def test_the_figures_have_their_intervals_and_say_what_they_mean(run):
 
 
 def test_it_says_whether_the_model_copies(run):
-    assert "**30% (20% to 40%) of the samples are copies of training images" in write(run)
-    change(run, memorised_low=0.0)
     text = write(run)
-    assert "no sign that the model copies" in text and "more than the 1 %" not in text
-    change(run, held_out_repeats=0.4)
-    assert "more than the 1 %" in write(run)
+    assert "**30 % (20 % to 40 %) of the samples are copies of training images" in text
+    assert "31 % of the samples show the same as a training image, or nearly so; of the held-out images, which no model" in text
+    change(run, memorised_low=0.0, memorised_high=0.08)
+    assert "There is no sign that the model copies" in write(run)
+
+
+@pytest.mark.parametrize(
+    ("count", "if_copies", "if_new"),
+    [
+        (1, "**One held-out image is too few to tell:** between 0 % and 100 % of", "**One held-out image is too few to tell:**"),
+        (3, "**3 held-out images are too few to tell:** between 0 % and 100 % of", "**3 held-out images are too few to tell:**"),
+        (8, "**100 % (46 % to 100 %) of the samples are copies", "**8 held-out images are too few to tell:** between 0 % and 25"),
+        (250, "**100 % (97 % to 100 %) of the samples are copies", "There is no sign that the model copies"),
+    ],
+)
+def test_a_few_held_out_images_tell_little_about_copies(run, count, if_copies, if_new):
+    held_out = np.linspace(0.5, 1.2, count)
+    for samples, says in ((np.zeros(count), if_copies), (held_out + 0.1, if_new)):
+        change(run, **memorisation(samples, held_out, 0.95))
+        text = write(run)
+        assert f"## Does it copy?\n\n{says}" in text and "repeat themselves" not in text
+
+
+def test_that_the_data_repeat_themselves_is_said_where_held_out_images_are_the_same_as_training_images(run):
+    held_out = np.concatenate([np.zeros(3), np.linspace(0.5, 1.2, 5)])
+    change(run, **memorisation(np.full(8, 1.3), held_out, 0.95))
+    assert "The data repeat themselves: 38 % of the held-out images are the same as a training image." in write(run)
+
+
+def test_without_a_figure_of_copies_there_are_no_pairs(run):
     change(run, memorised=None)
     assert "Does it copy?" not in write(run)
+    assert not (run / "metrics" / "report" / "nearest.webp").exists()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "says"),
+    [
+        (["a dog"] * 5, "in each cell: the first four of `sample.prompts`."),
+        (["a dog"], "in each cell: those of `sample.prompts`, and captions of the validation set."),
+        ([], "in each cell: captions of the validation set."),
+    ],
+)
+def test_the_prompts_of_the_grid_of_settings_are_those_that_are_drawn(run, prompts, says):
+    assert says in write(run, prompts=tuple(prompts))
+    assert CELLS == sampling.CELLS
+
+
+def test_only_a_stochastic_scheduler_is_said_to_add_noise(run):
+    assert "adds other noise at each step" in write(run, scheduler="stochastic")
+    assert "adds other noise" not in write(run, scheduler="euler")
+
+
+@pytest.mark.parametrize(
+    ("figures", "says"),
+    [
+        ({}, "18 of the 20 pictures with something wrong, those of the lowest CLIP score."),
+        ({"prompt_accuracy_unseen": 0.955, "prompt_accuracy_unseen_prompts": 200}, "18 of the 29 pictures with something wrong"),
+        ({"prompt_accuracy": 0.99}, "Pictures with something wrong, of which there are 2, and then those of the lowest CLIP"),
+        ({"prompt_accuracy": None}, "## The worst\n\nThose of the lowest CLIP score."),
+    ],
+)
+def test_it_says_how_many_of_the_wrong_pictures_are_shown(run, figures, says):
+    change(run, **figures)
+    assert says in write(run)
+    assert WORST == pictures.WORST
 
 
 def test_a_recipe_that_cannot_be_judged_has_no_attributes(run):
-    pd.DataFrame(columns=["attribute", "accuracy", "low", "high", "count"]).to_csv(
-        run / "metrics" / "accuracy_by_attribute.csv", index=False
-    )
-    assert "attribute" not in write(run)
+    for name, columns in (("attribute", ["attribute"]), ("number", ["group", "things"])):
+        empty = pd.DataFrame(columns=[*columns, "accuracy", "low", "high", "count"])
+        empty.to_csv(run / "metrics" / f"accuracy_by_{name}.csv", index=False)
+    assert "What is right" not in write(run)
 
 
 def test_the_same_results_give_the_same_bytes(run):

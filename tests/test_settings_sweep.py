@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from conftest import REPO, write_cache
 from dit import cli
 from dit.config import load_config
 from dit.encoders import EncoderSource
+from dit.errors import UserError
 from dit.files import write_json
 from dit.sources import fetch
 from dit.sweep import Setting, cheapest, interval, plot, sweep
@@ -68,6 +70,41 @@ def test_more_prompts_than_there_are_is_said(project, capsys):
     assert "the validation set has captions for 10 of 20 prompts" in capsys.readouterr().out
 
 
+def test_a_machine_that_becomes_slower_does_so_for_all_settings(project, monkeypatch):
+    """Each drawing takes half as long again as the one before it, were both of as many steps."""
+    now, drawn = [0.0], []
+
+    def draw(_pipeline, prompts, steps, scale):
+        now[0] += steps * len(prompts) * 1.5 ** len(drawn)
+        drawn.append((len(prompts), steps))
+        return [Image.new("RGB", (64, 64))] * len(prompts)
+
+    monkeypatch.setattr("dit.sweep.draw", draw)
+    monkeypatch.setattr("dit.sweep.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    settings = [Setting("euler", 20, 1.0), Setting("euler", 10, 1.0)]
+    table = run(project, settings, replace(PARAMS, sample=replace(PARAMS.sample, batch_size=4)), count=11)
+    assert drawn == [(4, 1), (4, 20), (4, 10), (4, 20), (4, 10), (3, 20), (3, 10)]
+    assert list(table["seconds"]) == pytest.approx([100 * 20 * 1.5, 100 * 10 * 1.5**2])
+
+
+def test_batches_are_of_one_size(project, monkeypatch):
+    sizes = []
+
+    def draw(_pipeline, prompts, _steps, _scale):
+        sizes.append(len(prompts))
+        return [Image.new("RGB", (64, 64))] * len(prompts)
+
+    monkeypatch.setattr("dit.sweep.draw", draw)
+    run(project, [Setting("euler", 1, 1.0)], replace(PARAMS, sample=replace(PARAMS.sample, batch_size=8)), count=10)
+    assert sizes == [5, 5, 5]  # of which the first is for warming up
+
+
+def test_one_caption_is_too_few_to_compare_by(tmp_path):
+    fetch(replace(PARAMS.shapes.data, num_samples=10, val_fraction=0.1), tmp_path / "raw", PARAMS.runtime)
+    with pytest.raises(UserError, match="one validation caption, where two are needed; a larger folder.data.val_fraction helps"):
+        sweep(replace(PARAMS, recipe="folder"), tmp_path, tmp_path, tmp_path / "raw", [Setting("euler", 1, 1.0)], 20)
+
+
 def test_an_interval_of_a_difference_knows_that_the_prompts_are_the_same():
     rng = np.random.default_rng(0)
     first = (rng.random(1000) < 0.9).astype(float)
@@ -101,6 +138,19 @@ def test_the_plot_has_a_line_for_each_scheduler_and_scale():
     assert sorted(text.get_text() for text in axes.texts) == ["10", "5", "5"]
 
 
+def test_the_numbers_of_steps_stand_beside_the_error_bars():
+    """Also where two lines have points in the same place."""
+    rows = table_of((5, 10, 1.0, 0.9), (10, 20, 2.0, 0.95))
+    figure = plot(pd.concat([rows, rows.assign(scheduler="heun")], ignore_index=True))
+    (axes,) = figure.axes
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    cap = 3 * figure.dpi / 72
+    for bar in axes.transData.transform([(seconds, 0.9) for seconds in (1.0, 2.0)])[:, 0]:
+        assert all(box.x0 > bar + cap or box.x1 < bar - cap for box in boxes)
+    assert not any(one.overlaps(other) for k, one in enumerate(boxes) for other in boxes[:k])
+
+
 def test_the_command_writes_the_table_and_the_plot(project, monkeypatch, capsys):
     monkeypatch.chdir(project)
     command = ["sweep", "--num_samples", "6", "--num_inference_steps", "1", "2", "--guidance_scale", "1", "--output", "out/sweep"]
@@ -113,10 +163,25 @@ def test_the_command_writes_the_table_and_the_plot(project, monkeypatch, capsys)
     assert "figures of 6 prompts" in printed and "the validation set has" not in printed
 
 
+def test_the_name_of_the_files_may_have_a_dot(project, monkeypatch, tmp_path):
+    monkeypatch.chdir(project)
+    name = tmp_path / "sweep-1.5"
+    command = ["--num_samples", "2", "--num_inference_steps", "1", "--guidance_scale", "1", "--output", str(name)]
+    assert cli.main(["sweep", *command]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep-1.5.csv", "sweep-1.5.png"]
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--guidance_scale", "0.5"], "dit: --guidance_scale: 0.5 is less than 1"),
+        (["--guidance_scale", "0.5"], "dit: --guidance_scale: 0.5 is not a number from 1 (which is without guidance) on"),
+        (["--guidance_scale", "1.5", "inf"], "dit: --guidance_scale: inf is not a number from 1"),
+        (["--guidance_scale", "1.5", "nan"], "dit: --guidance_scale: nan is not a number from 1"),
+        (["--tolerance", "nan"], "dit: --tolerance: nan is not a number from 0 on"),
+        (["--tolerance", "-0.1"], "dit: --tolerance: -0.1 is not a number from 0 on"),
+        (["--output", "."], "dit: --output .: is a folder; name what is written into it, such as sweep"),
+        (["--output", "data"], "dit: --output data: is a folder; name what is written into it, such as data/sweep"),
+        (["--output", "params.yaml/sweep"], "dit: --output params.yaml/sweep: params.yaml cannot be made: "),
         (["--num_inference_steps", "0"], "dit: --num_inference_steps: 0 is not a positive number"),
         (["--num_samples", "1"], "dit: --num_samples: 1 is not at least 2"),
         (["--checkpoint", "nowhere"], "dit: nowhere: no such folder"),
@@ -125,6 +190,8 @@ def test_the_command_writes_the_table_and_the_plot(project, monkeypatch, capsys)
 )
 def test_what_cannot_be_is_one_line(project, monkeypatch, capsys, flags, says):
     monkeypatch.chdir(project)
+    if flags[0] not in ("--scheduler", "--checkpoint"):
+        monkeypatch.setattr("dit.commands.sweep.read_index", None)  # nothing is read before this is said
     assert cli.main(["sweep", *flags]) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dit:")]
     assert len(lines) == 1 and lines[0].startswith(says)

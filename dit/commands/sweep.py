@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
+from itertools import product
 from pathlib import Path
 from typing import get_args
 
@@ -53,23 +56,56 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run_sweep(arguments: argparse.Namespace) -> None:
     """Print the table and the cheapest good setting, and write the table and its plot."""
-    if arguments.num_samples < 2:
-        raise UserError(f"--num_samples: {arguments.num_samples} is not at least 2")
+    check_numbers(arguments)
+    table_file, plot_file = find_outputs(arguments.output)
     read_index(arguments.checkpoint)
 
     from dit.config import load_config
-    from dit.sweep import chance, cheapest, check_settings, describe, plot, readable, sweep
+    from dit.sweep import Setting, chance, cheapest, describe, plot, readable, sweep
 
-    settings = check_settings(arguments.scheduler, arguments.num_inference_steps, arguments.guidance_scale)
+    every = product(arguments.scheduler, arguments.guidance_scale, arguments.num_inference_steps)
+    settings = list(dict.fromkeys(Setting(scheduler, steps, scale) for scheduler, scale, steps in every))
     params, latents, raw = load_config(), Path("data/latents"), Path("data/raw")
     table = sweep(params, arguments.checkpoint, latents, raw, settings, arguments.num_samples)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(arguments.output.with_suffix(".csv"), index=False, float_format="%.5g")
-    plot(table).savefig(arguments.output.with_suffix(".png"), dpi=110)
+    table.to_csv(table_file, index=False, float_format="%.5g")
+    plot(table).savefig(plot_file, dpi=110)
     print(f"\n{readable(table).to_string(index=False)}")
     row = cheapest(table, arguments.tolerance)
     print(
         f"\nwithin {arguments.tolerance:g} of the best, the cheapest: {describe(row)}: {row['seconds']:.2f} s for 100 pictures\n"
         f"figures of {row['prompts']} prompts may be off by {chance(table):.2g}; --num_samples tells finer differences\n"
-        f"{arguments.output.with_suffix('.csv')}\n{arguments.output.with_suffix('.png')}"
+        f"{table_file}\n{plot_file}"
     )
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Raise a `UserError` for the first number out of range."""
+    if arguments.num_samples < 2:
+        raise UserError(f"--num_samples: {arguments.num_samples} is not at least 2")
+    for steps in arguments.num_inference_steps:
+        if steps < 1:
+            raise UserError(f"--num_inference_steps: {steps} is not a positive number")
+    for scale in arguments.guidance_scale:
+        if not 1 <= scale < math.inf:
+            raise UserError(f"--guidance_scale: {scale:g} is not a number from 1 (which is without guidance) on")
+    if not 0 <= arguments.tolerance < math.inf:
+        raise UserError(f"--tolerance: {arguments.tolerance:g} is not a number from 0 on")
+
+
+def find_outputs(name: Path) -> tuple[Path, Path]:
+    """The files of the table and of the plot; the folder that they lie in is made.
+
+    Raises:
+        UserError: `name` is a folder, or the files cannot be written.
+    """
+    if name.is_dir():
+        raise UserError(f"--output {name}: is a folder; name what is written into it, such as {name / 'sweep'}")
+    try:
+        name.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {name}: {name.parent} cannot be made: {error.strerror}") from None
+    files = name.with_name(f"{name.name}.csv"), name.with_name(f"{name.name}.png")
+    for file in files:
+        if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise UserError(f"--output {name}: {file} cannot be written")
+    return files

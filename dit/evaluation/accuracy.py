@@ -15,9 +15,11 @@ from dit.sources.captions import parse
 
 @dataclass(frozen=True)
 class Judgement:
-    """What is wrong with a picture, "" if nothing is, and by attribute how many are right and how many are stated."""
+    """What is wrong with a picture, "" if nothing is; of how many `things` its caption speaks; and by attribute how many are
+    right and how many are stated."""
 
     problem: str
+    things: int
     attributes: dict[str, tuple[int, int]]
 
 
@@ -27,7 +29,8 @@ def judge_picture(picture: Image.Image, text: str) -> Judgement | None:
     if description is None:
         return None
     detection = detect(picture)
-    return Judgement(compare(detection, description).problem or "", attributes(detection, description))
+    problem = compare(detection, description).problem or ""
+    return Judgement(problem, len(description.things), attributes(detection, description))
 
 
 def accuracy(name: str, judged: list[Judgement], confidence: float) -> dict[str, float]:
@@ -50,8 +53,24 @@ def accuracy_by_attribute(judged: Iterable[Judgement], confidence: float) -> lis
         pairs = [judgement.attributes[name] for judgement in judged if name in judgement.attributes]
         if pairs:
             right, stated = map(sum, zip(*pairs, strict=True))
-            share = right / stated
-            low, high = wilson(share, len(pairs), confidence)
-            values = {"accuracy": share, "low": low, "high": high}
-            rows.append({"attribute": name} | {key: round(value, 4) for key, value in values.items()} | {"count": stated})
+            rows.append({"attribute": name} | _share(right / stated, len(pairs), confidence) | {"count": stated})
     return rows
+
+
+def accuracy_by_number(groups: dict[str, list[Judgement]], confidence: float) -> list[dict[str, str | float]]:
+    """A row for each group of prompts and number of things in a caption: `group`, `things`, `accuracy`, `low`, `high`, `count`.
+
+    `accuracy` is the share of the `count` pictures with nothing wrong; `low` and `high` are the ends of Wilson's interval.
+    """
+    rows = []
+    for group, judged in groups.items():
+        for things in sorted({judgement.things for judgement in judged}):
+            right = [not judgement.problem for judgement in judged if judgement.things == things]
+            share = _share(sum(right) / len(right), len(right), confidence)
+            rows.append({"group": group, "things": things} | share | {"count": len(right)})
+    return rows
+
+
+def _share(share: float, trials: int, confidence: float) -> dict[str, float]:
+    low, high = wilson(share, trials, confidence)
+    return {key: round(value, 4) for key, value in {"accuracy": share, "low": low, "high": high}.items()}

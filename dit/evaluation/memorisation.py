@@ -70,11 +70,13 @@ def memorisation(samples: np.ndarray, held_out: np.ndarray, confidence: float) -
     """Metrics in [0, 1], each with the ends of its interval; none where there is nothing to measure by.
 
     - `nearer_than_held_out`: share a of the samples that are too near to a training image (see `near`).
-    - `held_out_repeats`: the same share b of the held-out images: 1 % where they are all different, by construction.
+    - `held_out_repeats`: the same share b of the held-out images: 1 % where there are hundreds and all are different, by
+      construction; of a few it is more, since the nearest one always counts.
+    - `held_out_same`: the share of the held-out images that are the `SAME` as a training image.
     - `memorised`: a without those that come about as held-out images do: (a - b) / (1 - b), at least 0. This is how Abbott
-      (1925) counts the insects that a poison kills where some die anyway.
+      (1925) counts the insects that a poison kills where some die anyway. `memorised_prompts` is the number n.
 
-    a and b are of the first n of each, n being the number of the fewer. The k-th sample is drawn for the caption of the k-th
+    All are of the first n of each, n being the number of the fewer. The k-th sample is drawn for the caption of the k-th
     held-out image, and whether a caption leaves room for anything new decides much of both: so they are compared in pairs.
 
     Args:
@@ -86,12 +88,14 @@ def memorisation(samples: np.ndarray, held_out: np.ndarray, confidence: float) -
     if threshold is None or not count:
         return {}
     flagged, repeats = samples[:count] < threshold, held_out[:count] < threshold
-    a, b = float(flagged.mean()), float(repeats.mean())
+    a, b, same = float(flagged.mean()), float(repeats.mean()), float((held_out[:count] < SAME).mean())
     if b == 1:
         return {}
     low, high = (min(max(end / (1 - b), 0.0), 1.0) for end in paired_difference(flagged, repeats, confidence))
     return (
         with_interval("memorised", max(0.0, (a - b) / (1 - b)), (low, high))
+        | {"memorised_prompts": count}
         | with_interval("nearer_than_held_out", a, wilson(a, count, confidence))
         | with_interval("held_out_repeats", b, wilson(b, count, confidence))
+        | with_interval("held_out_same", same, wilson(same, count, confidence))
     )

@@ -7,18 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageOps
 
 from dit.config import Evaluate, Runtime
 from dit.encoders import EncoderSource
 from dit.errors import UserError
-from dit.evaluation.accuracy import accuracy, accuracy_by_attribute, judge_picture
+from dit.evaluation.accuracy import accuracy, accuracy_by_attribute, accuracy_by_number, judge_picture
 from dit.evaluation.comparison import compare_sets, measure_diversity
-from dit.evaluation.features import ClipFeatures, clip_scores, images_of, open_images
+from dit.evaluation.features import ClipFeatures, clip_scores, fastest_device, images_of, open_images
 from dit.evaluation.intervals import mean_with_interval, with_interval
 from dit.evaluation.losses import measure_losses
-from dit.evaluation.memorisation import find_nearest, memorisation, near
+from dit.evaluation.memorisation import find_nearest, memorisation
 from dit.evaluation.pictures import draw_nearest, draw_worst
 from dit.latents import LatentCache
 from dit.sources.dataset import Entry
@@ -28,10 +27,11 @@ JUDGED = ("val", "unseen")  # groups of prompts; "diversity" is several pictures
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`metrics` by name, and the rows of two tables: `by_attribute` (none without judged prompts) and `by_timestep`."""
+    """`metrics` by name, and the rows of three tables; `by_attribute` and `by_number` need prompts that can be judged."""
 
     metrics: dict[str, float]
     by_attribute: list[dict[str, str | float]]
+    by_number: list[dict[str, str | float]]
     by_timestep: list[dict[str, float]]
 
 
@@ -62,15 +62,16 @@ def evaluate_samples(
     metrics: dict[str, float] = {}
 
     judgements = [judge_picture(picture, text) for picture, text in zip(pictures, texts, strict=True)]
-    val = [judgement for judgement in judgements[:count] if judgement]
+    val, unseen = ([judgement for judgement in half if judgement] for half in (judgements[:count], judgements[count:]))
     metrics |= accuracy("prompt_accuracy", val, settings.confidence)
-    metrics |= accuracy("prompt_accuracy_unseen", [found for found in judgements[count:] if found], settings.confidence)
+    metrics |= accuracy("prompt_accuracy_unseen", unseen, settings.confidence)
     by_attribute = accuracy_by_attribute(val, settings.confidence)
+    by_number = accuracy_by_number({"val": val, "unseen": unseen}, settings.confidence)
     for row in by_attribute:
         metrics |= with_interval(f"prompt_accuracy_{row['attribute']}", row["accuracy"], (row["low"], row["high"]))
 
     cache = LatentCache(latents)
-    clip = ClipFeatures(EncoderSource(**cache.index["clip"]), _device())
+    clip = ClipFeatures(EncoderSource(**cache.index["clip"]), fastest_device())
     features = clip.of_images(pictures, len(pictures), "CLIP: samples")
     scores = clip_scores(features, clip.of_texts(texts)).double().numpy()
     metrics |= mean_with_interval("clip_score", scores, settings, (0, 100), digits=3)
@@ -93,15 +94,11 @@ def evaluate_samples(
     mirrored = clip.of_images(map(ImageOps.mirror, pictures[:count]), count, "CLIP: samples, mirrored")
     of_samples = find_nearest(features[:count], mirrored, known)
     metrics |= memorisation(of_samples.distance, of_held_out.distance, settings.confidence)
-    draw_nearest(pictures[:count], texts[:count], of_samples, raw, training, near(of_held_out.distance), nearest)
+    draw_nearest(pictures[:count], texts[:count], of_samples, of_held_out.distance, raw, training, nearest)
 
-    losses, by_timestep = measure_losses(model, cache, settings, _device())
-    return Evaluation(metrics | losses, by_attribute, by_timestep)
+    losses, by_timestep = measure_losses(model, cache, settings, fastest_device())
+    return Evaluation(metrics | losses, by_attribute, by_number, by_timestep)
 
 
 def _open(samples: Path, prompt: dict) -> Image.Image:
     return Image.open(samples / prompt["file"]).convert("RGB")
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from dit.evaluation.memorisation import Nearest
+from dit.evaluation.memorisation import SAME, Nearest, near
 from dit.images import grid, labelled_grid
 from dit.sources.dataset import Entry
 from dit.sources.storage import StoredImages
@@ -32,30 +32,43 @@ def draw_nearest(
     pictures: Sequence[Image.Image],
     texts: Sequence[str],
     nearest: Nearest,
+    held_out: np.ndarray,
     raw: Path,
     training: list[Entry],
-    threshold: float | None,
     path: Path,
 ) -> None:
-    """The pairs of least distance: a sample on the left, its nearest training image on the right, and what the numbers say.
+    """Pairs of a sample on the left and its nearest training image on the right, and what the numbers say.
+
+    Where the held-out image of a sample's caption is near to a training image, too, nothing is learned from the pair, and
+    `memorised` leaves it out: such pairs come after all others. Within each of the two kinds the nearest are first.
 
     Args:
         pictures, texts, nearest: the samples, their prompts, and what `find_nearest` found for them.
+        held_out: distances (M,) of the held-out images, of which the k-th has the caption of the k-th sample.
         raw, training: the data set's folder, and its training images in the order that `nearest` counts them in.
-        threshold: the distance that `memorisation` counts by, if there is one.
         path: of the picture.
     """
+    threshold = near(held_out) or SAME
+    repeats = np.ones(len(pictures), dtype=bool)
+    repeats[: len(held_out)] = held_out[: len(pictures)] < threshold
     stored = StoredImages(raw)
     pairs, labels = [], []
-    for k in np.argsort(nearest.distance, kind="stable")[:PAIRS]:
+    for k in np.lexsort((nearest.distance, repeats))[:PAIRS]:
         entry = training[int(nearest.index[k])]
         image = central_square(open_upright(stored.read(entry.stored)), pictures[k].width)
         image = ImageOps.mirror(image) if nearest.mirrored[k] else image
         pairs.append(grid([pictures[k], image], columns=2, gap=2))
-        by = f" (too near: below {threshold:.3f})" if threshold is not None else ""
-        how = ", mirrored" if nearest.mirrored[k] else ""
-        labels.append(f"distance {nearest.distance[k]:.3f}{by}. Drawn: {texts[k]}. Training{how}: {entry.text}")
+        says = _say(nearest.distance[k] < threshold, bool(repeats[k]))
+        how = " (mirrored)" if nearest.mirrored[k] else ""
+        labels.append(f"{says}; {nearest.distance[k]:.3f} apart. Drawn: {texts[k]}. Training{how}: {entry.text}")
     _save(labelled_grid(pairs, labels, columns=2, cell=2 * CELL), path)
+
+
+def _say(alike: bool, repeats: bool) -> str:
+    """What a pair shows: whether the two are `alike`, and whether the held-out image `repeats` a training image as well."""
+    if not alike:
+        return "Different"
+    return "Nearly the same, and so is the held-out image" if repeats else "Nearly the same, while the held-out image is new"
 
 
 def _save(sheet: Image.Image, path: Path) -> None:
