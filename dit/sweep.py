@@ -25,7 +25,7 @@ from dit.evaluation.intervals import wilson
 from dit.evaluation.metrics import JUDGED
 from dit.latents import LatentCache
 from dit.pipeline import DiTTextToImagePipeline, load_pipeline
-from dit.sampling import Prompt, choose_prompts, draw
+from dit.sampling import Prompt, choose_prompts, draw_batch
 from dit.schedulers import make_scheduler
 
 NAMES = {"prompt_accuracy": "share of pictures that are right", "clip_score": "CLIP score"}
@@ -104,7 +104,7 @@ def _draw_and_score(
     """
     full = ceil(len(prompts) / ceil(len(prompts) / batch_size))
     scores, seconds = np.empty((len(settings), len(prompts))), np.full(len(settings), np.inf)
-    draw(pipeline, prompts[:full], 1, max(setting.guidance_scale for setting in settings))  # what happens only once, happens here
+    draw_batch(pipeline, prompts[:full], 1, max(setting.guidance_scale for setting in settings))  # what happens only once, happens here
     with tqdm(total=scores.size, desc="sweep", unit="image") as progress:
         for start in range(0, len(prompts), full):
             chunk = prompts[start : start + full]
@@ -112,7 +112,7 @@ def _draw_and_score(
                 progress.set_postfix_str(describe(setting))
                 pipeline.scheduler = schedulers[setting.scheduler]
                 began = time.perf_counter()
-                pictures = draw(pipeline, chunk, setting.num_inference_steps, setting.guidance_scale)
+                pictures = draw_batch(pipeline, chunk, setting.num_inference_steps, setting.guidance_scale)
                 took = 100 * (time.perf_counter() - began) / len(chunk)
                 seconds[k] = min(seconds[k], took) if len(chunk) == full else seconds[k]
                 scores[k, start : start + len(chunk)] = score(chunk, pictures, clip)

@@ -79,7 +79,7 @@ def test_a_machine_that_becomes_slower_does_so_for_all_settings(project, monkeyp
         drawn.append((len(prompts), steps))
         return [Image.new("RGB", (64, 64))] * len(prompts)
 
-    monkeypatch.setattr("dit.sweep.draw", draw)
+    monkeypatch.setattr("dit.sweep.draw_batch", draw)
     monkeypatch.setattr("dit.sweep.time", SimpleNamespace(perf_counter=lambda: now[0]))
     settings = [Setting("euler", 20, 1.0), Setting("euler", 10, 1.0)]
     table = run(project, settings, replace(PARAMS, sample=replace(PARAMS.sample, batch_size=4)), count=11)
@@ -94,7 +94,7 @@ def test_batches_are_of_one_size(project, monkeypatch):
         sizes.append(len(prompts))
         return [Image.new("RGB", (64, 64))] * len(prompts)
 
-    monkeypatch.setattr("dit.sweep.draw", draw)
+    monkeypatch.setattr("dit.sweep.draw_batch", draw)
     run(project, [Setting("euler", 1, 1.0)], replace(PARAMS, sample=replace(PARAMS.sample, batch_size=8)), count=10)
     assert sizes == [5, 5, 5]  # of which the first is for warming up
 

@@ -158,7 +158,8 @@ def generate(arguments: argparse.Namespace) -> None:
     seeds = [str(arguments.seed + k) for k in range(len(prompts))]
     output: Path = arguments.output
     if arguments.grid:
-        sheet = labelled_grid(list(drawing), prompts, columns=min(6, len(prompts)))
+        pictures = list(drawing)
+        sheet = labelled_grid(pictures, prompts, columns=min(6, len(prompts)), cell=max(160, pictures[0].width))  # none is reduced
         lines = {"prompt": "\n".join(" ".join(prompt.split()) for prompt in prompts), "seed": "\n".join(seeds)}  # one a picture
         write_png(output, sheet, lines | shared)
         print(output)
