@@ -104,7 +104,8 @@ def _draw_and_score(
     """
     full = ceil(len(prompts) / ceil(len(prompts) / batch_size))
     scores, seconds = np.empty((len(settings), len(prompts))), np.full(len(settings), np.inf)
-    draw_batch(pipeline, prompts[:full], 1, max(setting.guidance_scale for setting in settings))  # what happens only once, happens here
+    # What happens only once, happens here.
+    draw_batch(pipeline, prompts[:full], 1, max(setting.guidance_scale for setting in settings))
     with tqdm(total=scores.size, desc="sweep", unit="image") as progress:
         for start in range(0, len(prompts), full):
             chunk = prompts[start : start + full]

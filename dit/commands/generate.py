@@ -159,7 +159,8 @@ def generate(arguments: argparse.Namespace) -> None:
     output: Path = arguments.output
     if arguments.grid:
         pictures = list(drawing)
-        sheet = labelled_grid(pictures, prompts, columns=min(6, len(prompts)), cell=max(160, pictures[0].width))  # none is reduced
+        cell = max(160, pictures[0].width)  # none is reduced
+        sheet = labelled_grid(pictures, prompts, columns=min(6, len(prompts)), cell=cell)
         lines = {"prompt": "\n".join(" ".join(prompt.split()) for prompt in prompts), "seed": "\n".join(seeds)}  # one a picture
         write_png(output, sheet, lines | shared)
         print(output)
