@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dit.commands.pictures import save_picture
+from dit.commands.output import save_picture
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import os
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from dit.commands.output import make_folder_of
 from dit.errors import UserError
 from dit.pixels import eight_bits
 from dit.sources.usable import check_image, is_text
@@ -125,11 +125,4 @@ def check_output(path: Path) -> None:
     """
     if path.suffix.lower() != ".png":
         raise UserError(f"--output {path}: its name must end in .png, since only a PNG keeps every pixel and how it was drawn")
-    if path.is_dir():
-        raise UserError(f"--output {path}: is a folder; name a file in it, such as {path / 'picture.png'}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {path}: {path.parent} cannot be made: {error.strerror}") from None
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--output {path}: you may not write into {path.parent}")
+    make_folder_of(path)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from itertools import product
 from pathlib import Path
 from typing import get_args
 
+from dit.commands.output import make_folder_of
 from dit.config import DEFAULTS, Scheduler
 from dit.errors import UserError
 from dit.model_folder import read_index
@@ -98,14 +98,8 @@ def find_outputs(name: Path) -> tuple[Path, Path]:
     Raises:
         UserError: `name` is a folder, or the files cannot be written.
     """
-    if name.is_dir():
-        raise UserError(f"--output {name}: is a folder; name what is written into it, such as {name / 'sweep'}")
-    try:
-        name.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {name}: {name.parent} cannot be made: {error.strerror}") from None
+    make_folder_of(name)
     files = name.with_name(f"{name.name}.csv"), name.with_name(f"{name.name}.png")
     for file in files:
-        if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-            raise UserError(f"--output {name}: {file} cannot be written")
+        make_folder_of(file)
     return files
