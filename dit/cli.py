@@ -7,6 +7,7 @@ import os
 import sys
 
 from dit.commands import benchmark, check, compare, export, generate, inspect, sweep, sync_runs, where
+from dit.commands.flags import not_understood
 from dit.errors import UserError
 
 EXAMPLES = """\
@@ -30,12 +31,16 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(commands)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; a user's mistake is one line on standard error and exit code 1."""
-    arguments = build_parser().parse_args(argv)
+    arguments, rest = build_parser().parse_known_args(argv)
+    if rest:
+        arguments.parser.error(not_understood(arguments.parser, rest))
     try:
         arguments.action(arguments)
     except UserError as error:

@@ -7,11 +7,30 @@ equation 8, without its resampling).
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, SchedulerMixin
+from PIL import Image
 
 from dit.schedulers import model_times
+
+
+def side_lengths(pictures: Any) -> tuple[int, int]:
+    """Width and height of what diffusers takes for a picture, or of the first of several: PIL, numpy (…, H, W, C) or (H, W),
+    torch (…, H, W). (0, 0) of what is none."""
+    if isinstance(pictures, (list, tuple)) and pictures:
+        return side_lengths(pictures[0])
+    if isinstance(pictures, Image.Image):
+        return pictures.size
+    if isinstance(pictures, np.ndarray) and pictures.ndim > 1:
+        height, width = pictures.shape[-3:-1] if pictures.ndim > 2 else pictures.shape
+        return width, height
+    if isinstance(pictures, torch.Tensor) and pictures.ndim > 1:
+        return pictures.shape[-1], pictures.shape[-2]
+    return 0, 0
 
 
 def encode_image(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
@@ -24,6 +43,13 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Pixels (N, 3, H, W) in about [-1, 1] of `latents`; the inverse of `encode_image`, but for the VAE's error."""
     unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
     return vae.decode(unscaled.to(vae.dtype)).sample.float()
+
+
+@torch.no_grad()
+def fidelity(vae: AutoencoderKL, pixels: torch.Tensor) -> float:
+    """How much of `pixels` (N, 3, H, W) in [-1, 1] is left when they go through the VAE and back: the PSNR in dB."""
+    error = decode_latents(vae, encode_image(vae, pixels)).clamp(-1, 1) - pixels.to(vae.device)
+    return float(10 * torch.log10(4 / error.square().mean()))
 
 
 def first_step(scheduler: SchedulerMixin, strength: float) -> int:

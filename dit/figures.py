@@ -8,11 +8,11 @@ MEANINGS = {
     "prompt_accuracy_unseen": ("the same, captions with a colour and shape never seen together", "higher"),
     "clip_score": ("how well CLIP finds picture and caption to agree, 0 to 100", "higher"),
     "frechet_distance_clip": ("distance between samples and held-out images, as two Gaussians of CLIP features", "lower"),
-    "kid_clip": ("the same by a kernel: 0 for independent sets of the same kind, less with shared captions", "lower"),
-    "precision_clip": ("samples within reach of held-out images; generous, to be read with recall", "higher"),
+    "kid_clip": ("the same by a kernel: 0 for new pictures of the same kind; good ones of the same captions are below", "lower"),
+    "precision_clip": ("samples within reach of held-out images; high for many a poor picture, too, so see recall", "higher"),
     "recall_clip": ("held-out images within reach of samples", "higher"),
     "diversity_clip": ("how different the pictures of one caption are", "higher"),
-    "memorised": ("samples that are copies of training images, beyond what held-out images are", "lower"),
+    "memorised": ("samples nearer to a training image than new pictures come, beyond chance: copies, perhaps", "lower"),
     "val_loss": ("the objective on held-out images", "lower"),
 }
 

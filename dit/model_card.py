@@ -17,15 +17,16 @@ SETTINGS = "\nSettings:\n"  # the end of the train stage's card, long and for th
 USE = """
 ## Use
 
-The folder holds all of it: transformer, scheduler, VAE, text encoder and tokenizer, in safetensors and JSON alone. What it needs
-beside it is the Python package `latent-dit` {version}, the code that trained it. In a copy of that project:
+The folder holds all of it, VAE, text encoder and tokenizer, too, in safetensors and JSON alone. What it needs beside it is the
+Python package `latent-dit` {version}, the code that trained it. In a copy of that project:
 
     pip install -c constraints.txt .
     dit generate --checkpoint {here} --prompt "{prompt}"
 
-The pipeline above {draws}; `dit.schedulers.make_scheduler` makes others.
+The pipeline above {draws}; `dit.schedulers.make_scheduler` makes others. diffusers' own
+`DiffusionPipeline.from_pretrained` does not know its class.
 """
-DRAWS = "draws with the `{}` that is saved here"
+DRAWS = "draws with the scheduler `{}`, which is saved here"
 HERE = "path/to/this/folder"
 
 
@@ -44,8 +45,8 @@ def read_card(path: Path) -> str:
 
 
 def with_scheduler(card: str, scheduler: str) -> str:
-    """The card of an export with `scheduler`, the name of a class, in place of the one that it names."""
-    return re.sub(re.escape(DRAWS).replace(re.escape("{}"), r"\w+"), DRAWS.format(scheduler), card)
+    """The card of an export with `scheduler`, a name as `make_scheduler` takes it, in place of the one that it names."""
+    return re.sub(re.escape(DRAWS).replace(re.escape("{}"), "[^`]+"), DRAWS.format(scheduler), card)
 
 
 def export_card(
@@ -55,7 +56,7 @@ def export_card(
 
     Args:
         trained: the card of `models/dit`.
-        scheduler: name of the scheduler's class in the export.
+        scheduler: name of the scheduler in the export.
         figures: what metrics/evaluate.json says of this model, if it does.
         params: the settings that the figures were measured with.
         picture: name of a file in the folder that shows what the model draws, if there is one.

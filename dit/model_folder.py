@@ -23,7 +23,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     if folder.is_file():
         raise UserError(f"{folder}: {_kind(folder)}; a model's folder is needed, such as models/dit")
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; {TRAINED}")
+        what = TRAINED if Path("params.yaml").is_file() else "run from the project's folder, or name one with --checkpoint"
+        raise UserError(f"{folder}: no such folder; {what}")
     path = folder / "model_index.json"
     if not path.is_file():
         raise UserError(f"{folder}: not a trained model, it has no model_index.json; {TRAINED}")

@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from dit.components import load_components
 from dit.config import DEFAULTS, STRENGTH
 from dit.diffusion import PredictionType, guide
-from dit.editing import decode_latents, encode_image, first_step, latent_mask, noised
+from dit.editing import decode_latents, encode_image, first_step, latent_mask, noised, side_lengths
 from dit.errors import UserError, in_one_line
+from dit.model import DiT
 from dit.padding import pad
 from dit.precision import has_bf16
-from dit.schedulers import fit_problem, make_scheduler, model_times, set_timesteps
+from dit.schedulers import fit_problem, make_scheduler, model_times, predicts, set_timesteps
 from dit.text import unread
 
 logger = logging.getLogger(__name__)
@@ -37,24 +39,26 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         vae: the `AutoencoderKL` whose latents the transformer was trained on.
         text_encoder: the `CLIPTextModelWithProjection` it was trained with.
         tokenizer: its `CLIPTokenizer`.
-        prediction_type: what the transformer predicts: "flow_prediction", "epsilon" or "v_prediction".
-        image_size: side of the pictures it was trained on, in pixels: the default height and width.
+        prediction_type: what the transformer predicts: "flow_prediction", "epsilon" or "v_prediction"; by default what the
+            scheduler takes its output for.
+        image_size: side of the pictures it was trained on, in pixels: the default height and width. Without it, each call
+            has to say both.
     """
 
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers reads a list)
 
     def __init__(
         self,
-        transformer,
-        scheduler,
-        vae,
-        text_encoder,
-        tokenizer,
-        prediction_type: PredictionType = "flow_prediction",
-        image_size: int = 256,
+        transformer: DiT,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModelWithProjection,
+        tokenizer: CLIPTokenizer,
+        prediction_type: PredictionType | None = None,
+        image_size: int | None = None,
     ):
         super().__init__()
-        self.register_to_config(prediction_type=prediction_type, image_size=image_size)
+        self.register_to_config(prediction_type=prediction_type or predicts(scheduler), image_size=image_size)
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
@@ -81,8 +85,14 @@ class DiTTextToImagePipeline(DiffusionPipeline):
             components: what to take instead of what is there, such as `scheduler`.
 
         Raises:
-            UserError: the folder is no such model, or an encoder is not to be had or has changed.
+            UserError: the folder is no such model, an encoder is not to be had or has changed, or an argument is none of these.
         """
+        for name in components:
+            if name not in inspect.signature(cls).parameters:
+                raise UserError(f"from_pretrained: {name} is no part of this pipeline, and no argument of it")
+        for dtype in (torch_dtype, transformer_dtype):
+            if not isinstance(dtype, (torch.dtype, type(None))):
+                raise UserError(f"from_pretrained: {dtype!r} is no torch.dtype; torch.float32 or torch.bfloat16 would be right")
         return cls(**load_components(Path(folder), torch_dtype, transformer_dtype or torch_dtype) | components)
 
     def enable_vae_slicing(self) -> None:
@@ -153,7 +163,7 @@ class DiTTextToImagePipeline(DiffusionPipeline):
             negative_prompt: what to lean away from, one for all or one for each prompt; by default the empty caption.
             image: a picture to start from (PIL, numpy or tensor in [0, 1]; or several, one for each prompt). PIL pictures
                 are cropped to the shape of what is drawn, and resized.
-            mask_image: white (1) where `image` is redrawn; pixels elsewhere stay as they are.
+            mask_image: white (1) where `image` is redrawn; pixels elsewhere stay as they are. It has the shape of `image`.
             strength: how much noise `image` starts with, in [0, 1]: at 0 the VAE's reconstruction is returned, at 1 nothing
                 of it is kept. By default 0.6 without a mask (things keep their places and may change their colours), 1 with one.
             height, width: in pixels; multiples of 8 x patch size. Default: the size that was trained on.
@@ -165,7 +175,8 @@ class DiTTextToImagePipeline(DiffusionPipeline):
                 arXiv:2404.07724); outside, a step costs half.
             num_images_per_prompt: how often each prompt is drawn.
             generator: one for all pictures, or a list of N, so that a picture does not depend on its neighbours.
-            latents: the noise to start from, (N, C, height / 8, width / 8), instead of drawing it from `generator`.
+            latents: the noise to start from, (N, C, height / 8, width / 8), instead of drawing it from `generator`. The
+                stochastic scheduler puts fresh noise of `generator` in its place step by step: with it this matters little.
             output_type: "pil", "np" (N, H, W, 3) in [0, 1], "pt" (N, 3, H, W) in [0, 1] or "latent" (N, C, H / 8, W / 8).
             return_dict: an `ImagePipelineOutput` with `images`, or else a tuple of them.
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": …}) after each evaluation; may
@@ -175,10 +186,16 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         Raises:
             UserError: an argument is impossible; one line that says which, and what would be right.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
         one = negative_prompt is None or isinstance(negative_prompt, str)
         negatives = [negative_prompt or ""] * len(prompts) if one else list(negative_prompt)
         height, width = (self.config.image_size if size is None else size for size in (height, width))
+        if height is None or width is None:
+            raise UserError(
+                "height, width: this pipeline was not told what size it was trained on; say both, or give it image_size"
+            )
+        if not all(isinstance(text, str) for text in [*prompts, *negatives]):
+            raise UserError("prompt, negative_prompt: texts, or lists of texts, would be right")
         count = len(prompts) * num_images_per_prompt
         if strength is None:
             strength = STRENGTH if image is not None and mask_image is None else 1.0
@@ -261,6 +278,8 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         of a mask (N, 1, H, W), 0 or 1; float32, on the transformer's device."""
         processor, channels = (self.image_processor, 3) if name == "image" else (self.mask_processor, 1)
         pictures = list(pictures) if isinstance(pictures, tuple) else pictures
+        if getattr(pictures, "dtype", None) in (bool, torch.bool):
+            pictures = pictures * 1.0
         try:
             pixels = processor.preprocess(pictures, height, width, resize_mode="crop")
             shape = tuple(pixels.shape)
@@ -306,6 +325,11 @@ class DiTTextToImagePipeline(DiffusionPipeline):
             f"generator: a list needs one for each of {count} pictures": isinstance(generator, list) and len(generator) != count,
             f"latents: must be of shape {latent_shape}": latents is not None and tuple(latents.shape) != latent_shape,
         }
+        if image is not None and mask_image is not None:
+            (width, height), (mask_width, mask_height) = side_lengths(image), side_lengths(mask_image)
+            problems[f"mask_image: {mask_width} x {mask_height} pixels do not lie over the image's {width} x {height}"] = (
+                width * mask_height != height * mask_width
+            )
         for problem in (text for text, wrong in problems.items() if wrong):
             raise UserError(problem)
         problem = fit_problem(self.scheduler, self.config.prediction_type)

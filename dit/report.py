@@ -19,6 +19,7 @@ WIDEST = 1200  # pixels of a picture: as much as GitHub shows
 QUALITY = 85  # of WebP: a grid of 24 pictures takes 60 KB instead of 230 as PNG; these go into git
 CELLS = 4  # prompts in a cell of samples/grids/settings.png
 WORST = 18  # pictures in samples/worst.png
+SURE = 0.005  # an interval of copies that begins below it begins at 0 %, as people read it
 FEW = 0.1  # an interval of copies from 0 to no more than this says that there are hardly any
 
 
@@ -65,12 +66,13 @@ def headline(results: Results, params: Params) -> str:
     """The title, the run in a sentence, and the table of figures."""
     train, sample = results.metrics["train"], results.metrics["sample"]
     how, images = params.sample, results.metrics["download"]["train_images"]
+    fresh = "; `stochastic` adds fresh noise at each step" if how.scheduler == "stochastic" else ""
     return f"""\
 # What this model draws
 
 Recipe `{params.recipe}`: {train["parameters"] / 1e6:.1f} M parameters, trained on {images:,} images for {train["steps"]:,} \
 steps in {_duration(train["seconds"])}. Pictures are drawn with `{how.scheduler}` in {how.num_inference_steps} steps at a \
-guidance scale of {how.guidance_scale:g}, {sample["sampling_images_per_second"]:.3g} a second.
+guidance scale of {how.guidance_scale:g}, {sample["sampling_images_per_second"]:.3g} a second{fresh}.
 
 {figures_table(results.metrics["evaluate"], params.evaluate.confidence)}
 
@@ -98,7 +100,7 @@ def _say_settings(params: Params) -> str:
         which = "those of `sample.prompts`, and captions of the validation set" if own else "captions of the validation set"
     text = f"The same prompts from the same seeds in each cell: {which}."
     if params.sample.scheduler == "stochastic":
-        text += " A stochastic scheduler adds other noise at each step, so that layouts differ, too."
+        text += " Its noise at each step is another one for each number of steps, so that layouts differ, too."
     return text
 
 
@@ -118,7 +120,7 @@ def _accuracy(results: Results) -> list[str]:
         ("by attribute", results.by_attribute, ["attribute"]),
         ("by number of things", results.by_number, ["group", "things"]),
     ):
-        columns = [*names, "right", "interval", "of"]
+        columns = [*names, "right", "interval", "of how many"]
         lines = [f"## What is right, {title}\n", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
         for _, row in table.iterrows():
             what = " | ".join(str(row[name]) for name in names)
@@ -132,11 +134,11 @@ def _copies(results: Results, found: dict[str, str]) -> list[str]:
     if "memorised" not in figures:
         return []
     low, high, count = figures["memorised_low"], figures["memorised_high"], figures["memorised_prompts"]
-    if low > 0:
+    if low >= SURE:
         verdict = (
-            f"**{_percent(figures['memorised'])} ({_percent(low)} to {_percent(high)}) of the samples are copies of training "
-            "images, beyond those that come about by chance.** More images, more captions for each, `encode.crops`, or fewer "
-            "epochs help."
+            f"**{_percent(figures['memorised'])} ({_percent(low)} to {_percent(high)}) of the samples lie nearer to a training "
+            "image than new pictures do, beyond what chance brings.** They may be copies, or between a copy and a new picture: "
+            "the pairs below show which. Against copies, more images, more captions of each, `encode.crops` or fewer epochs help."
         )
     elif high <= FEW:
         verdict = "There is no sign that the model copies its training images."
@@ -145,32 +147,36 @@ def _copies(results: Results, found: dict[str, str]) -> list[str]:
         verdict = (
             f"**{images} too few to tell:** between 0 % and {_percent(high)} of the samples may be copies. Look at the pairs."
         )
-    text = (
-        f"## Does it copy?\n\n{verdict} {_percent(figures['nearer_than_held_out'])} of the samples show the same as a training "
-        "image, or nearly so; of the held-out images, which no model drew and training has not seen, "
-        f"{_percent(figures['held_out_repeats'])} do."
-    )
-    if figures["held_out_same"] >= 0.01:
-        same = _percent(figures["held_out_same"])
-        text += f" The data repeat themselves: {same} of the held-out images are the same as a training image."
+    samples, held_out = figures["samples_same"], figures["held_out_same"]
+    rows = [
+        "| the nearest training image | samples | held-out images, which training has not seen |",
+        "|---|---|---|",
+        f"| is the same picture | {samples:.1%} | {held_out:.1%} |",
+        f"| is nearer than new pictures come (distance below {figures['near_distance']:.3f}) | "
+        f"{figures['nearer_than_held_out'] - samples:.1%} | {figures['held_out_repeats'] - held_out:.1%} |",
+    ]
+    text = "## Does it copy?\n\n" + verdict
+    if held_out >= 0.01:
+        text += " The data repeat themselves, so some new pictures are the same as a training image by chance."
     pairs = (
-        "A sample on the left and its nearest training image on the right; first the samples whose held-out image, the one of "
-        "the same caption, is like no training image:"
+        "A sample on the left and its nearest training image on the right: the nearest pairs, and then those that only just "
+        "count. Pairs of captions whose held-out image is as near to a training image, too, are left out, as chance brings them."
     )
-    return [f"{text}\n\n{pairs}\n\n![nearest]({found['nearest']})"]
+    return [text, "\n".join(rows), f"{pairs}\n\n![nearest]({found['nearest']})"]
 
 
 def _training(results: Results, found: dict[str, str]) -> list[str]:
     train = results.metrics["train"]
     losses = (
-        "The training loss is that of the weights as they are, on the noise levels that training prefers; the validation loss is "
-        "that of their average, on others. Its last point is not quite the `val_loss` of the table: training looks at some "
-        "hundred held-out images once, the evaluation at all of them and several times."
+        "The training loss is that of the weights as they are, at noise levels that `logit_mean` spreads; the validation loss is "
+        "that of their average, at other levels. By noise level it is high at both ends, since little noise is hard to see, and "
+        "so is an image under much of it. The last point of the curve is not quite the `val_loss` of the table: training looks "
+        "at some hundred held-out images once, the evaluation at all of them and several times."
     )
     return [
         f"## Training\n\n{train['images_per_second']:,.0f} images/s, {_percent(train['mfu'])} of the machine's matrix-product "
-        f"peak; sampling {_percent(results.metrics['sample']['sampling_mfu'])} of it. The VAE keeps "
-        f"{results.metrics['encode']['reconstruction_psnr']} dB of the pictures. {losses}\n\n![curves]({found['curves']})"
+        f"peak; sampling uses {_percent(results.metrics['sample']['sampling_mfu'])} of it. Pictures that go through the VAE and "
+        f"back keep a PSNR of {results.metrics['encode']['reconstruction_psnr']} dB. {losses}\n\n![curves]({found['curves']})"
     ]
 
 

@@ -123,7 +123,8 @@ def _draw_and_score(
 
 def describe(setting: Setting | pd.Series) -> str:
     """In words."""
-    return f"{setting.scheduler}, {setting.num_inference_steps} steps, guidance {setting.guidance_scale:g}"
+    steps = "1 step" if setting.num_inference_steps == 1 else f"{setting.num_inference_steps} steps"
+    return f"{setting.scheduler}, {steps}, guidance {setting.guidance_scale:g}"
 
 
 def score(prompts: Sequence[Prompt], pictures: list[Image.Image], clip: ClipFeatures | None) -> np.ndarray:
@@ -163,7 +164,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
             "guidance": table["guidance_scale"],
             name: with_ends(name),
             "seconds for 100": table["seconds"].map("{:.2f}".format),
-            "behind the best": with_ends("difference"),
+            "difference to the best": with_ends("difference"),
         }
     )
 

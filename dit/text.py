@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from difflib import get_close_matches
 
 from transformers import CLIPTokenizer
 
 # A vocabulary as small as that of the CLIP in the box (644 entries) has a token for each word that it was fitted on, and spells
 # the others. OpenAI's has 49,408 and puts words together from pieces that it does know.
 SPELLS = 10_000
+END = "</w>"  # of a token that ends a word
 
 
 def unread(tokenizer: CLIPTokenizer, prompt: str) -> str:
@@ -37,7 +39,11 @@ def remarks(tokenizer: CLIPTokenizer, prompt: str) -> list[str]:
     if rest:
         lines.append(f"the prompt is longer than {tokenizer.model_max_length} tokens; not read: {rest!r}")
     if unknown:
-        lines.append(f"the text encoder does not know {', '.join(map(repr, unknown))}, in {shortened(prompt)!r}")
+        words = [token.removesuffix(END) for token in tokenizer.get_vocab() if token.endswith(END)]
+        words = [word for word in words if len(word) > 2]
+        close = [match for word in unknown for match in get_close_matches(word, words, n=1, cutoff=0.75)]
+        hint = f"; it knows {', '.join(map(repr, dict.fromkeys(close)))}" if close else ""
+        lines.append(f"the text encoder does not know {', '.join(map(repr, unknown))}, in {shortened(prompt)!r}{hint}")
     return lines
 
 

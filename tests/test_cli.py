@@ -99,6 +99,47 @@ def test_help_has_examples_and_where_names_the_way_to_mlflow(project, capsys):
     assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["generate", "a cat"], 'not understood: a cat; a prompt is one text behind its flag: --prompt "a cat"'),
+        (["generate", "--promt", "x"], "not understood: --promt x; did you mean --prompt?"),
+        (["sweep", "--guidence_scale=2"], "not understood: --guidence_scale=2; did you mean --guidance_scale?"),
+        (["where", "now"], "not understood: now"),
+    ],
+)
+def test_what_is_not_understood_is_said_with_the_commands_own_usage(capsys, command, says):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(command)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.startswith(f"usage: dit {command[0]} ") and error.endswith(f"error: {says}\n")
+
+
+def test_outside_the_project_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for command in (["where"], ["generate", "--prompt", "x"]):
+        assert cli.main(command) == 1
+        assert "run from the project's folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        (["nowhere"], "nowhere: no such file or folder; `dvc repro encode` makes data/latents"),
+        (["model"], "model: a trained model, not a latent cache"),
+        (["pictures"], "pictures: not a whole latent cache"),
+        (["pictures", "--decode", "-3"], "--decode: -3 is not a number of pictures"),
+    ],
+)
+def test_inspect_says_what_is_no_latent_cache(tmp_path, monkeypatch, capsys, what, says):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "pictures"):
+        Path(name).mkdir()
+    Path("model/model_index.json").write_text("{}")
+    assert cli.main(["inspect", *what]) == 1
+    assert capsys.readouterr().err.startswith(f"dit: {says}")
+
+
 def test_inspect_says_what_a_cache_holds_and_draws_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     params = parse_config(yaml.safe_load((REPO / "params.yaml").read_text()))

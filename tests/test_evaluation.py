@@ -90,12 +90,12 @@ def small(tmp_path_factory) -> tuple[Path, Evaluation, dict[str, list[str]]]:
 
 def test_every_metric_is_there_with_its_interval(small):
     metrics = small[1].metrics
-    names = {name for name in metrics if not name.endswith(("_low", "_high", "_prompts"))}
+    names = {name for name in metrics if not name.endswith(("_low", "_high", "_prompts", "_distance"))}
     assert names == {
         *("prompt_accuracy", "prompt_accuracy_unseen", "clip_score", "diversity_clip", "val_loss"),
         *(f"prompt_accuracy_{attribute}" for attribute in ("colour", "shape", "size", "relation", "count")),
         *(f"{name}_clip_n12" for name in ("frechet_distance", "kid", "precision", "recall")),
-        *("memorised", "nearer_than_held_out", "held_out_repeats", "held_out_same"),
+        *("memorised", "nearer_than_held_out", "held_out_repeats", "samples_same", "held_out_same"),
     }
     for name in names:
         assert metrics[f"{name}_low"] <= metrics[name] <= metrics[f"{name}_high"], name

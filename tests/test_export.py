@@ -264,8 +264,8 @@ def test_an_export_of_an_export_names_its_own_scheduler(there):
     assert cli.main(["export", "a"]) == 0
     assert cli.main(["export", "b", "--checkpoint", "a", "--scheduler", "dpm++"]) == 0
     cards = [Path(name, "README.md").read_text() for name in ("a", "b")]
-    assert "`FlowMatchEulerDiscreteScheduler`" in cards[0] and "`DPMSolverMultistepScheduler` that is saved here" in cards[1]
-    assert cards[0].replace("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler") == cards[1]
+    assert "the scheduler `stochastic`, which is saved here" in cards[0] and "the scheduler `dpm++`, which" in cards[1]
+    assert cards[0].replace("scheduler `stochastic`", "scheduler `dpm++`") == cards[1]
 
 
 @pytest.mark.parametrize("edited", [b"---\nlicense: [mit\n---\n", b"---\n- a\n- list\n---\n", b"caf\xe9", b"---\n\ta: 1\n---\n"])

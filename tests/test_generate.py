@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -160,13 +161,26 @@ def test_outside_the_mask_a_picture_stays_as_it_is(there, scene):
 
 def test_what_of_a_prompt_is_not_read_is_said_once(there, capsys):
     long = "a red circle " * 40 + "and the end"
-    prompts = ["--prompt", long, "--prompt", long, "--prompt", "a Giraffe, a giraffe and naïve cats", "--prompt", "a red circle."]
+    prompts = ["--prompt", long, "--prompt", long, "--prompt", "a Giraffe, giraffe and naïve circles", "--prompt", "a red circle."]
     assert generate(*prompts, "--batch_size", "1") == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "drawing" not in line]
     assert lines[0].startswith("dit: the prompt is longer than 77 tokens; not read: 'a red circle") and "and the end'" in lines[0]
     assert lines[1:] == [
-        "dit: the text encoder does not know 'giraffe', 'naïve', 'cats', in 'a Giraffe, a giraffe and naïve cats'"
+        "dit: the text encoder does not know 'giraffe', 'naïve', 'circles', in 'a Giraffe, giraffe and naïve circles'; "
+        "it knows 'circle'"
     ]
+
+
+def test_a_picture_of_which_the_vae_keeps_little_is_named(there, scene, capsys):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save("noise.png")
+    says = {}
+    for name in ("scene.png", "noise.png"):
+        assert generate("--prompt", "a red circle", "--image", name) == 0
+        says[name] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dit:")]
+    assert says["scene.png"] == []
+    (line,) = says["noise.png"]
+    assert re.fullmatch(r"dit: the VAE of this model keeps little of this picture \(1?\d dB\): it comes out changed", line)
 
 
 def test_a_text_encoder_with_a_large_vocabulary_knows_words_by_their_pieces(model):
@@ -206,7 +220,7 @@ def test_a_text_encoder_with_a_large_vocabulary_knows_words_by_their_pieces(mode
         (["--prompt", "a", "--output", "a.jpg"], "--output a.jpg: its name must end in .png"),
         (["--prompt", "a", "--output", "folder.png"], "--output folder.png: is a folder"),
         (["--prompt", "a", "--output", "text.png/a.png"], "--output text.png/a.png: text.png cannot be made"),
-        (["--prompt", "a", "--checkpoint", "nowhere"], "nowhere: no such folder; `dvc repro` trains models/dit"),
+        (["--prompt", "a", "--checkpoint", "nowhere"], "nowhere: no such folder; run from the project's folder, or name one"),
         (["--prompt", "a", "--checkpoint", "."], ".: not a trained model, it has no model_index.json"),
         (["--prompt", "a", "--checkpoint", "other"], "other: holds a StableDiffusionPipeline; a DiTText"),
         (["--prompt", "a", "--checkpoint", "step-00000100.safetensors"], "a checkpoint of a training that is not done"),
@@ -383,7 +397,7 @@ def test_the_help_is_fast_and_shows_flags_defaults_and_examples(there):
 )
 def test_what_may_not_be_meant_is_said_and_done(there, capsys, arguments, says):
     for name, size in (("wide", (96, 64)), ("large", (128, 128)), ("same", (64, 64))):
-        Image.new("RGB", size, "teal").save(f"{name}.png")
+        Image.new("RGB", size, "white").save(f"{name}.png")
     Image.new("L", (64, 64)).save("black.png")
     assert cli.main(["generate", "--prompt", "a red circle", *QUICK, *arguments]) == 0
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("dit:")] == [says]

@@ -102,6 +102,8 @@ def test_what_would_happen_anyway_is_taken_out_as_abbott_did():
 def test_few_images_are_not_taken_for_repeated_ones(count):
     """One of them is always below their own 1st percentile, and the same as no training image for all that."""
     metrics = memorisation(np.full(count, 1.3), np.linspace(0.5, 1.2, count), 0.95)
+    assert metrics["near_distance"] == pytest.approx(near(np.linspace(0.5, 1.2, count)), abs=1e-4)
+    assert metrics["samples_same"] == 0
     assert metrics["held_out_repeats"] >= 0.01 and metrics["held_out_same"] == metrics["held_out_same_low"] == 0
     assert metrics["memorised_prompts"] == count
     repeated = memorisation(np.full(count, 1.3), np.linspace(0, 1.2, count), 0.95)  # the first of which is a training image
@@ -155,16 +157,21 @@ def test_the_pairs_that_the_figure_is_about_come_first(shown):
     """Samples 0 to 5 are near to a training image, as is what is held out; of the others, 6 and 7 are."""
     held_out = [0.0] * 6 + [0.9, 0.9, 0.9, 0.9, 0.9, 0.9]
     labels = shown([0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.3, 0.1, 1.0, 0.95, 1.1, 1.2], held_out)
-    assert named(labels) == [7, 6, 9, 8, 10, 11, 0, 1, 2, 3]
-    assert labels[0] == "Nearly the same, while the held-out image is new; 0.100 apart. Drawn: caption 7. Training: trained"
-    assert labels[2].startswith("Different; 0.950 apart. ")
-    assert labels[6].startswith("Nearly the same, and so is the held-out image; 0.010 apart. ")
+    assert named(labels) == [7, 6, 0, 1, 2, 3, 4, 5, 9, 8]
+    assert labels[0] == "Distance 0.100. Drawn: caption 7. Training: trained"
+    assert labels[2] == "Distance 0.010, does not count. Drawn: caption 0. Training: trained"
+    assert labels[8].startswith("Distance 0.950, does not count. ")
+
+
+def test_of_many_that_count_the_nearest_and_those_that_only_just_do_are_shown(shown):
+    labels = shown([0.01 * k for k in range(1, 21)], [0.9] * 20)
+    assert named(labels) == [0, 1, 2, 3, 4, 15, 16, 17, 18, 19] and not any("count" in label for label in labels)
 
 
 def test_where_every_held_out_image_is_a_repeat_the_nearest_pairs_are_shown(shown):
     labels = shown([0.3, 0.01], [0.0, 0.02])
     assert named(labels) == [1, 0]
-    assert labels[0].startswith("Nearly the same, and so") and labels[1].startswith("Different; 0.300")
+    assert labels[0].startswith("Distance 0.010, does not count") and labels[1].startswith("Distance 0.300, does not count")
     assert named(shown([0.4, 0.2], [])[2:]) == [1, 0]
 
 

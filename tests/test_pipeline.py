@@ -179,6 +179,38 @@ def test_numbers_that_grow_beyond_all_bounds_are_no_picture(pipeline):
         pipeline("a red circle", guidance_scale=1e38, num_inference_steps=4)
 
 
+def test_a_pipeline_from_another_ones_parts_draws_the_same_or_says_what_it_was_not_told(pipeline):
+    (expected,) = draw(pipeline, ["a red circle"], [1])
+    twin = DiTTextToImagePipeline.from_pipe(pipeline)
+    parts = DiTTextToImagePipeline(**pipeline.components)
+    for other in (twin, parts):
+        other.set_progress_bar_config(disable=True)
+        assert other.config.prediction_type == "flow_prediction"
+    assert np.array_equal(draw(twin, ["a red circle"], [1])[0], expected)
+    with pytest.raises(UserError, match="was not told what size it was trained on"):
+        draw(parts, ["a red circle"], [1])
+    assert np.array_equal(draw(parts, ["a red circle"], [1], height=64, width=64)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"use_safetensors": True}, "from_pretrained: use_safetensors is no part of this pipeline"),
+        ({"torch_dtype": "float16"}, "from_pretrained: 'float16' is no torch.dtype"),
+    ],
+)
+def test_what_from_pretrained_does_not_take_is_one_line(model, arguments, says):
+    with pytest.raises(UserError, match=says):
+        DiTTextToImagePipeline.from_pretrained(model, **arguments)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_a_mask_may_be_true_and_false(pipeline, kind):
+    black, lower = Image.new("RGB", (64, 64)), [[row >= 32] * 64 for row in range(64)]
+    (drawn,) = draw(pipeline, ["a red circle"], [1], image=black, mask_image=kind(lower))
+    assert drawn[:32].max() <= 1 < drawn[32:].max()
+
+
 def test_a_scheduler_that_is_given_is_taken(model):
     scheduler = make_scheduler("heun", "flow_prediction")
     assert DiTTextToImagePipeline.from_pretrained(model, scheduler=scheduler).scheduler is scheduler
@@ -239,7 +271,11 @@ def test_the_steps_that_ddim_may_take_reach_the_image(steps):
         ({"image": torch.zeros(1, 4, 8, 8)}, r"image: \(1, 4, 8, 8\) are no pictures of 3 x 64 x 64"),
         ({"image": np.zeros((64, 64))}, "image: "),
         ({"image": "picture.png"}, "image: not a picture"),
-        ({"image": Image.new("RGB", (64, 64)), "mask_image": torch.zeros(3, 64, 64)}, "mask_image: one for all, or one for each"),
+        ({"image": Image.new("RGB", (64, 64)), "mask_image": torch.zeros(3, 64, 64)}, "mask_image: one for all"),
+        ({"image": Image.new("RGB", (64, 64)), "mask_image": Image.new("L", (100, 50))}, "mask_image: 100 x 50 pixels do not"),
+        ({"image": np.zeros((64, 64, 3)), "mask_image": np.zeros((50, 100))}, "100 x 50 pixels do not lie over the image's 64"),
+        ({"prompt": None}, "prompt, negative_prompt: texts, or lists of texts"),
+        ({"prompt": ["a", 5]}, "prompt, negative_prompt: texts, or lists of texts"),
         ({"image": Image.new("RGB", (64, 64)), "strength": 0.2}, "strength: 0.2 is below 0.25, the least noise level of 4 steps"),
     ],
 )

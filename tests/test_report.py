@@ -32,6 +32,8 @@ FIGURES = {
     "nearer_than_held_out": 0.31,
     "held_out_repeats": 0.01,
     "held_out_same": 0.0,
+    "samples_same": 0.25,
+    "near_distance": 0.4931,
     "val_loss": 0.0891,
 }
 
@@ -88,7 +90,8 @@ def test_the_figures_have_their_intervals_and_say_what_they_mean(run):
     assert "| `frechet_distance_clip_n200` | **0.0242** |  | distance between samples and held-out images" in text
     assert "prompt_accuracy_prompts" not in text
     assert "| colour | 0.991 | 0.980 to 0.995 | 833 |" in text
-    assert "| group | things | right | interval | of |\n" in text and "| unseen | 3 | 0.750 | 0.600 to 0.860 | 40 |" in text
+    assert "| group | things | right | interval | of how many |\n" in text
+    assert "| unseen | 3 | 0.750 | 0.600 to 0.860 | 40 |" in text
     assert "2.6 M parameters, trained on 7,440 images for 4,030 steps in 6 min" in text
     how = PARAMS.sample
     assert f"`{how.scheduler}` in {how.num_inference_steps} steps at a guidance scale of {how.guidance_scale:g}" in text
@@ -99,8 +102,11 @@ def test_the_figures_have_their_intervals_and_say_what_they_mean(run):
 
 def test_it_says_whether_the_model_copies(run):
     text = write(run)
-    assert "**30 % (20 % to 40 %) of the samples are copies of training images" in text
-    assert "31 % of the samples show the same as a training image, or nearly so; of the held-out images, which no model" in text
+    assert "**30 % (20 % to 40 %) of the samples lie nearer to a training image than new pictures do" in text
+    assert "| is the same picture | 25.0% | 0.0% |\n" in text
+    assert "| is nearer than new pictures come (distance below 0.493) | 6.0% | 1.0% |\n" in text
+    change(run, memorised_low=0.004, memorised_high=0.08)
+    assert "There is no sign that the model copies" in write(run)
     change(run, memorised_low=0.0, memorised_high=0.08)
     assert "There is no sign that the model copies" in write(run)
 
@@ -110,8 +116,8 @@ def test_it_says_whether_the_model_copies(run):
     [
         (1, "**One held-out image is too few to tell:** between 0 % and 100 % of", "**One held-out image is too few to tell:**"),
         (3, "**3 held-out images are too few to tell:** between 0 % and 100 % of", "**3 held-out images are too few to tell:**"),
-        (8, "**100 % (46 % to 100 %) of the samples are copies", "**8 held-out images are too few to tell:** between 0 % and 25"),
-        (250, "**100 % (97 % to 100 %) of the samples are copies", "There is no sign that the model copies"),
+        (8, "**100 % (46 % to 100 %) of the samples lie nearer", "**8 held-out images are too few to tell:** between 0 % and 25"),
+        (250, "**100 % (97 % to 100 %) of the samples lie nearer", "There is no sign that the model copies"),
     ],
 )
 def test_a_few_held_out_images_tell_little_about_copies(run, count, if_copies, if_new):
@@ -125,7 +131,8 @@ def test_a_few_held_out_images_tell_little_about_copies(run, count, if_copies, i
 def test_that_the_data_repeat_themselves_is_said_where_held_out_images_are_the_same_as_training_images(run):
     held_out = np.concatenate([np.zeros(3), np.linspace(0.5, 1.2, 5)])
     change(run, **memorisation(np.full(8, 1.3), held_out, 0.95))
-    assert "The data repeat themselves: 38 % of the held-out images are the same as a training image." in write(run)
+    text = write(run)
+    assert "The data repeat themselves" in text and "| is the same picture | 0.0% | 37.5% |" in text
 
 
 def test_without_a_figure_of_copies_there_are_no_pairs(run):
@@ -148,8 +155,10 @@ def test_the_prompts_of_the_grid_of_settings_are_those_that_are_drawn(run, promp
 
 
 def test_only_a_stochastic_scheduler_is_said_to_add_noise(run):
-    assert "adds other noise at each step" in write(run, scheduler="stochastic")
-    assert "adds other noise" not in write(run, scheduler="euler")
+    text = write(run, scheduler="stochastic")
+    assert "a second; `stochastic` adds fresh noise at each step." in text and "so that layouts differ, too" in text
+    text = write(run, scheduler="euler")
+    assert "noise at each step" not in text and "layouts differ" not in text
 
 
 @pytest.mark.parametrize(

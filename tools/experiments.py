@@ -25,11 +25,14 @@ FIGURES = {  # name in metrics/*.json: heading
 ABOUT = ("Experiment", "rev", "Created", "State")
 KEEP = f"({'|'.join([*ABOUT, *map(re.escape, FIGURES)])})$"
 DROP = r"(?!recipe$|[a-z]+\.)"  # all but the settings: the other metrics, and the hashes of the deps
-SHOW = ["exp", "show", "--csv", "--precision", "4", "--hide-workspace", "--only-changed", "--keep", KEEP, "--drop", DROP]
+SHOW = ["exp", "show", "--csv", "--precision", "4", "--only-changed", "--keep", KEEP, "--drop", DROP]
+RESULTS = ["metrics", "params.yaml"]
 
 
 def main() -> None:
-    shown = subprocess.run([sys.executable, "-m", "dvc", *SHOW, *sys.argv[1:]], stdout=subprocess.PIPE, text=True)
+    as_committed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *RESULTS]).returncode == 0
+    workspace = ["--hide-workspace"] if as_committed else []  # it would be the last commit's row once more
+    shown = subprocess.run([sys.executable, "-m", "dvc", *SHOW, *workspace, *sys.argv[1:]], stdout=subprocess.PIPE, text=True)
     if shown.returncode:
         sys.exit(shown.returncode)
     rows = [readable(row) for row in csv.DictReader(shown.stdout.splitlines())]

@@ -7,6 +7,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from dit.commands.flags import add_flag
 from dit.errors import UserError
 
 
@@ -21,23 +22,24 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "  dit benchmark --text-tokens 77 --compile   another length of captions; compiled on a CPU, too\n"
         "  dit benchmark --speedrun                   seconds of training until prompt_accuracy reaches 0.95",
     )
-    parser.add_argument("--batch-size", type=int, help="default: 96 on a GPU, 16 on a CPU")
-    parser.add_argument("--text-tokens", type=int, default=24, help="length that captions are padded to; default: %(default)s")
-    parser.add_argument("--steps", type=int, default=4, help="of each; the fastest counts; default: %(default)s")
-    parser.add_argument("--hidden-size", type=int, default=768, help="default: %(default)s")
-    parser.add_argument("--num-layers", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--num-heads", type=int, default=12, help="default: %(default)s")
-    parser.add_argument("--patch-size", type=int, default=2, choices=[1, 2, 4, 8], help="default: %(default)s")
-    parser.add_argument("--precision", choices=["no", "fp16", "bf16"], default="bf16", help="default: %(default)s")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile this model and its peers; default: on a GPU"
+    add_flag(parser, "batch-size", type=int, help="default: 96 on a GPU, 16 on a CPU")
+    add_flag(parser, "text-tokens", type=int, default=24, help="length that captions are padded to; default: %(default)s")
+    add_flag(parser, "steps", type=int, default=4, help="of each; the fastest counts; default: %(default)s")
+    add_flag(parser, "hidden-size", type=int, default=768, help="default: %(default)s")
+    add_flag(parser, "num-layers", type=int, default=16, help="default: %(default)s")
+    add_flag(parser, "num-heads", type=int, default=12, help="default: %(default)s")
+    add_flag(parser, "patch-size", type=int, default=2, choices=[1, 2, 4, 8], help="default: %(default)s")
+    add_flag(parser, "precision", choices=["no", "fp16", "bf16"], default="bf16", help="default: %(default)s")
+    add_flag(
+        parser, "compile", action=argparse.BooleanOptionalAction, help="torch.compile this model and its peers; default: on a GPU"
     )
-    parser.add_argument(
-        "--speedrun",
+    add_flag(
+        parser,
+        "speedrun",
         action="store_true",
         help="instead: train the recipe shapes as params.yaml has it, and say after how many seconds the pictures are right",
     )
-    parser.add_argument("--output", type=Path, default=Path("benchmark.json"), help="default: %(default)s")
+    add_flag(parser, "output", type=Path, default=Path("benchmark.json"), help="default: %(default)s")
     parser.set_defaults(action=run_benchmark)
 
 

@@ -53,7 +53,7 @@ def export(arguments: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from dit.pipeline import DiTTextToImagePipeline
-    from dit.schedulers import make_scheduler
+    from dit.schedulers import make_scheduler, scheduler_name
 
     disable_progress_bar()
     pipeline = DiTTextToImagePipeline.from_pretrained(checkpoint)
@@ -64,7 +64,7 @@ def export(arguments: argparse.Namespace) -> None:
         with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as aside:
             new = Path(aside) / "new"
             save_pipeline(pipeline, new)
-            missing = write_card(checkpoint, new, type(pipeline.scheduler).__name__)
+            missing = write_card(checkpoint, new, scheduler_name(pipeline.scheduler))
             replace_folder(output, new, Path(aside) / "old")
     except (OSError, SafetensorError) as error:  # the disk is full, most often
         raise UserError(f"{output}: cannot be written: {getattr(error, 'strerror', None) or in_one_line(error)}") from None

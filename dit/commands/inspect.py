@@ -45,6 +45,13 @@ def run_inspect(arguments: argparse.Namespace) -> None:
             lines = ("\n" + 21 * " ").join(printable(line) for line in value.split("\n"))
             print(f"{printable(name):20} {lines}")
         return
+    if not arguments.what.is_dir():
+        raise UserError(f"{arguments.what}: no such file or folder; `dvc repro encode` makes data/latents")
+    if (arguments.what / "model_index.json").is_file():
+        raise UserError(f"{arguments.what}: a trained model, not a latent cache; `dit generate --checkpoint` draws with it")
+    if arguments.decode < 0:
+        raise UserError(f"--decode: {arguments.decode} is not a number of pictures")
+
     from dit.inspection import decode_pictures, describe_cache
     from dit.latents import LatentCache
 

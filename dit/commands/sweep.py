@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
+from dit.commands.flags import add_flag
 from dit.commands.output import make_folder_of
 from dit.config import DEFAULTS, Scheduler
 from dit.errors import UserError
@@ -32,24 +33,30 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = "default: %(default)s"
-    parser.add_argument("--checkpoint", type=Path, default=Path("models/dit"), metavar="FOLDER", help=f"the model; {default}")
-    parser.add_argument("--guidance_scale", type=float, nargs="+", default=[1.0, 1.5, 3.0], metavar="X", help="default: 1 1.5 3")
+    add_flag(parser, "checkpoint", type=Path, default=Path("models/dit"), metavar="FOLDER", help=f"the model; {default}")
+    add_flag(parser, "guidance_scale", type=float, nargs="+", default=[1.0, 1.5, 3.0], metavar="X", help="default: 1 1.5 3")
     steps = [5, 10, 20, 40]
-    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=steps, metavar="N", help="default: 5 10 20 40")
-    parser.add_argument(
-        "--scheduler",
+    add_flag(parser, "num_inference_steps", type=int, nargs="+", default=steps, metavar="N", help="default: 5 10 20 40")
+    add_flag(
+        parser,
+        "scheduler",
         choices=get_args(Scheduler),
         nargs="+",
         default=[DEFAULTS["scheduler"]],
         metavar="NAME",
         help=f"{', '.join(get_args(Scheduler))}; default: {DEFAULTS['scheduler']}",
     )
-    parser.add_argument("--num_samples", type=int, default=200, metavar="N", help=f"prompts, the same for all; {default}")
-    parser.add_argument(
-        "--tolerance", type=float, default=0.02, metavar="X", help=f"how much worse than the best the cheapest may be; {default}"
+    add_flag(parser, "num_samples", type=int, default=200, metavar="N", help=f"prompts, the same for all; {default}")
+    add_flag(
+        parser,
+        "tolerance",
+        type=float,
+        default=0.02,
+        metavar="X",
+        help=f"how much worse than the best the cheapest may be; {default}",
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("sweep"), metavar="NAME", help=f"NAME.csv and NAME.png are written; {default}"
+    add_flag(
+        parser, "output", type=Path, default=Path("sweep"), metavar="NAME", help=f"NAME.csv and NAME.png are written; {default}"
     )
     parser.set_defaults(action=run_sweep)
 
@@ -98,6 +105,7 @@ def find_outputs(name: Path) -> tuple[Path, Path]:
     Raises:
         UserError: `name` is a folder, or the files cannot be written.
     """
+    name = name.with_suffix("") if name.suffix in (".csv", ".png") else name
     make_folder_of(name)
     files = name.with_name(f"{name.name}.csv"), name.with_name(f"{name.name}.png")
     for file in files:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from pathlib import Path
 
-from dit.errors import without_password
+from dit.errors import UserError, without_password
 
+RESULTS = ("dvc.lock", "metrics", "params.yaml")  # what git has of a run; experiments are compared with the last commit
 PLACES = (
     ("metrics/report.md", "all of it on one page"),
     ("samples/grids", "grids of samples with their captions"),
@@ -31,6 +33,8 @@ def run_where(arguments: argparse.Namespace) -> None:
     """Print what a run has left and where, and how to look at it."""
     from dit.checks import read_json
 
+    if not Path("params.yaml").is_file():
+        raise UserError("there is no params.yaml here; run from the project's folder")
     if sys.prefix != sys.base_prefix and "VIRTUAL_ENV" not in os.environ:
         print(f"before these commands:   . {os.path.relpath(sys.prefix)}/bin/activate")
     if Path("models/dit/model_index.json").exists():
@@ -41,6 +45,9 @@ def run_where(arguments: argparse.Namespace) -> None:
         for path, what in PLACES:
             if Path(path).exists():
                 print(f"{path:24} {what}")
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *RESULTS], capture_output=True).returncode == 1
+        if changed:
+            print(f"keep these results:      git commit -m Results {' '.join(RESULTS)}")
         print('draw something:          dit generate --prompt "a red circle above a blue star"')
     else:
         print("no model yet:            `make repro` trains one; `dvc pull models/dit` fetches one that was pushed")

@@ -72,9 +72,10 @@ def memorisation(samples: np.ndarray, held_out: np.ndarray, confidence: float) -
     - `nearer_than_held_out`: share a of the samples that are too near to a training image (see `near`).
     - `held_out_repeats`: the same share b of the held-out images: 1 % where there are hundreds and all are different, by
       construction; of a few it is more, since the nearest one always counts.
-    - `held_out_same`: the share of the held-out images that are the `SAME` as a training image.
+    - `samples_same`, `held_out_same`: the shares of both that are the `SAME` as a training image.
     - `memorised`: a without those that come about as held-out images do: (a - b) / (1 - b), at least 0. This is how Abbott
-      (1925) counts the insects that a poison kills where some die anyway. `memorised_prompts` is the number n.
+      (1925) counts the insects that a poison kills where some die anyway. `memorised_prompts` is the number n, and
+      `near_distance` the distance, in [0, 2], below which a picture counts.
 
     All are of the first n of each, n being the number of the fewer. The k-th sample is drawn for the caption of the k-th
     held-out image, and whether a caption leaves room for anything new decides much of both: so they are compared in pairs.
@@ -88,14 +89,19 @@ def memorisation(samples: np.ndarray, held_out: np.ndarray, confidence: float) -
     if threshold is None or not count:
         return {}
     flagged, repeats = samples[:count] < threshold, held_out[:count] < threshold
-    a, b, same = float(flagged.mean()), float(repeats.mean()), float((held_out[:count] < SAME).mean())
+    a, b = float(flagged.mean()), float(repeats.mean())
     if b == 1:
         return {}
+    same = {}
+    for name, distances in (("samples", samples), ("held_out", held_out)):
+        share = float((distances[:count] < SAME).mean())
+        same[name] = with_interval(f"{name}_same", share, wilson(share, count, confidence))
     low, high = (min(max(end / (1 - b), 0.0), 1.0) for end in paired_difference(flagged, repeats, confidence))
     return (
         with_interval("memorised", max(0.0, (a - b) / (1 - b)), (low, high))
-        | {"memorised_prompts": count}
+        | {"memorised_prompts": count, "near_distance": round(threshold, 4)}
         | with_interval("nearer_than_held_out", a, wilson(a, count, confidence))
         | with_interval("held_out_repeats", b, wilson(b, count, confidence))
-        | with_interval("held_out_same", same, wilson(same, count, confidence))
+        | same["samples"]
+        | same["held_out"]
     )

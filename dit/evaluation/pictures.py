@@ -39,8 +39,9 @@ def draw_nearest(
 ) -> None:
     """Pairs of a sample on the left and its nearest training image on the right, and what the numbers say.
 
-    Where the held-out image of a sample's caption is near to a training image, too, nothing is learned from the pair, and
-    `memorised` leaves it out: such pairs come after all others. Within each of the two kinds the nearest are first.
+    They are what `memorised` is made of: samples that are near to a training image where the held-out image of the same caption
+    is not. Of many, the nearest half of `PAIRS` and those that only just count, since a copy and a chance likeness look alike
+    in numbers alone. Of few, the nearest of the other samples follow.
 
     Args:
         pictures, texts, nearest: the samples, their prompts, and what `find_nearest` found for them.
@@ -53,22 +54,19 @@ def draw_nearest(
     repeats[: len(held_out)] = held_out[: len(pictures)] < threshold
     stored = StoredImages(raw)
     pairs, labels = [], []
-    for k in np.lexsort((nearest.distance, repeats))[:PAIRS]:
+    order = np.argsort(nearest.distance, kind="stable")
+    counts = (nearest.distance < threshold) & ~repeats
+    about, others = order[counts[order]], order[~counts[order]]
+    chosen = [*about[: PAIRS // 2], *about[-PAIRS // 2 :]] if len(about) > PAIRS else [*about, *others][:PAIRS]
+    for k in chosen:
         entry = training[int(nearest.index[k])]
         image = central_square(open_upright(stored.read(entry.stored)), pictures[k].width)
         image = ImageOps.mirror(image) if nearest.mirrored[k] else image
         pairs.append(grid([pictures[k], image], columns=2, gap=2))
-        says = _say(nearest.distance[k] < threshold, bool(repeats[k]))
-        how = " (mirrored)" if nearest.mirrored[k] else ""
-        labels.append(f"{says}; {nearest.distance[k]:.3f} apart. Drawn: {texts[k]}. Training{how}: {entry.text}")
+        how = ", mirrored" if nearest.mirrored[k] else ""
+        beside = "" if counts[k] else ", does not count"
+        labels.append(f"Distance {nearest.distance[k]:.3f}{beside}. Drawn: {texts[k]}. Training{how}: {entry.text}")
     _save(labelled_grid(pairs, labels, columns=2, cell=2 * CELL), path)
-
-
-def _say(alike: bool, repeats: bool) -> str:
-    """What a pair shows: whether the two are `alike`, and whether the held-out image `repeats` a training image as well."""
-    if not alike:
-        return "Different"
-    return "Nearly the same, and so is the held-out image" if repeats else "Nearly the same, while the held-out image is new"
 
 
 def _save(sheet: Image.Image, path: Path) -> None:
