@@ -65,9 +65,13 @@ def _load_transformer(folder: Path, dtype: torch.dtype) -> DiT:
 
 
 def _load_network(network_class: type, folder: Path, part: str, **dtype):
-    network, loading = network_class.from_pretrained(
-        folder, subfolder=part, use_safetensors=True, output_loading_info=True, **dtype
-    )
+    default = torch.get_default_dtype()
+    try:
+        network, loading = network_class.from_pretrained(
+            folder, subfolder=part, use_safetensors=True, output_loading_info=True, **dtype
+        )
+    finally:
+        torch.set_default_dtype(default)  # which diffusers leaves changed where the configuration is impossible
     astray = [*loading["missing_keys"], *loading["unexpected_keys"]]
     if astray:  # the libraries fill in at random what is missing
         raise ValueError(f"the weights do not fit {part}/config.json: {astray[0]}")

@@ -151,9 +151,9 @@ def _copies(results: Results, found: dict[str, str]) -> list[str]:
     rows = [
         "| the nearest training image | samples | held-out images, which training has not seen |",
         "|---|---|---|",
-        f"| is the same picture | {samples:.1%} | {held_out:.1%} |",
+        f"| is the same picture | {_percent(samples, 1)} | {_percent(held_out, 1)} |",
         f"| is nearer than new pictures come (distance below {figures['near_distance']:.3f}) | "
-        f"{figures['nearer_than_held_out'] - samples:.1%} | {figures['held_out_repeats'] - held_out:.1%} |",
+        f"{_percent(figures['nearer_than_held_out'] - samples, 1)} | {_percent(figures['held_out_repeats'] - held_out, 1)} |",
     ]
     text = "## Does it copy?\n\n" + verdict
     if held_out >= 0.01:
@@ -180,8 +180,8 @@ def _training(results: Results, found: dict[str, str]) -> list[str]:
     ]
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+def _percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f} %"
 
 
 def plot_curves(results: Results) -> Figure:

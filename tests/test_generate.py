@@ -161,12 +161,12 @@ def test_outside_the_mask_a_picture_stays_as_it_is(there, scene):
 
 def test_what_of_a_prompt_is_not_read_is_said_once(there, capsys):
     long = "a red circle " * 40 + "and the end"
-    prompts = ["--prompt", long, "--prompt", long, "--prompt", "a Giraffe, giraffe and naïve circles", "--prompt", "a red circle."]
+    prompts = ["--prompt", long, "--prompt", long, "--prompt", "a Giraffe, giraffe, naïve circles", "--prompt", "a red circle."]
     assert generate(*prompts, "--batch_size", "1") == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "drawing" not in line]
     assert lines[0].startswith("dit: the prompt is longer than 77 tokens; not read: 'a red circle") and "and the end'" in lines[0]
     assert lines[1:] == [
-        "dit: the text encoder does not know 'giraffe', 'naïve', 'circles', in 'a Giraffe, giraffe and naïve circles'; "
+        "dit: the text encoder does not know 'giraffe', 'naïve', 'circles', in 'a Giraffe, giraffe, naïve circles'; "
         "it knows 'circle'"
     ]
 

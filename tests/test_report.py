@@ -103,8 +103,8 @@ def test_the_figures_have_their_intervals_and_say_what_they_mean(run):
 def test_it_says_whether_the_model_copies(run):
     text = write(run)
     assert "**30 % (20 % to 40 %) of the samples lie nearer to a training image than new pictures do" in text
-    assert "| is the same picture | 25.0% | 0.0% |\n" in text
-    assert "| is nearer than new pictures come (distance below 0.493) | 6.0% | 1.0% |\n" in text
+    assert "| is the same picture | 25.0 % | 0.0 % |\n" in text
+    assert "| is nearer than new pictures come (distance below 0.493) | 6.0 % | 1.0 % |\n" in text
     change(run, memorised_low=0.004, memorised_high=0.08)
     assert "There is no sign that the model copies" in write(run)
     change(run, memorised_low=0.0, memorised_high=0.08)
@@ -132,7 +132,7 @@ def test_that_the_data_repeat_themselves_is_said_where_held_out_images_are_the_s
     held_out = np.concatenate([np.zeros(3), np.linspace(0.5, 1.2, 5)])
     change(run, **memorisation(np.full(8, 1.3), held_out, 0.95))
     text = write(run)
-    assert "The data repeat themselves" in text and "| is the same picture | 0.0% | 37.5% |" in text
+    assert "The data repeat themselves" in text and "| is the same picture | 0.0 % | 37.5 % |" in text
 
 
 def test_without_a_figure_of_copies_there_are_no_pairs(run):
