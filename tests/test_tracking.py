@@ -125,6 +125,7 @@ def test_a_server_that_is_away_costs_a_line_and_no_point(store, monkeypatch, tmp
     with pytest.raises(UserError, match="does not take the runs .* what it did not take is kept"):
         sync.sync_runs()
     assert "secret" not in said
+    (tmp_path / "params.yaml").touch()  # as in a project
     assert cli.main(["where"]) == 0 and "dit sync-runs" in capsys.readouterr().out
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert cli.main(["sync-runs"]) == 0 and "2 runs sent" in capsys.readouterr().out
