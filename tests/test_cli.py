@@ -99,6 +99,26 @@ def test_help_has_examples_and_where_names_the_way_to_mlflow(project, capsys):
     assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in capsys.readouterr().out
 
 
+def test_where_says_how_to_keep_results_that_git_does_not_have(project, capsys):
+    keep = "keep these results:      git commit -m Results dvc.lock metrics params.yaml"
+    for path in ("models/dit/model_index.json", "metrics/evaluate.json", "dvc.lock"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text("{}")
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@example.org")
+    for command in (["init", "-q"], ["add", "dvc.lock", "metrics", "params.yaml"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    assert cli.main(["where"]) == 0 and keep not in capsys.readouterr().out
+    Path("metrics/evaluate.json").write_text('{"prompt_accuracy": 0.5}')
+    assert cli.main(["where"]) == 0 and keep in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["benchmark", "--output"], ["compare", "--output"], ["compare", "--csv"]])
+def test_where_nothing_can_be_written_nothing_is_begun(project, capsys, command):
+    Path("file").touch()
+    assert cli.main([*command, "file/out"]) == 1
+    assert capsys.readouterr().err == f"dit: {command[1]} file/out: file cannot be made: File exists\n"
+
+
 @pytest.mark.parametrize(
     ("command", "says"),
     [

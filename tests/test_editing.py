@@ -14,7 +14,7 @@ from dit.pipeline import DiTTextToImagePipeline
 from dit.schedulers import make_scheduler, model_times, set_timesteps
 from dit.sources.scene import Scene, Thing, draw
 from test_diffusion import DEVIATION, MEAN, ideal
-from test_pipeline import PAIRS
+from test_schedulers import PAIRS
 
 SCENE = Scene((Thing("red", "circle", "large"),), ((0.25, 0.75),), (0.2025,), "cream")
 STRENGTH = 0.6

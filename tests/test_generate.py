@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from dit.commands.given import read_pictures
 from dit.config import DEFAULTS
 from dit.files import file_hash
 from dit.pipeline import DiTTextToImagePipeline, load_pipeline
-from dit.png import read_facts, write_png
+from dit.png import read_facts
 from dit.sources.scene import draw, sample_description, sample_scene
 from dit.text import unknown_words
 from dit.views import open_upright
@@ -307,21 +306,6 @@ def test_ctrl_c_is_no_stack_trace_and_leaves_whole_pictures(there, capsys, monke
     assert [path.name for path in there.glob("*.png*")] == ["generated-0.png"]
 
 
-def test_a_picture_that_could_not_be_written_whole_leaves_the_one_before_it(there, monkeypatch):
-    path = there / "a.png"
-    write_png(path, Image.new("RGB", (16, 16)), {"prompt": "before"})
-    before = hashlib.sha256(path.read_bytes()).digest()
-
-    def half(self, target, **_):
-        target.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Image.Image, "save", half)
-    with pytest.raises(OSError, match="No space"):
-        write_png(path, Image.new("RGB", (16, 16), "red"), {})
-    assert hashlib.sha256(path.read_bytes()).digest() == before and list(there.glob("*.png*")) == [path]
-
-
 def test_sixteen_bits_are_scaled_and_not_cut(there):
     """Pillow alone makes white of all from 256 on, of 65,535."""
     grey = np.linspace(0, 65_535, 64).astype(np.uint16)[None].repeat(64, 0)
@@ -329,33 +313,6 @@ def test_sixteen_bits_are_scaled_and_not_cut(there):
     image, mask = read_pictures(Path("deep.png"), Path("deep.png"), None)
     for picture in (image.picture.convert("L"), mask.picture, open_upright(Path("deep.png").read_bytes()).convert("L")):
         assert np.abs(np.asarray(picture).astype(int) - grey / 257).max() <= 1
-
-
-def test_inspect_commands_no_terminal(there, capsys):
-    write_png(Path("a.png"), Image.new("RGB", (16, 16)), {"prompt": "a\x1b[2J red\ncircle é\u202e"})
-    assert cli.main(["inspect", "a.png"]) == 0
-    assert capsys.readouterr().out == f"{'prompt':20} a\\x1b[2J red\n{'':20} circle é\\u202e\n"
-
-
-def test_a_reader_that_has_seen_enough_is_no_error(there):
-    write_png(Path("a.png"), Image.new("RGB", (16, 16)), {"prompt": "\n".join(map(str, range(50_000)))})
-    command, env = f"{sys.executable} -m dit.cli inspect a.png | head -1", os.environ | {"PYTHONPATH": str(REPO)}
-    done = subprocess.run(command, shell=True, env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("prompt") and not done.stderr
-
-
-def test_inspect_says_what_is_no_picture_of_ours(there, capsys):
-    Image.new("RGB", (16, 16)).save("plain.png")
-    Path("text.png").write_text("no picture")
-    Path("text").write_text("no picture")
-    for name, says in (
-        ("plain.png", "nothing is noted in it"),
-        ("text.png", "not a picture"),
-        ("text", "not a picture"),
-        ("none.png", "no such file"),
-    ):
-        assert cli.main(["inspect", name]) == 1
-        assert capsys.readouterr().err.startswith(f"dit: {name}: {says}")
 
 
 def test_the_help_is_fast_and_shows_flags_defaults_and_examples(there):

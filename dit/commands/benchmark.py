@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dit.commands.flags import add_flag
+from dit.commands.output import make_folder_of
 from dit.errors import UserError
 
 
@@ -45,6 +46,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run_benchmark(arguments: argparse.Namespace) -> None:
     """Print the benchmark's table and write its figures as JSON."""
+    make_folder_of(arguments.output)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch is imported: its profiler notes its starts and stops
 
     import torch

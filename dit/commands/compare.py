@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dit.commands.output import save_picture
+from dit.commands.output import make_folder_of, save_picture
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -30,12 +30,14 @@ def run_compare(arguments: argparse.Namespace) -> None:
     """Print the table of runs, and write it and their pictures."""
     from dit.compare import comparison_picture, comparison_table, read_runs
 
+    make_folder_of(arguments.output)
+    if arguments.csv:
+        make_folder_of(arguments.csv, "--csv")
     runs = read_runs(arguments.runs, arguments.metric)
     table = comparison_table(runs, arguments.metric)
     print(table.reset_index().to_string(index=False, float_format="{:.4g}".format))
     written = []
     if arguments.csv:
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(arguments.csv)
         written.append(arguments.csv)
     picture = comparison_picture(runs, arguments.metric)
