@@ -133,6 +133,19 @@ def test_the_narrow_table_shows_what_tells_experiments_apart(clone):
         assert float(table[name]["training_seconds"]) == pytest.approx(float(shown[name]["seconds"]), rel=1e-3)
 
 
+def test_a_run_that_is_not_committed_has_its_row_beside_the_last_commits(clone):
+    def first_column() -> list[str]:
+        lines = clone.run(sys.executable, "tools/experiments.py").stdout.splitlines()
+        return [line.split()[0] for line in lines if line.strip()]
+
+    assert "workspace" not in first_column()
+    path = clone.root / "metrics" / "evaluate.json"
+    committed = path.read_text()
+    path.write_text(json.dumps(json.loads(committed) | {"prompt_accuracy": 0.123}))
+    assert first_column().count("workspace") == 1
+    path.write_text(committed)
+
+
 def test_differences_name_what_was_set_and_what_came_of_it(clone):
     shown = rows(clone)["width-1"]
     changed = {"shapes.model.hidden_size": {"old": 32, "new": 16, "diff": -16}}
