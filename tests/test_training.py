@@ -251,6 +251,10 @@ def test_a_precision_that_the_machine_cannot_do_is_refused_or_replaced(monkeypat
     lines: list[str] = []
     monkeypatch.setattr(loop, "has_bf16", lambda device: False)
     assert choose_precision("bf16", lines.append) == "no" and "not faster in bf16" in lines[0]
+    assert choose_precision("bf16", print, begun_in="bf16") == "bf16"  # a training that goes on
+    assert choose_precision("no", print, begun_in="bf16") == "no"  # with other settings, on purpose
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        choose_precision("fp16", print, begun_in="bf16")
 
 
 @pytest.mark.slow

@@ -49,14 +49,15 @@ def choose_precision(wanted: str, log: Callable[[str], None], begun_in: str | No
     Args:
         wanted: the setting.
         log: what says so.
-        begun_in: what the training began in, if it goes on: this is kept, since another one leads to other weights.
+        begun_in: what the training began in, if it goes on. Where bf16 is wanted this is kept, bf16 or the fp32 in its place,
+            since another one leads to other weights; another setting counts.
     """
-    if torch.cuda.is_available():
-        return begun_in or wanted
-    if "fp16" in (wanted, begun_in):
-        raise UserError("train.mixed_precision: fp16 needs a GPU; bf16 or no would be right on this machine")
-    if begun_in:
+    if wanted == "bf16" and begun_in in ("bf16", "no"):
         return begun_in
+    if torch.cuda.is_available():
+        return wanted
+    if wanted == "fp16":
+        raise UserError("train.mixed_precision: fp16 needs a GPU; bf16 or no would be right on this machine")
     if wanted == "bf16" and not has_bf16(torch.device("cpu")):
         log("this processor is not faster in bf16: training in fp32")
         return "no"
