@@ -7,7 +7,7 @@ import os
 import sys
 
 from dit.commands import benchmark, check, compare, export, generate, inspect, sweep, sync_runs, where
-from dit.commands.flags import not_understood
+from dit.commands._args import not_understood
 from dit.errors import UserError
 
 EXAMPLES = """\

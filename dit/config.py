@@ -33,10 +33,10 @@ Scheduler = Literal["euler", "heun", "dpm++", "unipc", "ddim", "stochastic"]
 DEFAULTS = {"num_inference_steps": 10, "guidance_scale": 1.5, "scheduler": "stochastic"}
 STRENGTH = 0.6  # of noise on a picture, without a mask: things keep their places and may change colour (docs/performance.md)
 
-_settings = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+STRICT = ConfigDict(extra="forbid")
 
 
-@_settings
+@dataclass(frozen=True, config=STRICT)
 class ShapesData:
     source: Literal["shapes"]
     num_samples: Annotated[int, Field(strict=True, ge=10)]
@@ -46,7 +46,7 @@ class ShapesData:
     seed: NonNegativeInt
 
 
-@_settings
+@dataclass(frozen=True, config=STRICT)
 class CocoData:
     source: Literal["coco"]
     split: Literal["train2017", "val2017", "both"]
@@ -59,7 +59,7 @@ class CocoData:
     seed: NonNegativeInt
 
 
-@_settings
+@dataclass(frozen=True, config=STRICT)
 class FolderData:
     source: Literal["folder"]
     paths: Annotated[tuple[Text, ...], Field(min_length=1)]
@@ -69,7 +69,7 @@ class FolderData:
     seed: NonNegativeInt
 
 
-@_settings
+@dataclass(frozen=True, config=STRICT)
 class HubData:
     source: Literal["hub"]
     dataset: Text
@@ -85,7 +85,7 @@ class HubData:
     seed: NonNegativeInt
 
 
-@_settings
+@dataclass(frozen=True, config=STRICT)
 class Encode:
     image_size: PositiveInt
     vae: Text
@@ -99,7 +99,7 @@ class Encode:
     precision: Precision
 
 
-@_settings
+@dataclass(frozen=True, config=STRICT)
 class Model:
     patch_size: Literal[1, 2, 4, 8]
     hidden_size: PositiveInt
@@ -107,44 +107,44 @@ class Model:
     num_heads: PositiveInt
 
 
-@_settings
-class Schedule:
+@dataclass(frozen=True, config=STRICT)
+class Optim:
     num_epochs: PositiveInt
     learning_rate: PositiveFloat
     logit_mean: Annotated[float, Field(ge=-3, le=3)]
     compile_model: Literal["auto", True, False]
 
 
-@_settings
+@dataclass(frozen=True, config=STRICT)
 class Recipe:
     """What all recipes have in common; each adds its own `data`."""
 
     encode: Encode
     model: Model
-    schedule: Schedule
+    optim: Optim
 
 
-@_settings
+@dataclass(frozen=True, config=STRICT)
 class ShapesRecipe(Recipe):
     data: ShapesData
 
 
-@_settings
+@dataclass(frozen=True, config=STRICT)
 class CocoRecipe(Recipe):
     data: CocoData
 
 
-@_settings
+@dataclass(frozen=True, config=STRICT)
 class FolderRecipe(Recipe):
     data: FolderData
 
 
-@_settings
+@dataclass(frozen=True, config=STRICT)
 class HubRecipe(Recipe):
     data: HubData
 
 
-@_settings
+@dataclass(frozen=True, config=STRICT)
 class Train:
     batch_size: PositiveInt
     mixed_precision: Literal["no", "fp16", "bf16"]
@@ -162,11 +162,11 @@ class Train:
     horizontal_flip: Flag
     validate_every: PositiveInt
     early_stopping_patience: PositiveInt | None
-    max_skipped: PositiveInt
+    max_nonfinite_steps: PositiveInt
     seed: NonNegativeInt
 
 
-@_settings
+@dataclass(frozen=True, config=STRICT)
 class Sample:
     num_inference_steps: PositiveInt
     guidance_scale: Annotated[float, Field(ge=1)]
@@ -179,14 +179,14 @@ class Sample:
     grid_steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
-@_settings
+@dataclass(frozen=True, config=STRICT)
 class Evaluate:
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
     val_passes: PositiveInt
     resamples: Annotated[int, Field(strict=True, ge=2)]
 
 
-@_settings
+@dataclass(frozen=True, config=STRICT)
 class Runtime:
     num_workers: NonNegativeInt
     prefetch_factor: PositiveInt
@@ -204,7 +204,7 @@ class Runtime:
 RECIPES = ("shapes", "coco", "folder", "hub")
 
 
-@_settings
+@dataclass(frozen=True, config=STRICT)
 class Params:
     """The whole of params.yaml."""
 

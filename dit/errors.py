@@ -1,5 +1,7 @@
 """The one error that users are meant to see, and what they are not."""
 
+from __future__ import annotations
+
 import re
 
 
@@ -15,7 +17,7 @@ def without_password(address: str) -> str:
     return re.sub(r"//[^/@\s]*@", "//", address)
 
 
-def in_one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """What `error` says in its first line, without passwords; its kind where it says nothing."""
     line = without_password((str(error).splitlines() or [type(error).__name__])[0])
     return line if len(line) <= 160 else line[:160].rsplit(" ", 1)[0] + " …"

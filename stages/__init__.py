@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import hashlib
 import json
@@ -57,7 +58,7 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], par
         if problem is None:
             raise
         print(f"{name}: {problem}", file=sys.stderr)
-        if lost and not getattr(error, "goes_on", False):
+        if lost and not getattr(error, "resumes", False):
             print(f"{name}: `dvc checkout --force` brings the earlier outputs back", file=sys.stderr)
         sys.exit(1)
     for path in metrics:
@@ -70,6 +71,24 @@ def locked_outs(stage: str) -> list[dict]:
     lock = Path("dvc.lock")
     stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {}) if lock.exists() else {}
     return stages.get(stage, {}).get("outs", [])
+
+
+def code_digest(stage: str) -> str:
+    """Return a SHA-256 of the code that `stage` depends on, as dvc.yaml lists it; comments and docstrings do not count."""
+    deps = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
+    digest = hashlib.sha256()
+    for dep in map(Path, deps):
+        for path in sorted(dep.rglob("*.py")) if dep.is_dir() else [dep] if dep.suffix == ".py" else []:
+            digest.update(_without_docstrings(path.read_text(encoding="utf-8")).encode())
+    return digest.hexdigest()
+
+
+def _without_docstrings(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node):
+            del node.body[0]
+    return ast.dump(tree)
 
 
 def _lost_outs(stage: str) -> list[str]:

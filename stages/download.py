@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dit.config import Params
-from dit.files import write_json
 from dit.sources import fetch
+from dit.utils.files import write_json
 from stages import run_stage
 
 METRICS = "metrics/download.json"

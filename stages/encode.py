@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dit.config import Params
-from dit.encoding import encode_dataset
-from dit.files import write_json
+from dit.encode.encode import encode_dataset
+from dit.utils.files import write_json
 from stages import run_stage
 
 METRICS = "metrics/encode.json"

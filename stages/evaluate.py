@@ -10,9 +10,9 @@ from PIL import Image
 
 from dit.config import Params
 from dit.evaluation.metrics import evaluate_samples
-from dit.files import write_json
-from dit.images import grid
-from dit.tracking import flatten
+from dit.tracking.mlflow import flatten
+from dit.utils.files import write_json
+from dit.utils.images import grid
 from stages import run_stage
 from stages.runs import find_run
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dit.config import Params
-from dit.report import Results, write_report
+from dit.report.report import Results, write_report
 from stages import run_stage
 
 REPORT, PICTURES = Path("metrics/report.md"), Path("metrics/report")

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from dit.config import Params
-from dit.tracking import Tracker, flatten, resume_run, start_run
+from dit.tracking.mlflow import Tracker, flatten, resume_run, start_run
 from stages import locked_outs
 
 LATENTS = "data/latents"
@@ -63,6 +63,6 @@ def _digest_of_dvc() -> str | None:
 def settings_of_training(params: Params) -> dict[str, Any]:
     """All that a model is the result of, flattened as MLflow shows it."""
     recipe = params.active
-    blocks = {"data": recipe.data, "encode": recipe.encode, "model": recipe.model, "schedule": recipe.schedule}
+    blocks = {"data": recipe.data, "encode": recipe.encode, "model": recipe.model, "optim": recipe.optim}
     blocks["train"] = params.train
     return {name: value for block, settings in blocks.items() for name, value in flatten(block, settings).items()}

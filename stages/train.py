@@ -18,18 +18,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit.config import Params
-from dit.encoders import EncoderSource, load_vae
+from dit.encoders.loading import EncoderSource, load_vae
+from dit.encoders.vae import decode_latents
 from dit.errors import UserError
-from dit.files import file_hash, mention_others, write_json
-from dit.images import to_images
-from dit.latents import LatentCache
-from dit.training.checkpoint import Checkpoints, check_alike, open_named, training_key
+from dit.latents.cache import LatentCache
+from dit.training.checkpoint import Checkpoints, check_ranks_agree, check_shapes, open_named, run_fingerprint
 from dit.training.export import save_model
-from dit.training.journal import Journal, Silent
-from dit.training.loop import build_model, train_transformer
-from dit.training.state import check_fits
+from dit.training.logging import MetricLogger, NullLogger
+from dit.training.setup import build_model
 from dit.training.stop import Stopped
-from stages import run_stage
+from dit.training.trainer import Trainer
+from dit.utils.files import sha256_file, warn_stale_state, write_json
+from dit.utils.images import to_images
+from stages import code_digest, run_stage
 from stages.runs import begin_run
 
 METRICS, CURVES, RUN = "metrics/train.json", "metrics/curves.csv", "metrics/mlflow.json"
@@ -43,56 +44,54 @@ def main(params: Params) -> None:
     recipe, latents = params.active, Path("data/latents")
     cache = LatentCache(latents)
     cache.verify()
-    digest = file_hash(latents / "index.json")
-    settings = [asdict(block) for block in (recipe.model, recipe.schedule, params.train)]
+    digest = sha256_file(latents / "index.json")
+    settings = [asdict(block) for block in (recipe.model, recipe.optim, params.train)]
     states = Path(os.environ.get("DVC_ROOT", ".")) / ".state" / "train"
-    key = training_key(digest, *settings)
+    key = run_fingerprint(digest, settings, code_digest("train"))
     given = open_named(arguments.resume, states) if arguments.resume else None
     if given:
-        check_fits(given, given.tensors(), build_model(cache, recipe.model, params.train.seed))  # before anything is written
+        check_shapes(given, given.tensors(), build_model(cache, recipe.model, params.train.seed))  # before anything is written
     foreign = given is not None and given.path.resolve().parent != (states / key).resolve()
     if foreign:  # its training is another one than that of the settings alone, and is kept apart from it
-        key = training_key(key, file_hash(given.path))
+        key = run_fingerprint(key, sha256_file(given.path))
         print(f"{given.path}: of other settings or a copy; `dvc repro` by itself never goes on from it", flush=True)
     state = states / key
     checkpoints = Checkpoints(state, params.runtime.keep_checkpoints)
     resume = given if given and not foreign else checkpoints.newest(print) or given
     process = PartialState(cpu=not torch.cuda.is_available())
-    check_alike(state.name, resume)
+    check_ranks_agree(state.name, resume)
     vae, _ = load_vae(EncoderSource(**cache.index["vae"]), device="cuda" if torch.cuda.is_available() else "cpu")
 
-    @torch.no_grad()
-    def decode(values: torch.Tensor) -> list[Image.Image]:
-        return to_images(vae.decode(values / cache.index["vae_scaling"] + cache.index["vae_shift"]).sample)
+    def decode(latents: torch.Tensor) -> list[Image.Image]:
+        return to_images(decode_latents(vae, latents))
 
-    def run(journal: Journal) -> tuple:
-        return train_transformer(
-            cache, recipe.model, recipe.schedule, params.train, params.runtime, journal, decode, checkpoints, resume
-        )
+    def run(logger: MetricLogger) -> tuple:
+        blocks = (recipe.model, recipe.optim, params.train, params.runtime)
+        return Trainer(cache, *blocks, logger, decode, checkpoints, resume).train()
 
     if not process.is_main_process:
-        run(Silent())
+        run(NullLogger())
         return
-    mention_others("train", state)
+    warn_stale_state("train", state)
     tracker = begin_run(params, digest, state)
-    journal = Journal(
+    logger = MetricLogger(
         LOG,
         PROGRESS,
         state / "progress",
         on_metrics=lambda step, values: tracker.metrics(values, step),
         on_preview=lambda step, picture: tracker.picture(picture, "preview", step),
-        say=tqdm.write,
+        echo=tqdm.write,
     )
     status = "FAILED"
     try:
         with checkpoints.lock():
             try:
-                transformer, summary = run(journal)
+                transformer, summary = run(logger)
             except UserError:
                 if not any(state.glob("step-*")):
                     shutil.rmtree(state)  # nothing that could go on
                 raise
-        save_model(MODEL, transformer, cache, recipe.model, recipe.schedule, params.train)
+        save_model(MODEL, transformer, cache, recipe.model, recipe.optim, params.train)
         steps = int(summary["steps"])
         tracker.metrics({"training_seconds": summary["seconds"]}, steps)
         if params.runtime.register_model:
@@ -103,7 +102,7 @@ def main(params: Params) -> None:
         raise
     finally:
         tracker.finish(status)
-    journal.write_curves(Path(CURVES))
+    logger.write_curves(Path(CURVES))
     write_json(Path(METRICS), {key: round(value, 5) for key, value in summary.items()})
     write_json(Path(RUN), {"run_id": tracker.run_id})
     shutil.rmtree(state)

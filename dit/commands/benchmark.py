@@ -7,8 +7,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from dit.commands.flags import add_flag
-from dit.commands.output import make_folder_of
+from dit.commands._args import add_flag, make_folder_of
 from dit.errors import UserError
 
 
@@ -51,10 +50,10 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from dit.benchmark import benchmark, table
+    from dit.benchmark.speedrun import speedrun, speedrun_line
+    from dit.benchmark.training import benchmark, table
     from dit.config import Model, load_config
-    from dit.files import write_json
-    from dit.speedrun import speedrun, speedrun_line
+    from dit.utils.files import write_json
 
     params = load_config()
     if arguments.speedrun:

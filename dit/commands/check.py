@@ -13,7 +13,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run_check(arguments: argparse.Namespace) -> None:
     """Say that nothing is missing, or what is."""
-    from dit.checks import check
+    from dit.commands.checks import check
 
     check()
     print("settings, disk space, data and weights: nothing is missing")

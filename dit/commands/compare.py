@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dit.commands.output import make_folder_of, save_picture
+from dit.commands._args import make_folder_of, save_picture
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -28,7 +28,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run_compare(arguments: argparse.Namespace) -> None:
     """Print the table of runs, and write it and their pictures."""
-    from dit.compare import comparison_picture, comparison_table, read_runs
+    from dit.commands.comparison import comparison_picture, comparison_table, read_runs
 
     make_folder_of(arguments.output)
     if arguments.csv:

@@ -9,10 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import get_args
 
-from dit.commands.evaluated import find_evaluation
+from dit.commands.find_metrics import find_evaluation
 from dit.config import DEFAULTS, Scheduler
-from dit.errors import UserError, in_one_line
-from dit.model_folder import read_index
+from dit.errors import UserError, one_line
+from dit.pipeline.model_folder import read_index
 
 CARD, PICTURE = "README.md", "samples.png"
 WRITTEN = {CARD, PICTURE, "model_index.json", "transformer", "scheduler", "vae", "text_encoder", "tokenizer"}
@@ -52,8 +52,8 @@ def export(arguments: argparse.Namespace) -> None:
     from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
-    from dit.pipeline import DiTTextToImagePipeline
-    from dit.schedulers import make_scheduler, scheduler_name
+    from dit.pipeline.pipeline import DiTTextToImagePipeline
+    from dit.pipeline.schedulers import make_scheduler, scheduler_name
 
     disable_progress_bar()
     pipeline = DiTTextToImagePipeline.from_pretrained(checkpoint)
@@ -67,12 +67,12 @@ def export(arguments: argparse.Namespace) -> None:
             missing = write_card(checkpoint, new, scheduler_name(pipeline.scheduler))
             replace_folder(output, new, Path(aside) / "old")
     except (OSError, SafetensorError) as error:  # the disk is full, most often
-        raise UserError(f"{output}: cannot be written: {getattr(error, 'strerror', None) or in_one_line(error)}") from None
+        raise UserError(f"{output}: cannot be written: {getattr(error, 'strerror', None) or one_line(error)}") from None
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"{output}: {size / 1e6:.1f} MB: transformer, scheduler, VAE, text encoder, tokenizer, {CARD}")
     if missing:
         print(f"{CARD} is without an evaluation: {missing}")
-    print("load it:   from dit.pipeline import DiTTextToImagePipeline")
+    print("load it:   from dit.pipeline.pipeline import DiTTextToImagePipeline")
     print(f'           pipeline = DiTTextToImagePipeline.from_pretrained("{output}")')
     print(f'or draw:   dit generate --checkpoint {output} --prompt "a red circle above a blue star"')
 
@@ -110,7 +110,7 @@ def save_pipeline(pipeline, folder: Path) -> None:
 
 def write_card(checkpoint: Path, folder: Path, scheduler: str) -> str:
     """Write the card and its picture into `folder`; returns why it is without an evaluation, "" where it has one."""
-    from dit.model_card import export_card, read_card, with_scheduler
+    from dit.commands.model_card import export_card, read_card, with_scheduler
 
     trained = checkpoint / CARD
     text = read_card(trained) if trained.is_file() else "# A text-to-image Diffusion Transformer\n"

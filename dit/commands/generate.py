@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import get_args
 
 from dit import __version__
-from dit.commands.flags import add_flag
-from dit.commands.given import GivenPicture, check_numbers, check_output, check_text, read_pictures, read_prompts
+from dit.commands._args import add_flag
+from dit.commands.inputs import InputImage, check_numbers, check_output, check_text, read_pictures, read_prompts
 from dit.config import DEFAULTS, STRENGTH, Scheduler
-from dit.model_folder import read_index, weights_hash
+from dit.pipeline.model_folder import read_index, weights_hash
 
 EXAMPLES = """\
 examples:
@@ -120,25 +120,25 @@ def generate(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
     from transformers.utils.logging import disable_progress_bar
 
-    from dit.drawing import draw
-    from dit.editing import fidelity
-    from dit.images import labelled_grid
-    from dit.pipeline import load_pipeline
-    from dit.png import write_png
-    from dit.schedulers import scheduler_name
-    from dit.text import remarks
+    from dit.commands.png import write_png
+    from dit.encoders.vae import psnr, reconstruct
+    from dit.pipeline.generate import draw, load_pipeline
+    from dit.pipeline.prompts import prompt_warnings
+    from dit.pipeline.schedulers import scheduler_name
+    from dit.utils.images import labelled_grid
 
     disable_progress_bar()  # the weights are loaded at once; the bar is for the drawing
     pipeline = load_pipeline(arguments.checkpoint, arguments.scheduler)
     for prompt in dict.fromkeys([*prompts, arguments.negative_prompt]):
-        for line in remarks(pipeline.tokenizer, prompt):
+        for line in prompt_warnings(pipeline.tokenizer, prompt):
             print(f"dit: {line}", file=sys.stderr)
     cell = pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
     for line in notes(arguments, image, mask, pipeline.config.image_size, cell):
         print(f"dit: {line}", file=sys.stderr)
     if image:
         small = image.picture.resize((pipeline.config.image_size,) * 2)
-        quality = fidelity(pipeline.vae, pipeline.image_processor.preprocess(small))
+        pixels = pipeline.image_processor.preprocess(small)
+        quality = psnr(pixels.to(pipeline.vae.device), reconstruct(pipeline.vae, pixels))
         if quality < POOR:
             print(
                 f"dit: the VAE of this model keeps little of this picture ({quality:.0f} dB): it comes out changed",
@@ -181,7 +181,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
 
 def notes(
-    arguments: argparse.Namespace, image: GivenPicture | None, mask: GivenPicture | None, trained: int, cell: int
+    arguments: argparse.Namespace, image: InputImage | None, mask: InputImage | None, trained: int, cell: int
 ) -> Iterator[str]:
     """A line for each thing that is done as asked, and may not be what was meant.
 
@@ -205,8 +205,8 @@ def notes(
 
 def settings_of(
     arguments: argparse.Namespace,
-    image: GivenPicture | None,
-    mask: GivenPicture | None,
+    image: InputImage | None,
+    mask: InputImage | None,
     made_with: dict[str, str],
     trained_size: int,
 ) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dit.commands.output import save_picture
+from dit.commands._args import save_picture
 from dit.errors import UserError
 
 
@@ -36,7 +36,7 @@ def printable(text: str) -> str:
 def run_inspect(arguments: argparse.Namespace) -> None:
     """Print a summary of a latent cache, compare it with its hashes, and draw some of it; of a picture, how it was drawn."""
     if arguments.what.is_file() or arguments.what.suffix.lower() == ".png":
-        from dit.png import read_facts
+        from dit.commands.png import read_facts
 
         facts = read_facts(arguments.what)
         if not facts:
@@ -52,8 +52,8 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     if arguments.decode < 0:
         raise UserError(f"--decode: {arguments.decode} is not a number of pictures")
 
-    from dit.inspection import decode_pictures, describe_cache
-    from dit.latents import LatentCache
+    from dit.commands.inspection import decode_pictures, describe_cache
+    from dit.latents.cache import LatentCache
 
     cache = LatentCache(arguments.what)
     print(describe_cache(cache), flush=True)

@@ -8,11 +8,10 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
-from dit.commands.flags import add_flag
-from dit.commands.output import make_folder_of
+from dit.commands._args import add_flag, make_folder_of
 from dit.config import DEFAULTS, Scheduler
 from dit.errors import UserError
-from dit.model_folder import read_index
+from dit.pipeline.model_folder import read_index
 
 EXAMPLES = """\
 examples:
@@ -67,8 +66,8 @@ def run_sweep(arguments: argparse.Namespace) -> None:
     table_file, plot_file = find_outputs(arguments.output)
     read_index(arguments.checkpoint)
 
+    from dit.commands.sampler_sweep import Setting, chance, cheapest, describe, plot, readable, sweep
     from dit.config import load_config
-    from dit.sweep import Setting, chance, cheapest, describe, plot, readable, sweep
 
     every = product(arguments.scheduler, arguments.guidance_scale, arguments.num_inference_steps)
     settings = list(dict.fromkeys(Setting(scheduler, steps, scale) for scheduler, scale, steps in every))

@@ -13,7 +13,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run_sync(arguments: argparse.Namespace) -> None:
     """Send the runs that wait."""
-    from dit.sync import sync_runs
+    from dit.tracking.sync import sync_runs
 
     sent = sync_runs()
     print(f"{len(sent)} runs sent" if sent else "no run waits to be sent")

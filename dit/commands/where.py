@@ -31,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run_where(arguments: argparse.Namespace) -> None:
     """Print what a run has left and where, and how to look at it."""
-    from dit.checks import read_json
+    from dit.commands.checks import read_json
 
     if not Path("params.yaml").is_file():
         raise UserError("there is no params.yaml here; run from the project's folder")

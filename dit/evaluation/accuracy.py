@@ -3,37 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-from PIL import Image
-
-from dit.evaluation.detector import detect
 from dit.evaluation.intervals import wilson, with_interval
-from dit.evaluation.judge import ATTRIBUTES, attributes, compare
-from dit.sources.captions import parse
+from dit.shapes.scoring import ATTRIBUTES, PromptScore
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """What is wrong with a picture, "" if nothing is; of how many `things` its caption speaks; and by attribute how many are
-    right and how many are stated."""
-
-    problem: str
-    things: int
-    attributes: dict[str, tuple[int, int]]
-
-
-def judge_picture(picture: Image.Image, text: str) -> Judgement | None:
-    """Judge `picture` by its caption; None where the caption is not about our shapes."""
-    description = parse(text)
-    if description is None:
-        return None
-    detection = detect(picture)
-    problem = compare(detection, description).problem or ""
-    return Judgement(problem, len(description.things), attributes(detection, description))
-
-
-def accuracy(name: str, judged: list[Judgement], confidence: float) -> dict[str, float]:
+def accuracy(name: str, judged: list[PromptScore], confidence: float) -> dict[str, float]:
     """The share of pictures with nothing wrong, its Wilson interval, and the number of prompts; nothing where there are none."""
     if not judged:
         return {}
@@ -41,7 +16,7 @@ def accuracy(name: str, judged: list[Judgement], confidence: float) -> dict[str,
     return with_interval(name, share, wilson(share, len(judged), confidence)) | {f"{name}_prompts": len(judged)}
 
 
-def accuracy_by_attribute(judged: Iterable[Judgement], confidence: float) -> list[dict[str, str | float]]:
+def accuracy_by_attribute(judged: Iterable[PromptScore], confidence: float) -> list[dict[str, str | float]]:
     """A row for each attribute that any prompt states: `attribute`, `accuracy`, `low`, `high`, `count`.
 
     `accuracy` is the share that is right of all `count` colours, shapes, sizes, relations or numbers of things. The things
@@ -57,7 +32,7 @@ def accuracy_by_attribute(judged: Iterable[Judgement], confidence: float) -> lis
     return rows
 
 
-def accuracy_by_number(groups: dict[str, list[Judgement]], confidence: float) -> list[dict[str, str | float]]:
+def accuracy_by_number(groups: dict[str, list[PromptScore]], confidence: float) -> list[dict[str, str | float]]:
     """A row for each group of prompts and number of things in a caption: `group`, `things`, `accuracy`, `low`, `high`, `count`.
 
     `accuracy` is the share of the `count` pictures with nothing wrong; `low` and `high` are the ends of Wilson's interval.

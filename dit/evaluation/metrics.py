@@ -10,19 +10,20 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from dit.config import Evaluate, Runtime
-from dit.encoders import EncoderSource
+from dit.dataset.reader import Entry
+from dit.encoders.loading import EncoderSource
 from dit.errors import UserError
-from dit.evaluation.accuracy import accuracy, accuracy_by_attribute, accuracy_by_number, judge_picture
-from dit.evaluation.comparison import compare_sets, measure_diversity
-from dit.evaluation.features import ClipFeatures, clip_scores, fastest_device, images_of, open_images
+from dit.evaluation.accuracy import accuracy, accuracy_by_attribute, accuracy_by_number
+from dit.evaluation.clip import ClipFeatures, clip_scores, fastest_device, images_of, open_images
+from dit.evaluation.distribution import compare_sets, measure_diversity
+from dit.evaluation.figures import plot_nearest, plot_worst
 from dit.evaluation.intervals import mean_with_interval, with_interval
 from dit.evaluation.losses import measure_losses
-from dit.evaluation.memorisation import find_nearest, memorisation
-from dit.evaluation.pictures import draw_nearest, draw_worst
-from dit.latents import LatentCache
-from dit.sources.dataset import Entry
+from dit.evaluation.memorization import find_nearest, memorization
+from dit.latents.cache import LatentCache
+from dit.shapes.scoring import score_image
 
-JUDGED = ("val", "unseen")  # groups of prompts; "diversity" is several pictures of each, "own" is for looking at
+SCORED_GROUPS = ("val", "unseen")  # groups of prompts; "diversity" is several pictures of each, "own" is for looking at
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,13 @@ def evaluate_samples(
     if not (samples / "prompts.json").exists():
         raise UserError(f"{samples}: no pictures to judge; `dvc repro` draws them first")
     prompts = json.loads((samples / "prompts.json").read_text(encoding="utf-8"))
-    groups = {group: [prompt for prompt in prompts if prompt["group"] == group] for group in (*JUDGED, "diversity")}
+    groups = {group: [prompt for prompt in prompts if prompt["group"] == group] for group in (*SCORED_GROUPS, "diversity")}
     judged = groups["val"] + groups["unseen"]
     pictures, texts = [_open(samples, prompt) for prompt in judged], [prompt["text"] for prompt in judged]
     count = len(groups["val"])
     metrics: dict[str, float] = {}
 
-    judgements = [judge_picture(picture, text) for picture, text in zip(pictures, texts, strict=True)]
+    judgements = [score_image(picture, text) for picture, text in zip(pictures, texts, strict=True)]
     val, unseen = ([judgement for judgement in half if judgement] for half in (judgements[:count], judgements[count:]))
     metrics |= accuracy("prompt_accuracy", val, settings.confidence)
     metrics |= accuracy("prompt_accuracy_unseen", unseen, settings.confidence)
@@ -75,7 +76,7 @@ def evaluate_samples(
     features = clip.of_images(pictures, len(pictures), "CLIP: samples")
     scores = clip_scores(features, clip.of_texts(texts)).double().numpy()
     metrics |= mean_with_interval("clip_score", scores, settings, (0, 100), digits=3)
-    draw_worst(pictures, texts, [found and found.problem for found in judgements], scores, worst)
+    plot_worst(pictures, texts, [found and found.problem for found in judgements], scores, worst)
 
     training, held_out = images_of(raw, "train"), images_of(raw, "val")
 
@@ -93,8 +94,8 @@ def evaluate_samples(
     of_held_out = find_nearest(real, of_data(held_out, "held-out images, mirrored", ImageOps.mirror), known)
     mirrored = clip.of_images(map(ImageOps.mirror, pictures[:count]), count, "CLIP: samples, mirrored")
     of_samples = find_nearest(features[:count], mirrored, known)
-    metrics |= memorisation(of_samples.distance, of_held_out.distance, settings.confidence)
-    draw_nearest(pictures[:count], texts[:count], of_samples, of_held_out.distance, raw, training, nearest)
+    metrics |= memorization(of_samples.distance, of_held_out.distance, settings.confidence)
+    plot_nearest(pictures[:count], texts[:count], of_samples, of_held_out.distance, raw, training, nearest)
 
     losses, by_timestep = measure_losses(model, cache, settings, fastest_device())
     return Evaluation(metrics | losses, by_attribute, by_number, by_timestep)

@@ -16,10 +16,10 @@ import numpy as np
 from tqdm import tqdm
 
 from dit.config import CocoData, Runtime
+from dit.dataset.filters import check_captions, check_image, clean_caption, inside
 from dit.errors import UserError
-from dit.sources.dataset import DatasetWriter, Report, refuse_too_many_bad
 from dit.sources.http import Downloader
-from dit.sources.usable import check_captions, check_image, clean_caption, inside
+from dit.sources.writer import DatasetWriter, Report, refuse_too_many_bad
 
 ANNOTATIONS = "annotations/annotations_trainval2017.zip"
 KEY = "coco.data.base_url"
@@ -43,7 +43,7 @@ def fetch(data: CocoData, folder: Path, runtime: Runtime) -> Report:
     writer = DatasetWriter(folder, data, len(chosen))
     received = 0
 
-    def download(photo: Photo) -> tuple[Path | None, str | None]:
+    def download(photo: CocoImage) -> tuple[Path | None, str | None]:
         if photo.problem or (problem := check_captions(photo.captions)):
             return None, photo.problem or problem
         kept, problem = downloader.cached(f"{base}/{photo.split}/{photo.name}")
@@ -57,7 +57,7 @@ def fetch(data: CocoData, folder: Path, runtime: Runtime) -> Report:
         try:
             for photo, (kept, problem) in progress:
                 if problem:
-                    report.set_aside(photo.name, problem)
+                    report.reject(photo.name, problem)
                     continue
                 content = kept.read_bytes()
                 writer.add(f"images/{photo.name}", content, photo.captions[: data.captions_per_image], photo.licence, kept)
@@ -72,7 +72,7 @@ def fetch(data: CocoData, folder: Path, runtime: Runtime) -> Report:
 
 
 @dataclass(frozen=True)
-class Photo:
+class CocoImage:
     """One image of the annotations.
 
     Attributes:
@@ -90,7 +90,7 @@ class Photo:
     problem: str | None
 
 
-def read_captions(archive: Path, splits: tuple[str, ...]) -> list[Photo]:
+def read_captions(archive: Path, splits: tuple[str, ...]) -> list[CocoImage]:
     """All images that have captions, read straight from the zip, in the order of their ids, split by split.
 
     Nothing else of the archive is looked at, and nothing of it is unpacked. Of images whose name or id comes twice the
@@ -99,7 +99,7 @@ def read_captions(archive: Path, splits: tuple[str, ...]) -> list[Photo]:
     Raises:
         UserError: the archive is damaged, or what it holds is not COCO's.
     """
-    photos: list[Photo] = []
+    photos: list[CocoImage] = []
     names: set[str] = set()
     for split in splits:
         licences, images, captions = _read_annotations(archive, f"annotations/captions_{split}.json")
@@ -116,7 +116,7 @@ def read_captions(archive: Path, splits: tuple[str, ...]) -> list[Photo]:
                 problem = "its name comes twice in the annotations"
             names.add(name)
             numbers.add(number)
-            photos.append(Photo(name, split, captions[number], licences.get(licence, ""), problem))
+            photos.append(CocoImage(name, split, captions[number], licences.get(licence, ""), problem))
     return photos
 
 
@@ -138,7 +138,7 @@ def _read_annotations(archive: Path, member: str) -> tuple[dict, list[tuple[int,
     return licences, images, captions
 
 
-def choose_images(photos: list[Photo], data: CocoData) -> list[Photo]:
+def choose_images(photos: list[CocoImage], data: CocoData) -> list[CocoImage]:
     """`data.num_samples` images, by `data.seed`; the same on every machine.
 
     Raises:

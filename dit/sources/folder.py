@@ -18,9 +18,9 @@ from typing import Any
 from tqdm import tqdm
 
 from dit.config import FolderData, Runtime
+from dit.dataset.filters import check_captions, check_image, clean_caption, inside
 from dit.errors import UserError
-from dit.sources.dataset import DatasetWriter, Report, refuse_too_many_bad
-from dit.sources.usable import check_captions, check_image, clean_caption, inside
+from dit.sources.writer import DatasetWriter, Report, refuse_too_many_bad
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 LISTS = ("metadata.jsonl", "metadata.csv", "metadata.json")
@@ -28,7 +28,7 @@ NAME_COLUMNS, TEXT_COLUMNS = ("file_name", "image"), ("text", "caption")
 
 
 @dataclass
-class Captioned:
+class ImageCaptions:
     """A picture, its name in the data set, and where its captions are: some in a .txt, some as the lists have them."""
 
     picture: Path
@@ -37,7 +37,7 @@ class Captioned:
     listed: list[str] = field(default_factory=list)
 
 
-def find_captioned(data: FolderData) -> tuple[list[Captioned], Report]:
+def find_images(data: FolderData) -> tuple[list[ImageCaptions], Report]:
     """All pictures with captions in `data.paths`, nested folders too, sorted by name.
 
     The report names the pictures and .txt files that have no partner, and sets aside what lists name that is not there.
@@ -45,7 +45,7 @@ def find_captioned(data: FolderData) -> tuple[list[Captioned], Report]:
     Raises:
         UserError: a path is no folder, a list is not readable, or there is no picture with a caption at all.
     """
-    found: list[Captioned] = []
+    found: list[ImageCaptions] = []
     report = Report()
     for number, name in enumerate(data.paths):
         root = Path(name)
@@ -54,9 +54,9 @@ def find_captioned(data: FolderData) -> tuple[list[Captioned], Report]:
         files = sorted(path for path in root.rglob("*") if path.is_file())
         prefix = f"images/{number}/" if len(data.paths) > 1 else "images/"
         pictures = {
-            path: Captioned(path, prefix + path.relative_to(root).as_posix()) for path in files if path.suffix.lower() in PICTURES
+            path: ImageCaptions(path, prefix + path.relative_to(root).as_posix()) for path in files if path.suffix.lower() in PICTURES
         }
-        by_stem: dict[Path, list[Captioned]] = {}
+        by_stem: dict[Path, list[ImageCaptions]] = {}
         for path, captioned in pictures.items():
             by_stem.setdefault(path.with_suffix(""), []).append(captioned)
         for path in files:
@@ -69,11 +69,11 @@ def find_captioned(data: FolderData) -> tuple[list[Captioned], Report]:
                 for row, file_name, text in read_list(path):
                     target = path.parent / file_name
                     if not inside(file_name):
-                        report.set_aside(file_name, f"{path.name}, {row}: does not stay in its folder")
+                        report.reject(file_name, f"{path.name}, {row}: does not stay in its folder")
                     elif target in pictures:
                         pictures[target].listed += [text]
                     else:
-                        report.set_aside(str(target), f"{path.name}, {row}: no such picture")
+                        report.reject(str(target), f"{path.name}, {row}: no such picture")
         report.unpaired += [str(path) for path, captioned in pictures.items() if not (captioned.text or captioned.listed)]
         found += [captioned for captioned in pictures.values() if captioned.text or captioned.listed]
     if not found:
@@ -118,7 +118,7 @@ def _column(row: Any, names: tuple[str, ...]) -> Any:
     return next((row[name] for name in names if name in row), None) if isinstance(row, dict) else None
 
 
-def read_captions(captioned: Captioned) -> tuple[list[str], str | None]:
+def read_captions(captioned: ImageCaptions) -> tuple[list[str], str | None]:
     """The captions of a picture, lists first, and what is wrong with them, if anything."""
     texts = list(captioned.listed)
     if captioned.text:
@@ -134,7 +134,7 @@ def read_captions(captioned: Captioned) -> tuple[list[str], str | None]:
 
 def fetch(data: FolderData, folder: Path, runtime: Runtime) -> Report:
     """Copy every usable picture, byte for byte, and its captions into `folder`."""
-    found, report = find_captioned(data)
+    found, report = find_images(data)
     total = len(found) + len(report.bad)
     writer = DatasetWriter(folder, data, len(found))
     for captioned in tqdm(found, desc="copy", unit="image"):
@@ -142,7 +142,7 @@ def fetch(data: FolderData, folder: Path, runtime: Runtime) -> Report:
         texts, problem = read_captions(captioned)
         problem = check_image(content) or problem
         if problem:
-            report.set_aside(str(captioned.picture), problem)
+            report.reject(str(captioned.picture), problem)
             continue
         writer.add(captioned.name, content, texts)
     refuse_too_many_bad(report, total, data.max_bad_fraction, "folder.data.max_bad_fraction")

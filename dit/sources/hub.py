@@ -15,9 +15,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit.config import HubData, Runtime
+from dit.dataset.filters import check_captions, check_image, clean_caption
 from dit.errors import UserError
-from dit.sources.dataset import DatasetWriter, Report, refuse_too_many_bad
-from dit.sources.usable import check_captions, check_image, clean_caption
+from dit.sources.writer import DatasetWriter, Report, refuse_too_many_bad
 
 LOGIN = "if it is private or gated, accept its conditions and log in with `hf auth login`, or set HF_TOKEN"
 
@@ -34,7 +34,7 @@ def fetch(data: HubData, folder: Path, runtime: Runtime) -> Report:
         captions, problem = _read_captions(row, data)
         problem = check_image(content) or problem or check_captions(captions)
         if problem:
-            report.set_aside(name, problem)
+            report.reject(name, problem)
             continue
         with Image.open(io.BytesIO(content)) as image:
             suffix = {"JPEG": "jpg", "MPO": "jpg"}.get(image.format, image.format.lower())

@@ -9,12 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 from dit.config import Runtime, ShapesData
-from dit.sources.captions import describe
-from dit.sources.dataset import DatasetWriter, Report
-from dit.sources.scene import UNSEEN_PAIRS, draw, sample_description, sample_scene
-
-# One number per set of scenes, so that none shares a scene with another: these two here, two more in encoders/fit.py.
-TRAIN_STREAM, UNSEEN_STREAM = 1, 2
+from dit.shapes.captions import describe
+from dit.shapes.prompts import TRAIN_STREAM
+from dit.shapes.scene import render, sample_description, sample_scene
+from dit.sources.writer import DatasetWriter, Report
 
 
 def fetch(data: ShapesData, folder: Path, runtime: Runtime) -> Report:
@@ -25,17 +23,6 @@ def fetch(data: ShapesData, folder: Path, runtime: Runtime) -> Report:
         description = sample_description(rng)
         text = describe(description, rng)
         content = io.BytesIO()
-        draw(sample_scene(description, rng), data.image_size).save(content, "PNG")
+        render(sample_scene(description, rng), data.image_size).save(content, "PNG")
         writer.add(f"images/{k:06d}.png", content.getvalue(), [text])
     return writer.close(Report())
-
-
-def unseen_prompts(count: int, seed: int) -> list[str]:
-    """`count` different captions, each of which names exactly one colour and shape that were never seen together."""
-    prompts: dict[str, None] = {}
-    k = 0
-    while len(prompts) < count:
-        rng = np.random.default_rng([seed, UNSEEN_STREAM, k])
-        prompts[describe(sample_description(rng, must_have=sorted(UNSEEN_PAIRS)), rng)] = None
-        k += 1
-    return list(prompts)

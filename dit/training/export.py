@@ -8,11 +8,11 @@ from pathlib import Path
 
 import diffusers
 
-from dit.config import Model, Schedule, Train
-from dit.diffusion import euler_scheduler, make_objective
-from dit.files import write_json
-from dit.latents import LatentCache
-from dit.model import DiT
+from dit.config import Model, Optim, Train
+from dit.latents.cache import LatentCache
+from dit.model.objectives import euler_scheduler, make_objective
+from dit.model.transformer import DiT
+from dit.utils.files import write_json
 
 CARD = """\
 ---
@@ -24,7 +24,7 @@ pipeline_tag: text-to-image
 {parameters:.1f} M parameters, trained from scratch with {objective} on {images} images of {size} x {size} pixels for
 {epochs} epochs at batch size {batch}. These are the moving average (EMA) weights, in fp32.
 
-    from dit.pipeline import DiTTextToImagePipeline
+    from dit.pipeline.pipeline import DiTTextToImagePipeline
 
     pipeline = DiTTextToImagePipeline.from_pretrained("models/dit")
     pipeline("{prompt}").images[0].save("picture.png")
@@ -38,7 +38,7 @@ Settings:
 """
 
 
-def save_model(folder: Path, transformer: DiT, cache: LatentCache, model: Model, schedule: Schedule, train: Train) -> None:
+def save_model(folder: Path, transformer: DiT, cache: LatentCache, model: Model, optim: Optim, train: Train) -> None:
     """Write the model folder. The same training gives the same bytes: no run id, no time stamp, no machine."""
     transformer.save_pretrained(folder / "transformer", safe_serialization=True)
     objective = make_objective(train.objective, train.prediction_type)
@@ -47,7 +47,7 @@ def save_model(folder: Path, transformer: DiT, cache: LatentCache, model: Model,
     index = {
         "_class_name": "DiTTextToImagePipeline",
         "_diffusers_version": diffusers.__version__,
-        "transformer": ["dit.model", "DiT"],
+        "transformer": ["dit.model.transformer", "DiT"],
         "scheduler": ["diffusers", type(scheduler).__name__],
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
@@ -56,13 +56,13 @@ def save_model(folder: Path, transformer: DiT, cache: LatentCache, model: Model,
         "encoders": {"vae": cache.index["vae"], "clip": cache.index["clip"], "image_size": cache.index["image_size"]},
     }
     write_json(folder / "model_index.json", index)
-    settings = {"model": asdict(model), "schedule": asdict(schedule), "train": asdict(train)}
+    settings = {"model": asdict(model), "optim": asdict(optim), "train": asdict(train)}
     card = CARD.format(
         parameters=transformer.num_parameters() / 1e6,
         images=len(cache.train),
         size=cache.index["image_size"],
         objective="rectified flow" if train.objective == "flow" else f"DDPM ({train.prediction_type})",
-        epochs=schedule.num_epochs,
+        epochs=optim.num_epochs,
         batch=train.batch_size * train.gradient_accumulation_steps,
         prompt=cache.captions(cache.val[:1])[0][0]["text"].replace('"', "'"),
         vae=cache.index["vae"]["name"],

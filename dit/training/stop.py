@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import signal
 import threading
+from types import FrameType
 
 from dit.errors import UserError
 
 
 class Stopped(UserError):
-    """The training was asked to stop, has saved, and will go on from there."""
+    """The training was asked to stop and has saved a checkpoint to resume from."""
 
-    goes_on = True
+    resumes = True
 
 
 class StopRequest:
@@ -27,11 +28,11 @@ class StopRequest:
                 self._before[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _on_signal(self, number: int, frame) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""Validation loss: the training loss on unseen images at fixed timesteps and fixed noise, so that runs compare."""
+"""Validation loss at fixed timesteps and fixed noise, so that runs compare, and the preview images of a training."""
 
 from __future__ import annotations
 
@@ -8,64 +8,135 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
+from tqdm import tqdm
 
-from dit import diffusion
-from dit.diffusion import Objective
-from dit.latents import LatentCache, sample_posterior
-from dit.model import DiT
-from dit.training.batches import VALIDATION, generator
+from dit.latents.cache import Batch, LatentCache, sample_posterior
+from dit.model.loss import diffusion_loss
+from dit.model.objectives import Objective, apply_cfg, euler_sample
+from dit.model.transformer import DiT
+from dit.utils.images import grid
+from dit.utils.random import seeded_generator
 
-SEED = 20_000  # its own, so that runs of different train.seed are measured at the same noise
+VALIDATION = 3  # the stream of random numbers, beside those of data.py
+NOISE_SEED = 20_000  # its own, so that runs of different train.seed are measured at the same noise
+PREVIEW_SEED, PREVIEW_STEPS, PREVIEW_GUIDANCE = 30_000, 20, 3.0
+
+Autocast = Callable[[], AbstractContextManager]
+
+
+def read_first(cache: LatentCache, images: np.ndarray) -> Batch:
+    """Read `images` (numbers) as they are: the center crop, not mirrored, with the first caption."""
+    return cache.read(images, np.zeros(len(images)), np.zeros(len(images), dtype=bool))
 
 
 @torch.no_grad()
-def validation_loss(
+def validation_losses(
     model: DiT,
     cache: LatentCache,
-    batch_size: int,
     objective: Objective,
+    batch_size: int,
     passes: int = 1,
     limit: int | None = None,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
-    accelerator: Accelerator | None = None,
-) -> float:
-    """Mean loss over the validation images, at timesteps spread evenly over the objective's distribution.
+    rows: np.ndarray | None = None,
+    timestep: float | None = None,
+    autocast: Autocast = nullcontext,
+    progress: tqdm | None = None,
+) -> np.ndarray:
+    """Measure the loss of the validation images: (passes, N) float64.
+
+    Timesteps are stratified: quantile k of the objective's distribution for image k, in a random order.
 
     Args:
         model: any weights; used as they are.
         cache: where the validation images are.
-        batch_size: images at once.
         objective: the path and the loss; of a flow with `logit_mean` 0, so that runs with another one compare.
-        passes: how often each image is measured, each time at another timestep.
-        limit: only so many validation images.
+        batch_size: images at once.
+        passes: how often each image is measured, each time at other noise and another timestep.
+        limit: use only so many validation images.
+        rows: which of them to measure, consecutive numbers from 0; noise and timesteps do not depend on it. None for all.
+        timestep: one for all images instead, in (0, 1); the noise stays the same.
         autocast: makes the context in which the model runs.
-        accelerator: of several processes, which then share the images; all return the same number.
+        progress: a tqdm bar that counts images.
     """
+
+    def network(*inputs: torch.Tensor) -> torch.Tensor:
+        with autocast():
+            return model(*inputs)
+
     device = next(model.parameters()).device
     images = cache.val[:limit]
     count = len(images)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    own = np.array_split(np.arange(count), accelerator.num_processes)[accelerator.process_index] if accelerator else range(count)
+    rows = np.arange(count) if rows is None else rows
+    losses = np.empty((passes, len(rows)))
     for number in range(passes):
-        source = generator(torch.device("cpu"), SEED, VALIDATION, number)
+        source = seeded_generator(torch.device("cpu"), NOISE_SEED, VALIDATION, number)
         noise = torch.randn(2, count, *cache.latent_shape, generator=source)
-        # Stratified: quantile k of the distribution for image k, in an order that has nothing to do with the images'.
-        quantiles = (torch.randperm(count, generator=source) + 0.5) / count
-        timesteps = objective.timesteps(quantiles)
-        for start in range(0, len(own), batch_size):
-            rows = own[start : start + batch_size]
-            rows = slice(rows[0], rows[-1] + 1)
-            picked = images[rows]
-            batch = cache.read(picked, np.zeros(len(picked)), np.zeros(len(picked), dtype=bool)).to(device)
-            latents = sample_posterior(
-                batch.moments, noise[0, rows].to(device), cache.index["vae_scaling"], cache.index["vae_shift"]
-            )
-            path_noise, t = noise[1, rows].to(device), timesteps[rows].to(device)
-            with autocast():
-                prediction = model(
-                    objective.add_noise(latents, path_noise, t), t, batch.tokens.float(), batch.mask, batch.pooled.float()
-                )
-            total += diffusion.loss(objective, prediction, latents, path_noise, t).sum()
-    if accelerator:
-        total = accelerator.reduce(total)
-    return total.item() / (count * passes)
+        timesteps = objective.timesteps((torch.randperm(count, generator=source) + 0.5) / count)
+        if timestep is not None:
+            timesteps = torch.full_like(timesteps, timestep)
+        for start in range(0, len(rows), batch_size):
+            own = rows[start : start + batch_size]
+            batch = read_first(cache, images[own]).to(device)
+            posterior_noise, path_noise = noise[:, own].to(device)
+            t = timesteps[own].to(device)
+            latents = sample_posterior(batch.moments, posterior_noise, cache.index["vae_scaling"], cache.index["vae_shift"])
+            loss = diffusion_loss(network, objective, latents, path_noise, t, batch.tokens, batch.mask, batch.pooled)
+            losses[number, start : start + len(own)] = loss.cpu().numpy()
+            if progress is not None:
+                progress.update(len(own))
+    return losses
+
+
+def validation_loss(
+    model: DiT, cache: LatentCache, objective: Objective, batch_size: int, limit: int, accelerator: Accelerator
+) -> float:
+    """Return the mean of `validation_losses` in one pass; all processes share the images and return the same number."""
+    count = len(cache.val[:limit])
+    rows = np.array_split(np.arange(count), accelerator.num_processes)[accelerator.process_index]
+    losses = validation_losses(model, cache, objective, batch_size, limit=limit, rows=rows, autocast=accelerator.autocast)
+    total = torch.tensor(losses.sum(), dtype=torch.float64, device=accelerator.device)
+    return accelerator.reduce(total).item() / count
+
+
+@torch.no_grad()
+def sample_preview(
+    model: DiT,
+    cache: LatentCache,
+    objective: Objective,
+    count: int,
+    decode: Callable[[torch.Tensor], list[Image.Image]],
+    autocast: Autocast = nullcontext,
+) -> Image.Image:
+    """Sample a grid of images for the first `count` validation captions, by a short Euler loop.
+
+    The noise is the same at every step and in every run. Neither the pipeline nor a scheduler is used: editing them must not
+    train again.
+
+    Args:
+        model: any weights; used as they are.
+        cache: where the captions are.
+        objective: whose path is followed.
+        count: at most so many images.
+        decode: turns latents (N, C, H, W) as the diffusion model sees them into RGB images.
+        autocast: makes the context in which the model runs.
+    """
+    device = next(model.parameters()).device
+    images = cache.val[:count]
+    count = len(images)
+    batch, empty = read_first(cache, images).to(device), cache.read_empty(count).to(device)
+    tokens = torch.cat([batch.tokens, empty.tokens]).float()
+    mask = torch.cat([batch.mask, empty.mask])
+    pooled = torch.cat([batch.pooled, empty.pooled]).float()
+    with autocast():
+        keys_values = model.text_keys_values(tokens)
+
+    def predict(latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        with autocast():
+            both = model(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), None, mask, pooled, keys_values)
+        return apply_cfg(*both.chunk(2), PREVIEW_GUIDANCE)
+
+    source = seeded_generator(torch.device("cpu"), PREVIEW_SEED, VALIDATION)
+    noise = torch.randn(count, *cache.latent_shape, generator=source).to(device)
+    samples = decode(euler_sample(objective, predict, noise, PREVIEW_STEPS))
+    return grid(samples, columns=8, scale=max(1, 128 // samples[0].width))

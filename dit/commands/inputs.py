@@ -1,0 +1,128 @@
+"""What `dit generate` is given by its user, read and checked before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from dit.commands._args import make_folder_of
+from dit.dataset.filters import check_image, is_text
+from dit.dataset.image_io import to_8bit
+from dit.errors import UserError
+
+LARGEST = 100_000  # of these
+POSITIVE = ("num_inference_steps", "height", "width", "num_images_per_prompt", "batch_size")
+
+
+@dataclass(frozen=True)
+class InputImage:
+    """A picture to start from, or a mask, and the SHA-256 of its file."""
+
+    picture: Image.Image
+    sha256: str
+
+
+def check_numbers(arguments: Namespace) -> None:
+    """Raise a `UserError` for the first number out of range; whether they fit the model is for the pipeline to say."""
+    for name in POSITIVE:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}: {value} is not a positive number")
+        if value is not None and value > LARGEST:
+            raise UserError(f"--{name}: {value} is more than {LARGEST:,}")
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed: {arguments.seed} is not between 0 and {2**63 - 1}")
+    if not 1 <= arguments.guidance_scale < math.inf:
+        raise UserError(f"--guidance_scale: {arguments.guidance_scale} is not a number from 1 (which is without guidance) on")
+    low, high = arguments.guidance_interval
+    if not 0 <= low <= high <= 1:
+        raise UserError(f"--guidance_interval: {low} {high} does not rise from 0 to 1")
+    if arguments.strength is not None and not 0 <= arguments.strength <= 1:
+        raise UserError(f"--strength: {arguments.strength} is not between 0 and 1")
+
+
+def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
+    """`prompts`, and those of `file`: a prompt a line, blank lines skipped.
+
+    Raises:
+        UserError: there is none, one is empty, or the file cannot be read.
+    """
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError("--prompt: one is empty; say what to draw")
+    for prompt in prompts:
+        check_text("--prompt", prompt)
+    if file is None:
+        if not prompts:
+            raise UserError('no prompt; say what to draw: dit generate --prompt "a red circle above a blue star"')
+        return prompts
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"--prompts-file {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts-file {file}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"--prompts-file {file}: there is no prompt in it; write one a line")
+    return [*prompts, *found]
+
+
+def check_text(flag: str, value: str) -> None:
+    """Raise a `UserError` where the terminal has sent `value` in another encoding than UTF-8."""
+    if not is_text(value):
+        raise UserError(f"{flag} {value!r}: not UTF-8; set the terminal to UTF-8, or write it into a --prompts-file")
+
+
+def read_pictures(
+    image: Path | None, mask: Path | None, strength: float | None
+) -> tuple[InputImage | None, InputImage | None]:
+    """The picture to start from (RGB) and the mask (L), each turned as its EXIF data say.
+
+    Raises:
+        UserError: one cannot be used, they do not lie over each other, or the picture is missing beside the others.
+    """
+    if image is None:
+        for flag, value in (("--mask", mask), ("--strength", strength)):
+            if value is not None:
+                raise UserError(f"{flag}: there is no picture to change; name one with --image")
+        return None, None
+    given = _read_picture("--image", image, "RGB")
+    if mask is None:
+        return given, None
+    over = _read_picture("--mask", mask, "L")
+    (width, height), (mask_width, mask_height) = given.picture.size, over.picture.size
+    if width * mask_height != height * mask_width:
+        raise UserError(
+            f"--mask {mask}: {mask_width} x {mask_height} pixels do not lie over the picture's {width} x {height}; "
+            f"paint it on a copy of {image}"
+        )
+    return given, over
+
+
+def _read_picture(flag: str, path: Path, mode: str) -> InputImage:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}") from None
+    problem = check_image(content)
+    if problem:
+        raise UserError(f"{flag} {path}: {problem}")
+    picture = to_8bit(ImageOps.exif_transpose(Image.open(io.BytesIO(content)))).convert(mode)
+    return InputImage(picture, hashlib.sha256(content).hexdigest())
+
+
+def check_output(path: Path) -> None:
+    """Make the folder that `path` lies in.
+
+    Raises:
+        UserError: `path` is no name for a PNG file, or cannot be written.
+    """
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--output {path}: its name must end in .png, since only a PNG keeps every pixel and how it was drawn")
+    make_folder_of(path)

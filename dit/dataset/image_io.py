@@ -1,0 +1,113 @@
+"""Picture files with more than eight bits, as the eight that everything here works with."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+
+from dit.dataset.storage import StoredImages
+from dit.errors import UserError
+
+
+def to_8bit(image: Image.Image) -> Image.Image:
+    """`image`, and where it is grey with 16 bits, 65,535 as 255. Pillow's own conversion makes all from 256 on white."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65_535) / 257).round().astype(np.uint8))
+
+
+CROP_AREA = (0.5, 1.0)  # of the largest square in the picture
+
+
+def open_rgb(content: bytes) -> Image.Image:
+    """A picture file as RGB, turned upright; what is transparent becomes white."""
+    with Image.open(io.BytesIO(content)) as image:
+        image = to_8bit(ImageOps.exif_transpose(image))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, image_size: int) -> Image.Image:
+    """The central square of a picture, resized (Lanczos) to `image_size`."""
+    return ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
+
+
+def random_crop(image: Image.Image, image_size: int, name: str, number: int) -> Image.Image:
+    """Crop `number` (1, 2, …) of the picture `name`: a square of random size and place, the same on every machine.
+
+    Like the random-resized crop of Szegedy et al. 2015 (arXiv:1409.4842), but always square, so that nothing is distorted.
+    """
+    seed = int.from_bytes(hashlib.sha256(f"{name} {number}".encode()).digest()[:8])
+    area, across, down = np.random.default_rng(seed).random(3)
+    side = min(image.size) * (CROP_AREA[0] + area * (CROP_AREA[1] - CROP_AREA[0])) ** 0.5
+    left, top = across * (image.width - side), down * (image.height - side)
+    box = (left, top, left + side, top + side)
+    return image.resize((image_size, image_size), Image.Resampling.LANCZOS, box=box)
+
+
+def load_crops(
+    raw: Path, batches: list[list[tuple[str, str]]], image_size: int, crops: int = 0, workers: int = 0, prefetch: int = 2
+) -> Iterator[tuple[torch.Tensor, list[str]]]:
+    """Batches of pictures, decoded by up to `workers` processes (no more than there are cores), each `prefetch` ahead.
+
+    Args:
+        raw: the data set's folder.
+        batches: of each image of each batch, its name and where in `raw` it is stored.
+        image_size: side of the squares.
+        crops: how many random crops there are of each image, beside the central one.
+
+    Yields:
+        pixels (B, 1 + crops, H, W, 3) uint8, and the SHA-256 of each picture file.
+
+    Raises:
+        UserError: a picture cannot be read.
+    """
+    workers = min(workers, os.cpu_count() or 1, len(batches) - 1)
+    ahead = {"num_workers": workers, "prefetch_factor": prefetch} if workers > 0 else {}
+    for item in DataLoader(
+        Views(raw, batches, image_size, crops), batch_size=None, pin_memory=torch.cuda.is_available(), **ahead
+    ):
+        if isinstance(item, str):
+            raise UserError(item)
+        yield item
+
+
+class Views(Dataset):
+    """What `load_crops` yields, by number.
+
+    An item is a text instead where a picture cannot be read: an exception would reach the main process with the worker's
+    stack trace in it.
+    """
+
+    def __init__(self, raw: Path, batches: list[list[tuple[str, str]]], image_size: int, crops: int):
+        self.images, self.batches, self.image_size, self.crops = StoredImages(raw), batches, image_size, crops
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, k: int) -> tuple[torch.Tensor, list[str]] | str:
+        pixels, digests = [], []
+        for name, stored in self.batches[k]:
+            try:
+                content = self.images.read(stored)
+                image = open_rgb(content)
+                views = [center_crop(image, self.image_size)]
+                views += [random_crop(image, self.image_size, name, number) for number in range(1, self.crops + 1)]
+            except UserError as error:
+                return str(error)
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                reason = " ".join(str(error).split())
+                return f"{self.images.folder / stored}: cannot be decoded ({reason}); run `dvc repro download` again"
+            pixels.append(np.stack([np.asarray(view) for view in views]))
+            digests.append(hashlib.sha256(content).hexdigest())
+        return torch.from_numpy(np.stack(pixels)), digests

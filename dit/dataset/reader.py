@@ -1,0 +1,67 @@
+"""What all sources write: the images' bytes as they came, and `metadata.json` with a row per caption.
+
+Rows are `{"image": "images/x.jpg", "text": "…", "split": "train" | "val"}`, with the address of the image's "licence" where
+the source knows it, and where the image is "stored" if that is not under its own name; several may share an image.
+`source.json` holds the settings that the folder was made from.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from dit.dataset.filters import inside
+from dit.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One caption of one image: the image's name, the text, "train" or "val", and where in the folder the image lies."""
+
+    image: str
+    text: str
+    split: str
+    stored: str
+
+
+def read_metadata(folder: Path) -> list[Entry]:
+    """The rows of `folder`'s metadata.json.
+
+    Raises:
+        UserError: it is missing or is not what `DatasetWriter` writes; one line that names the row.
+    """
+    path = folder / "metadata.json"
+    try:
+        # Each row becomes an Entry as soon as it is read: 590,000 rows of COCO would be several times as large as dicts.
+        rows = json.loads(path.read_text(encoding="utf-8"), object_hook=_entry)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run `dvc repro download`") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); run `dvc repro download`") from None
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{path}: expected a list of captions; run `dvc repro download`")
+    for k, row in enumerate(rows):
+        if not isinstance(row, Entry):
+            raise UserError(f"{path}: row {k}: expected image, text and split; run `dvc repro download`")
+        if not inside(row.image) or not inside(row.stored) or row.split not in ("train", "val"):
+            raise UserError(f"{path}: row {k}: image must lie in the folder and split be train or val, not {row}")
+    return rows
+
+
+def _entry(row: dict) -> Entry | dict:
+    """The row as an Entry; as it is if it cannot be one."""
+    image, text, split = row.get("image"), row.get("text"), row.get("split")
+    stored = row.get("stored", image)
+    if not all(isinstance(value, str) for value in (image, text, split, stored)):
+        return row
+    return Entry(sys.intern(image), text, sys.intern(split), sys.intern(stored))
+
+
+def by_image(entries: list[Entry]) -> list[list[Entry]]:
+    """Group the captions of each image, in the order in which the images appear."""
+    images: dict[str, list[Entry]] = {}
+    for entry in entries:
+        images.setdefault(entry.image, []).append(entry)
+    return list(images.values())

@@ -1,0 +1,115 @@
+"""Where a data set's images lie: as loose files, or in WebDataset tar shards, read by the same code.
+
+A shard holds, for each image, its bytes as they came and a .json with its name, captions and licence under the same
+number, as the WebDataset library reads them. So `dvc push` moves tens of files, not a hundred thousand.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from functools import lru_cache
+from pathlib import Path
+
+from dit.errors import UserError
+from dit.utils.files import link_or_copy
+
+SHARDS_FROM = 20_000  # images from which on layout "auto" means shards
+SHARD_BYTES = 256 * 2**20
+
+
+def choose_layout(layout: str, count: int) -> str:
+    """ "files" or "shards", where `layout` may leave that to the number of images."""
+    if layout == "auto":
+        return "shards" if count >= SHARDS_FROM else "files"
+    return layout
+
+
+class LooseFiles:
+    """Writes each image under its own name."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def add(self, name: str, content: bytes, about: dict, kept: Path | None = None) -> str:
+        """Store an image; returns where. With `kept`, a file with the same bytes, without a second copy on disk."""
+        if kept:
+            link_or_copy(kept, self.folder / name)
+        else:
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / name).write_bytes(content)
+        return name
+
+    def close(self) -> None:
+        pass
+
+
+class TarShards:
+    """Writes images one after the other into `shards/00000.tar` …, of at most `SHARD_BYTES` each."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder / "shards"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.images = self.shards = self.size = 0
+        self._tar: tarfile.TarFile | None = None
+
+    def add(self, name: str, content: bytes, about: dict, kept: Path | None = None) -> str:
+        """Store an image and, as JSON, what there is to say `about` it; returns where: shard/member."""
+        text = json.dumps({"file_name": name} | about, ensure_ascii=False).encode()
+        needed = sum(tarfile.BLOCKSIZE * (1 + -(-len(part) // tarfile.BLOCKSIZE)) for part in (content, text))
+        if self._tar and self.size + needed > SHARD_BYTES:
+            self.close()
+        if not self._tar:
+            self._tar = tarfile.open(self._path(".part"), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (closed by close)
+        key = f"{self.images:08d}"
+        member = key + Path(name).suffix.lower()
+        for file, part in ((member, content), (f"{key}.json", text)):
+            header = tarfile.TarInfo(file)  # no time, no owner: the same images give the same bytes
+            header.size = len(part)
+            self._tar.addfile(header, io.BytesIO(part))
+        self.images += 1
+        self.size += needed
+        return f"shards/{self.shards:05d}.tar/{member}"
+
+    def _path(self, end: str = "") -> Path:
+        return self.folder / f"{self.shards:05d}.tar{end}"
+
+    def close(self) -> None:
+        """Finish the shard at hand; its name is its own only now."""
+        if self._tar:
+            self._tar.close()
+            self._path(".part").replace(self._path())
+            self._tar, self.size = None, 0
+            self.shards += 1
+
+
+class StoredImages:
+    """The bytes of the images in a data set's folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._members = lru_cache(maxsize=4)(self._open)  # images are read in the order of their shards
+
+    def __reduce__(self):
+        return StoredImages, (self.folder,)  # a worker process opens the shards for itself
+
+    def read(self, stored: str) -> bytes:
+        """The image that lies at `stored`, as a writer's `add` returned it.
+
+        Raises:
+            UserError: it is not there.
+        """
+        shard, ending, member = stored.partition(".tar/")
+        try:
+            if not ending:
+                return (self.folder / stored).read_bytes()
+            archive, members = self._members(f"{shard}.tar")
+            return archive.extractfile(members[member]).read()
+        except (OSError, KeyError, tarfile.TarError):
+            where = self.folder / stored
+            raise UserError(f"{where}: missing or not readable; `dvc checkout` brings it back, if DVC has it") from None
+
+    def _open(self, shard: str) -> tuple[tarfile.TarFile, dict[str, tarfile.TarInfo]]:
+        archive = tarfile.open(self.folder / shard, "r:")  # noqa: SIM115 (open as long as it is among the last few)
+        return archive, {member.name: member for member in archive if member.isfile()}

@@ -1,0 +1,216 @@
+"""Turn a data set of pictures and captions into the latent cache, shard by shard.
+
+What is in memory is a batch and a shard, whatever the size of the set. Batches and shards depend on the data set and the
+settings alone, so a run that was killed goes on with the first shard that is not whole, several processes share the work,
+and the shards come out byte for byte the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from dit.config import VAE_FACTOR, Encode, Runtime
+from dit.dataset.filters import forbids_flip
+from dit.dataset.image_io import load_crops
+from dit.dataset.reader import Entry, by_image, read_metadata
+from dit.dataset.storage import StoredImages
+from dit.encode.cache_writer import ShardBuffer, assemble_cache, read_record
+from dit.encode.moments import encode_moments
+from dit.encode.reconstruction import measure_reconstruction
+from dit.encoders.loading import PRECISIONS, EncoderSource, load_vae
+from dit.encoders.text import TextEncoder
+from dit.utils.files import warn_stale_state
+
+SHARD_BYTES = 256 * 2**20
+POOR = 30  # dB; below, what the VAE loses is plain to see
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Shard `number`: its images, as the captions of each, and the tokens of every caption."""
+
+    number: int
+    images: list[list[Entry]]
+    lengths: list[int]
+
+    @property
+    def captions(self) -> list[Entry]:
+        return list(chain.from_iterable(self.images))
+
+
+def encode_dataset(raw: Path, folder: Path, settings: Encode, runtime: Runtime, picture: Path) -> dict[str, float | int] | None:
+    """Encode the data set in `raw` into a cache in `folder`.
+
+    Under `accelerate launch` the processes share the shards; the first one puts the cache together.
+
+    Args:
+        raw: what a source wrote: `metadata.json` and the images.
+        folder: where the cache goes.
+        settings: which encoders, image size, batch size and precision.
+        runtime: how many workers decode pictures.
+        picture: where originals (upper rows) beside reconstructions (lower rows) are drawn.
+
+    Returns:
+        `reconstruction_psnr` in dB over a sample of the set, and how many images and captions there are; None in all
+        processes but the first.
+    """
+    # The tokenizer is used before the workers are forked, which use none: without this it warns about them.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    state = PartialState(cpu=not torch.cuda.is_available())
+    dtype = PRECISIONS[settings.precision]
+    vae, vae_source = load_vae(EncoderSource(settings.vae, settings.vae_revision), dtype, state.device)
+    if settings.vae_slicing:
+        vae.enable_slicing()
+    if settings.vae_tiling:
+        vae.enable_tiling()
+    text = TextEncoder(EncoderSource(settings.clip, settings.clip_revision), dtype, state.device)
+    images = by_image(read_metadata(raw))
+    about = {
+        "image_size": settings.image_size,
+        "precision": settings.precision,
+        "crops": settings.crops,
+        "vae": vae_source.to_dict(),
+        "vae_tiling": settings.vae_tiling,
+        "vae_scaling": vae.config.scaling_factor,
+        "vae_shift": vae.config.shift_factor or 0.0,
+        "clip": text.source.to_dict(),
+    }
+    about = {"fingerprint": _digest(about), **about}
+    encoder = Encoder(vae, text, settings, about["fingerprint"], raw, runtime)
+    plans = list(plan_shards(images, encoder))
+    parts = unfinished_folder(about["fingerprint"], settings.batch_size, state.device)
+
+    quality = None
+    if state.is_main_process:
+        quality = measure_reconstruction(vae, raw, images, settings.image_size, settings.batch_size, picture)
+        if quality < POOR and settings.vae == "builtin":
+            print(
+                f"encode: the VAE in the box was fitted on drawings and keeps little of these pictures ({quality} dB: see "
+                f"{picture}); set encode.vae to stabilityai/sd-vae-ft-mse and encode.clip to openai/clip-vit-large-patch14",
+                flush=True,
+            )
+        warn_stale_state("encode", parts)
+    encoder.write([plan for plan in plans if plan.number % state.num_processes == state.process_index], parts)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return None
+    (empty,), pooled = text.encode([""])
+    data = _digest([read_record(parts, plan.number)["inputs"] for plan in plans])
+    about |= {"data": data, "val_images": sum(entries[0].split == "val" for entries in images)}
+    assemble_cache(parts, len(plans), folder, about, (empty, pooled[0]))
+    shutil.rmtree(parts)
+    return {"reconstruction_psnr": quality, "images": len(images), "captions": sum(map(len, images))}
+
+
+def plan_shards(images: list[list[Entry]], encoder: Encoder) -> Iterator[Plan]:
+    """Divide the images into shards of whole batches, of at most `SHARD_BYTES`, from the lengths of their captions."""
+    size = encoder.settings.batch_size
+    chosen: list[list[Entry]] = []
+    lengths: list[int] = []
+    number = held = 0
+    progress = tqdm(range(0, len(images), size), desc="plan", unit="batch", delay=2)
+    for start in progress:
+        batch = images[start : start + size]
+        counted = encoder.text.count_tokens([entry.text for entry in chain.from_iterable(batch)])
+        needed = encoder.bytes_of(len(batch), counted)
+        if chosen and held + needed > SHARD_BYTES:
+            yield Plan(number, chosen, lengths)
+            chosen, lengths, held, number = [], [], 0, number + 1
+        chosen, lengths, held = chosen + batch, lengths + counted, held + needed
+    yield Plan(number, chosen, lengths)
+
+
+class Encoder:
+    """Encodes the images and captions of shards with both encoders."""
+
+    def __init__(self, vae, text: TextEncoder, settings: Encode, fingerprint: str, raw: Path, runtime: Runtime):
+        self.vae, self.text, self.settings, self.fingerprint, self.raw, self.runtime = vae, text, settings, fingerprint, raw, runtime
+
+    def bytes_of(self, images: int, lengths: list[int]) -> int:
+        """What so many images and captions of these lengths take in a shard."""
+        settings, text = self.settings, self.text.model.config
+        latent = 2 * self.vae.config.latent_channels * (settings.image_size // VAE_FACTOR) ** 2
+        return 2 * (
+            images * 2 * (1 + settings.crops) * latent + sum(lengths) * text.hidden_size + len(lengths) * text.projection_dim
+        )
+
+    def write(self, plans: list[Plan], parts: Path) -> None:
+        """Write those shards into `parts` that do not lie there as a whole, of the same images and captions.
+
+        Raises:
+            UserError: a picture cannot be read, the encoders' numbers overflow, or a batch does not fit into memory.
+        """
+        parts.mkdir(parents=True, exist_ok=True)
+        size = self.settings.batch_size
+        looked_at = tqdm(plans, desc="look what is there", unit="shard", delay=2)
+        missing = [plan for plan in looked_at if not self._is_written(plan, parts)]
+        count = sum(len(plan.images) for plan in missing)
+        total = sum(len(plan.images) for plan in plans)
+        if count < total:
+            print(f"encode: going on where the last run was stopped, {total - count} of {total} images are done", flush=True)
+        views = self._load(missing)
+        progress = tqdm(total=total, initial=total - count, desc="encode", unit="image")
+        for plan in missing:
+            buffer = ShardBuffer(
+                [entries[0].split == "val" for entries in plan.images],
+                [len(entries) for entries in plan.images],
+                plan.lengths,
+                [forbids_flip(entry.text) for entry in plan.captions],
+            )
+            digests: list[str] = []
+            for start in range(0, len(plan.images), size):
+                chunk = plan.images[start : start + size]
+                pixels, found = next(views)
+                tokens, pooled = self.text.encode([entry.text for entry in chain.from_iterable(chunk)])
+                buffer.add(encode_moments(self.vae, pixels, self.settings), tokens, pooled)
+                digests += found
+                progress.update(len(chunk))
+            rows = [{"image": entry.image, "text": entry.text, "split": entry.split} for entry in plan.captions]
+            buffer.write(parts, plan.number, rows, self.fingerprint, _inputs(plan, digests))
+        progress.close()
+
+    def _load(self, plans: list[Plan]) -> Iterator[tuple[torch.Tensor, list[str]]]:
+        """The pixels of all batches of these shards, one after the other."""
+        size = self.settings.batch_size
+        batches = [
+            [(entries[0].image, entries[0].stored) for entries in plan.images[start : start + size]]
+            for plan in plans
+            for start in range(0, len(plan.images), size)
+        ]
+        settings, runtime = self.settings, self.runtime
+        return load_crops(self.raw, batches, settings.image_size, settings.crops, runtime.num_workers, runtime.prefetch_factor)
+
+    def _is_written(self, plan: Plan, parts: Path) -> bool:
+        record = read_record(parts, plan.number)
+        if record is None:
+            return False
+        images = StoredImages(self.raw)
+        digests = [hashlib.sha256(images.read(entries[0].stored)).hexdigest() for entries in plan.images]
+        return record["inputs"] == _inputs(plan, digests)
+
+
+def unfinished_folder(fingerprint: str, batch_size: int, device: torch.device) -> Path:
+    """Where the shards of these settings wait for the last of them: outside DVC's outs, which it deletes before it starts."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    key = _digest([fingerprint, batch_size, hardware, torch.__version__])[:12]
+    return Path(os.environ.get("DVC_ROOT", ".")) / ".state" / "encode" / key
+
+
+def _inputs(plan: Plan, digests: list[str]) -> str:
+    """Digest of all that a shard was made of: the captions, and the bytes of the pictures."""
+    return _digest([[(entry.image, entry.text, entry.split) for entry in plan.captions], digests])
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,64 @@
+"""A VAE's posterior moments of pictures, and what to do when they do not fit into memory or into 16 bits."""
+
+from __future__ import annotations
+
+import torch
+
+from dit.config import Encode
+from dit.errors import UserError
+from dit.utils.images import to_tensor
+
+
+def encode_moments(vae, pixels: torch.Tensor, settings: Encode) -> torch.Tensor:
+    """Posterior moments of all views (B, 1 + crops, H, W, 3) uint8 and of their mirror images: (B, V, 2C, h, w) fp16, on the CPU.
+
+    Raises:
+        UserError: the batch does not fit into memory, or the numbers overflow.
+    """
+    try:
+        moments = _moments(vae, pixels)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise UserError(_advice(vae, pixels, settings)) from None
+    if not moments.isfinite().all():
+        raise UserError(
+            f"encode.precision: with {settings.precision} the numbers of {settings.vae!r} overflow; bf16 or fp32 would be right"
+        )
+    return moments
+
+
+@torch.no_grad()
+def _moments(vae, pixels: torch.Tensor) -> torch.Tensor:
+    """Posterior moments of views (B, 1 + crops, H, W, 3) uint8 and their mirror images: (B, V, 2C, h, w) fp16 on the CPU."""
+    moments = []
+    for view in pixels.to(vae.device, non_blocking=True).unbind(1):
+        upright = to_tensor(view).to(vae.dtype)
+        for side in (upright, upright.flip(-1)):
+            posterior = vae.encode(side).latent_dist
+            moments.append(torch.cat([posterior.mean, posterior.logvar], dim=1).half())
+    return torch.stack(moments, dim=1).cpu()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU's or the CPU's allocator gave up."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _advice(vae, pixels: torch.Tensor, settings: Encode) -> str:
+    """What to do about a batch that did not fit; tries which would. That is not simply taken: a VAE's last bits depend on it."""
+    fits = len(pixels) // 2
+    while fits:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        try:
+            _moments(vae, pixels[:fits])
+            break
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            fits //= 2
+    oom_message = f"{fits} would fit" if fits else "not even 1 fits; set encode.vae_tiling, or a smaller encode.image_size"
+    if fits and not settings.vae_slicing:
+        oom_message += ", or set encode.vae_slicing"
+    return f"encode.batch_size: {settings.batch_size} pictures of {settings.image_size} pixels do not fit into memory; {oom_message}"

@@ -1,0 +1,226 @@
+"""Where an encoder's files are: in the box, in a local folder, or in a repository on the Hugging Face Hub.
+
+The Hub's library keeps what it has downloaded and heeds HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from dit.config import VAE_FACTOR
+from dit.errors import UserError
+
+BUILTIN = Path(__file__).parent / "builtin"
+WEIGHTS = {"vae": "diffusion_pytorch_model*.safetensors", "clip": "model*.safetensors"}  # never a pickle
+BESIDES = {"vae": ["config.json"], "clip": ["*.json", "merges.txt", "vocab.txt"]}
+OTHERWISE = "or set it to a local folder written by save_pretrained, or to builtin"
+LOGIN = "log in with `hf auth login` or set HF_TOKEN"
+
+
+@dataclass(frozen=True)
+class EncoderSource:
+    """Where an encoder's weights are, and exactly which they were.
+
+    Attributes:
+        name: "builtin", a Hub id (owner/name, or owner/name/subfolder for a VAE) or a local folder, as in params.yaml.
+        revision: branch, tag or commit asked for; None for the default or where there is none.
+        resolved: commit of the Hub repository, or `sha256:…` of the weights for a local folder.
+    """
+
+    name: str
+    revision: str | None = None
+    resolved: str | None = None
+
+    def to_dict(self) -> dict[str, str | None]:
+        return asdict(self)
+
+
+def find_encoder(kind: str, source: EncoderSource, weights: bool = True) -> tuple[Path, str | None]:
+    """The folder that holds an encoder's files, downloaded if need be, and which they are: a commit or `sha256:…`.
+
+    Args:
+        kind: "vae" or "clip".
+        source: as in params.yaml, or as a cache or a model recorded it: then exactly those weights.
+        weights: whether the weights are wanted, too; without them only the configuration is looked at, and None is returned
+            for which they are.
+
+    Raises:
+        UserError: they are not to be had, or are of another class; one line that says what to do.
+    """
+    if source.name == "builtin":
+        folder, commit = BUILTIN / kind, None
+    elif Path(source.name).is_dir():
+        folder, commit = Path(source.name), None
+    else:
+        folder, commit = _download(kind, source, weights)
+    _check_class(kind, source.name, folder)
+    if not weights:
+        return folder, None
+    if not any(folder.glob(WEIGHTS[kind])):
+        raise _unusable(kind, source.name, f"has no {WEIGHTS[kind]}; other formats may hold code and are never loaded")
+    resolved = commit or _weights_hash(folder)
+    if source.resolved and resolved != source.resolved:
+        raise _unusable(kind, source.name, f"is now {resolved}, but {source.resolved} is needed: the weights have changed")
+    return folder, resolved
+
+
+def _download(kind: str, source: EncoderSource, weights: bool) -> tuple[Path, str]:
+    """The folder of a Hub repository's files in the Hub's own cache, and their commit."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import errors as hub
+
+    repository, subfolder = _parts(kind, source.name)
+    within = f"{subfolder}/" if subfolder else ""
+    wanted = [*BESIDES[kind], WEIGHTS[kind]] if weights else ["config.json"]
+    endpoint = constants.ENDPOINT
+
+    def download(revision: str | None, patterns: list[str]) -> Path:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=[within + pattern for pattern in patterns],
+                ignore_patterns=["*.fp16.*", "*.non_ema.*", *([] if subfolder else ["*/*"])],
+            )
+        )
+
+    try:
+        # The configuration first: a wrong repository should be noticed before gigabytes of it have been downloaded.
+        snapshot = download(source.resolved or source.revision, ["config.json"])
+        folder = snapshot / subfolder
+        _check_class(kind, source.name, folder)
+        if weights:
+            folder = download(snapshot.name, wanted) / subfolder
+    except hub.GatedRepoError:
+        problem = f"is gated: accept its conditions at {endpoint}/{repository}, then {LOGIN}"
+    except hub.RevisionNotFoundError:
+        problem = f"has no revision {source.resolved or source.revision!r} on {endpoint}; one of its branches, tags or commits"
+    except hub.RepositoryNotFoundError:
+        problem = f"is not on {endpoint}; check the id, or {LOGIN} if it is private"
+    except hub.HFValidationError:
+        problem = "is neither a folder nor an id on the Hub (owner/name)"
+    except hub.LocalEntryNotFoundError as error:
+        if constants.is_offline_mode():
+            problem = f"is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set; unset it once, to download"
+        else:
+            problem = f"cannot be had from {endpoint} ({_reason(error.__cause__ or error)}); check your network and HF_ENDPOINT"
+    except hub.HfHubHTTPError as error:
+        status = error.response.status_code
+        what = LOGIN if status in (401, 403) else "try again later"
+        problem = f"cannot be had, {endpoint} answers {status}; {what}"
+    except (hub.HTTPError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        problem = (
+            f"did not arrive whole from {endpoint} ({type(error).__name__}: {reason}); run again, it goes on where it broke off"
+        )
+    else:
+        return folder, snapshot.name
+    raise _unusable(kind, source.name, problem)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+def _parts(kind: str, name: str) -> tuple[str, str]:
+    """The repository of a Hub id, and the subfolder that may follow it."""
+    parts = name.split("/")
+    if name.startswith((".", "/", "~")) or len(parts) > 3 or "" in parts:
+        raise _unusable(kind, name, "is no folder")
+    return "/".join(parts[:2]), "/".join(parts[2:])
+
+
+def _check_class(kind: str, name: str, folder: Path) -> None:
+    """Raise a `UserError` unless the configuration in `folder` is that of an encoder that can be used."""
+    config = _read_config(kind, name, folder)
+    if kind == "vae":
+        found, wanted = config.get("_class_name"), ("AutoencoderKL",)
+    else:
+        found, wanted = config.get("model_type"), ("clip", "clip_text_model")
+    if found not in wanted:
+        raise _unusable(kind, name, f"is of class {found!r}, and {' or '.join(wanted)} is needed; choose another")
+    if kind == "vae":
+        blocks = config.get("block_out_channels")
+        factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) else None
+        if factor != VAE_FACTOR:
+            raise _unusable(kind, name, f"makes a latent of {factor} pixels a side, and {VAE_FACTOR} are needed; choose another")
+
+
+def _read_config(kind: str, name: str, folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        where = "" if folder.is_relative_to(Path(name)) else ", perhaps in a subfolder: owner/name/vae"
+        raise _unusable(kind, name, f"has no config.json{where}; choose another") from None
+    except (OSError, ValueError, RecursionError):
+        raise _unusable(kind, name, "has a config.json that is not readable; download it again") from None
+    if not isinstance(config, dict):
+        raise _unusable(kind, name, "has a config.json that is no configuration; download it again")
+    return config
+
+
+def _unusable(kind: str, name: str, problem: str) -> UserError:
+    return UserError(f"encode.{kind}: {name!r} {problem}, {OTHERWISE}")
+
+
+def _weights_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+__all__ = ["BUILTIN", "PRECISIONS", "EncoderSource", "load_clip", "load_text_encoder", "load_vae"]
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def load_vae(source: EncoderSource, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
+    """Load an `AutoencoderKL`; returns it and its `EncoderSource` with `resolved` filled in.
+
+    Raises:
+        UserError: there are no such weights, or they are of another class.
+    """
+    from diffusers import AutoencoderKL
+
+    vae, resolved, _ = _load(AutoencoderKL, "vae", source, dtype, device)
+    return vae, resolved
+
+
+def load_text_encoder(source: EncoderSource, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
+    """Load a CLIP text model with its projection, and its tokenizer; returns both and the resolved `EncoderSource`."""
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # that the image side's weights are not needed here is no news
+    model, resolved, folder = _load(CLIPTextModelWithProjection, "clip", source, dtype, device)
+    return model, CLIPTokenizer.from_pretrained(folder), resolved
+
+
+def load_clip(source: EncoderSource, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
+    """Load the whole CLIP, text and image side, with its processor; returns both. For the CLIP score."""
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    model, _, folder = _load(CLIPModel, "clip", source, dtype, device)
+    return model, CLIPProcessor(CLIPImageProcessorPil.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder))
+
+
+def _load(model_class, kind: str, source: EncoderSource, dtype: torch.dtype, device):
+    """The model, its resolved source, and the folder that it was loaded from."""
+    folder, resolved = find_encoder(kind, source)
+    try:
+        model = model_class.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        # Both libraries report files that are missing or damaged, and weights of another shape, as one of these.
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"encode.{kind}: {source.name!r} cannot be loaded as {model_class.__name__} ({reason}); "
+            f"delete {folder} to download it again, {OTHERWISE}"
+        ) from None
+    return model.requires_grad_(False).eval().to(device), EncoderSource(source.name, source.revision, resolved), folder

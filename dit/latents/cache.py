@@ -1,0 +1,317 @@
+"""index.json of a latent cache: what made it and what it consists of, checked when it is read."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tqdm import tqdm
+from typing_extensions import TypedDict
+
+from dit.errors import UserError
+from dit.latents.shards import Shard
+from dit.utils.files import sha256_file
+
+FORMAT = 3  # 2 called `no_flip` and `fingerprint` otherwise
+Count = Annotated[int, Field(strict=True, ge=1)]
+Length = Annotated[int, Field(strict=True, ge=1, le=4096)]  # of a caption, in tokens; a CLIP reads 77
+Text = Annotated[str, Field(strict=True)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class ShardEntry(TypedDict):
+    """One shard: its file, what is in it, its size in bytes and its SHA-256."""
+
+    file: Annotated[str, Field(pattern=r"^shard-\d{5}\.safetensors$")]
+    images: Count
+    captions: Count
+    tokens: Count
+    longest_caption: Length
+    bytes: Count
+    sha256: Text
+
+
+class EncoderEntry(TypedDict):
+    """An encoder, as `EncoderSource` has it."""
+
+    name: Text
+    revision: Text | None
+    resolved: Text | None
+
+
+class Index(TypedDict):
+    """The whole of index.json. `fingerprint` is a digest of the encoders and settings and stands in every shard, too."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # what a person may want to know, and no program needs
+
+    format: Literal[3]
+    fingerprint: Text
+    image_size: Count
+    vae: EncoderEntry
+    clip: EncoderEntry
+    vae_scaling: Number
+    vae_shift: Number
+    images: Count
+    captions: Count
+    tokens: Count
+    longest_caption: Length
+    captions_sha256: Text
+    text_sha256: Text
+    shards: Annotated[list[ShardEntry], Field(min_length=1)]
+
+
+def read_index(path: Path) -> Index:
+    """Read and check an index.json.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is not the index of a latent cache of this format; one line that says what is wrong.
+    """
+    try:
+        index = TypeAdapter(Index).validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{path.name}: {where}: {first['msg']}" if where else f"{path.name}: {first['msg']}") from None
+    except RecursionError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+    for name in ("images", "captions", "tokens"):
+        held = sum(shard[name] for shard in index["shards"])
+        if held != index[name]:
+            raise ValueError(f"{path.name}: the shards hold {held} {name}, not {index[name]}")
+    return index
+
+
+TEXT, CAPTIONS, INDEX = "text.safetensors", "captions.jsonl", "index.json"
+CLIP_TOKENS = 77
+AGAIN = "run `dvc repro encode`"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the encoders say about B (image, caption) pairs; text is padded to the cache's longest caption.
+
+    moments (B, 2C, H, W) fp16, tokens (B, L, E) fp16, mask (B, L) bool, pooled (B, P) fp16.
+    """
+
+    moments: torch.Tensor
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    pooled: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
+
+    def pin_memory(self) -> Batch:
+        """In memory that a GPU reads by itself; torch's DataLoader calls this."""
+        return Batch(*(value.pin_memory() for value in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of the cache, counted through all shards, make a batch; each (B,) int64."""
+
+    views: np.ndarray
+    captions: np.ndarray
+    first_tokens: np.ndarray
+    lengths: np.ndarray
+
+
+class LatentCache:
+    """Random access to a cache folder. Images are numbered through all shards, in the order they were written.
+
+    Opening looks at the headers only, so it takes as long for 118,000 images as for 1,000; `verify` reads everything.
+
+    Attributes:
+        index: the content of index.json.
+        train, val: numbers of the images of each split, int64 arrays.
+        empty: (tokens (L, E), pooled (P,)) of the caption "".
+        text_statistics: `tokens_mean`, `tokens_std` (E,), `pooled_mean` and `pooled_std` (P,), float32.
+
+    Raises:
+        UserError: the cache is not whole, damaged, or holds a shard of another one; one line that names the file.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        try:
+            self.index = read_index(self.folder / INDEX)
+            self._shards = [self._open(shard) for shard in self.index["shards"]]
+            text = load_file(self.folder / TEXT)
+            self.empty = (text.pop("empty_tokens"), text.pop("empty_pooled"))
+        except FileNotFoundError as error:
+            missing = error.filename or self.folder / TEXT  # safetensors does not say which
+            raise UserError(f"{self.folder}: not a whole latent cache, {missing} is missing; {AGAIN}") from None
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.folder}: not a readable latent cache ({reason}); {AGAIN}") from None
+        self.text_statistics = text
+        self._first = np.cumsum([0] + [len(shard.val) for shard in self._shards])
+        self._first_caption = np.cumsum([0] + [len(shard.no_flip) for shard in self._shards])
+        self._first_token = np.cumsum([0] + [int(shard.offsets[-1]) for shard in self._shards])
+        self._captions = _join([shard.captions for shard in self._shards], self._first_caption)
+        self._offsets = _join([shard.offsets for shard in self._shards], self._first_token)
+        self._no_flip = np.concatenate([shard.no_flip for shard in self._shards])
+        is_val = np.concatenate([shard.val for shard in self._shards])
+        self.train, self.val = np.flatnonzero(~is_val), np.flatnonzero(is_val)
+
+    def _open(self, entry: ShardEntry) -> Shard:
+        path = self.folder / entry["file"]
+        if path.stat().st_size != entry["bytes"]:
+            raise UserError(f"{path}: {path.stat().st_size} bytes, not {entry['bytes']}: only half written?; {AGAIN}")
+        try:
+            shard = Shard(path)
+        except (ValueError, SafetensorError) as error:
+            raise UserError(f"{path}: not a readable shard ({' '.join(str(error).split())}); {AGAIN}") from None
+        if shard.fingerprint != self.index["fingerprint"]:
+            raise UserError(f"{path}: made by other encoders or settings than {INDEX} names; {AGAIN}")
+        if len(shard.val) != entry["images"] or len(shard.no_flip) != entry["captions"]:
+            raise UserError(f"{path}: {len(shard.val)} images, not {entry['images']} as {INDEX} says; {AGAIN}")
+        return shard
+
+    def verify(self) -> None:
+        """Compare every byte with the hashes in the index, so that damage shows before training and not in the pictures.
+
+        Raises:
+            UserError: one line that names the first file that is not what it was.
+        """
+        expected = {shard["file"]: shard["sha256"] for shard in self.index["shards"]}
+        expected |= {CAPTIONS: self.index["captions_sha256"], TEXT: self.index["text_sha256"]}
+        paths = [self.folder / name for name in expected]
+        try:
+            with ThreadPoolExecutor(4) as pool:
+                hashes = pool.map(sha256_file, paths)
+                for path, found in zip(paths, tqdm(hashes, total=len(paths), desc="verify", unit="file", delay=2), strict=True):
+                    if found != expected[path.name]:
+                        raise UserError(f"{path}: damaged, its SHA-256 is not the one in {INDEX}; `dvc checkout` or {AGAIN}")
+        except FileNotFoundError as error:
+            raise UserError(f"{self.folder}: not a whole latent cache, {error.filename} is missing; {AGAIN}") from None
+
+    def __len__(self) -> int:
+        return self.index["images"]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent."""
+        channels, height, width = self._shards[0].shapes["moments"][2:]
+        return channels // 2, height, width
+
+    @property
+    def views(self) -> int:
+        """How many moments there are of each image: of every crop and of its mirror image."""
+        return self._shards[0].shapes["moments"][1]
+
+    @property
+    def crops(self) -> int:
+        """How many crops there are of each image, beside the central one."""
+        return self.views // 2 - 1
+
+    @property
+    def cross_attention_dim(self) -> int:
+        """Width E of the text tokens."""
+        return self._shards[0].shapes["tokens"][1]
+
+    @property
+    def pooled_projection_dim(self) -> int:
+        """Width P of the pooled text vector."""
+        return self._shards[0].shapes["pooled"][1]
+
+    @property
+    def max_tokens(self) -> int:
+        """Length that captions are padded to: the longest of the set, rounded up to a multiple of 8."""
+        return -(-self.index["longest_caption"] // 8) * 8
+
+    def captions(self, images: np.ndarray) -> list[list[dict[str, str]]]:
+        """Of each of `images` (numbers), its captions as rows of `image` (name), `text` and `split`."""
+        ranges = [range(*self._captions[number : number + 2].tolist()) for number in images]
+        wanted = set().union(*ranges)
+        with (self.folder / CAPTIONS).open(encoding="utf-8") as lines:
+            rows = {k: json.loads(line) for k, line in enumerate(lines) if k in wanted}
+        return [[rows[k] for k in each] for each in ranges]
+
+    def read(
+        self, images: np.ndarray, caption_choice: np.ndarray, mirrored: np.ndarray, crop_choice: np.ndarray | None = None
+    ) -> Batch:
+        """Gather a batch.
+
+        Args:
+            images: (B,) numbers of images.
+            caption_choice: (B,) float in [0, 1): which of an image's captions, as a fraction of their number.
+            mirrored: (B,) bool: take the mirror image, unless the chosen caption says left or right.
+            crop_choice: (B,) float in [0, 1): which of an image's crops; None for the central one.
+        """
+        channels, height, width = self.latent_shape
+        rows = self.locate(images, caption_choice, mirrored, crop_choice)
+        moments = torch.empty(len(images), 2 * channels, height, width, dtype=torch.float16)
+        tokens = torch.zeros(len(images), self.max_tokens, self.cross_attention_dim, dtype=torch.float16)
+        pooled = torch.empty(len(images), self.pooled_projection_dim, dtype=torch.float16)
+        numbers = np.searchsorted(self._first, images, side="right") - 1  # of the shards
+        views, captions = rows.views - self._first[numbers] * self.views, rows.captions - self._first_caption[numbers]
+        first_tokens = rows.first_tokens - self._first_token[numbers]
+        for k, number in enumerate(numbers):
+            shard = self._shards[number]
+            shard.read_rows("moments", int(views[k]), moments.numpy()[k])
+            shard.read_rows("tokens", int(first_tokens[k]), tokens.numpy()[k, : rows.lengths[k]])
+            shard.read_rows("pooled", int(captions[k]), pooled.numpy()[k])
+        mask = torch.arange(self.max_tokens)[None] < torch.from_numpy(rows.lengths)[:, None]
+        return Batch(moments, tokens, mask, pooled)
+
+    def locate(
+        self, images: np.ndarray, caption_choice: np.ndarray, mirrored: np.ndarray, crop_choice: np.ndarray | None = None
+    ) -> Rows:
+        """The rows that `read` reads for the same arguments."""
+        starts, ends = self._captions[images], self._captions[images + 1]
+        captions = starts + (caption_choice * (ends - starts)).astype(np.int64)
+        crops = (np.zeros(len(images)) if crop_choice is None else crop_choice * (1 + self.crops)).astype(np.int64)
+        views = images * self.views + 2 * crops + (np.asarray(mirrored) & ~self._no_flip[captions])
+        return Rows(views, captions, self._offsets[captions], self._offsets[captions + 1] - self._offsets[captions])
+
+    def copy_rows(self, name: str, target: torch.Tensor) -> None:
+        """Fill `target` with all rows of "moments" (N * V, 2C, H, W), "tokens" (K, E) or "pooled" (M, P), shard by shard."""
+        start = 0
+        for shard in self._shards:
+            rows = torch.empty(shard.shapes[name], dtype=torch.float16)
+            rows = rows.flatten(0, 1) if name == "moments" else rows
+            shard.read_rows(name, 0, rows.numpy())
+            target[start : start + len(rows)].copy_(rows)
+            start += len(rows)
+
+    def read_empty(self, count: int) -> Batch:
+        """`count` rows of the caption ""; the moments are zeros."""
+        tokens, length = torch.zeros(self.max_tokens, self.cross_attention_dim, dtype=torch.float16), len(self.empty[0])
+        tokens[:length] = self.empty[0]
+        mask = torch.arange(self.max_tokens) < length
+        channels, height, width = self.latent_shape
+        moments = torch.zeros(count, 2 * channels, height, width, dtype=torch.float16)
+        return Batch(moments, tokens.expand(count, -1, -1), mask.expand(count, -1), self.empty[1].expand(count, -1))
+
+
+def _join(starts: list[np.ndarray], first: np.ndarray) -> np.ndarray:
+    """The starts of all shards' rows as one array: each shard's, shifted by the rows before it, and the end."""
+    return np.concatenate([part[:-1] + before for part, before in zip(starts, first[:-1], strict=True)] + [first[-1:]])
+
+
+def bytes_per_image(cache: LatentCache) -> tuple[float, float]:
+    """What an image takes on disk, and what it would take as float32 with every caption padded to 77 tokens."""
+    channels, height, width = cache.latent_shape
+    views = 2 * (1 + cache.crops)
+    captions = cache.index["captions"] / len(cache)
+    naive = 4 * (views * 2 * channels * height * width + captions * (CLIP_TOKENS * cache.cross_attention_dim + cache.pooled_projection_dim))
+    return sum(shard["bytes"] for shard in cache.index["shards"]) / len(cache), naive
+
+
+def sample_posterior(moments: torch.Tensor, noise: torch.Tensor, scaling: float, shift: float = 0.0) -> torch.Tensor:
+    """Sample latents (B, C, H, W) float32 from `moments` (B, 2C, H, W) and standard normal `noise` (B, C, H, W).
+
+    Scaled and shifted as the diffusion model sees them: `(mean + std * noise - shift) * scaling`.
+    """
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    return (mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise - shift) * scaling

@@ -1,0 +1,96 @@
+"""The parts of the pipeline, from a trained model's folder: `models/dit`, or what `dit export` and `save_pretrained` write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, SchedulerMixin
+from safetensors import SafetensorError
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from dit.config import DEFAULTS
+from dit.encoders.loading import EncoderSource, load_text_encoder, load_vae
+from dit.errors import UserError, one_line
+from dit.model.objectives import PredictionType
+from dit.model.transformer import DiT
+from dit.pipeline.model_folder import read_index
+from dit.pipeline.schedulers import make_scheduler
+
+# What the libraries raise where files are missing, cut short, or not what they say they are.
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, SafetensorError)
+
+
+def load_components(folder: Path, dtype: torch.dtype, transformer_dtype: torch.dtype) -> dict[str, Any]:
+    """Load what `DiTTextToImagePipeline` is made of, as its arguments.
+
+    The encoders are in the folder where it is self-contained; else they are those that the encode stage recorded. The scheduler
+    is the saved one or, in what the train stage wrote, which is Euler's method whatever is best, the one that `dit generate`
+    takes. The base class of the pipeline would look the transformer up in diffusers' own module of the name `dit`.
+
+    Raises:
+        UserError: there is no such folder, it holds another kind of model, it is damaged, or an encoder is not to be had.
+    """
+    index = read_index(folder)
+    try:
+        prediction_type, complete = index["prediction_type"], (folder / "vae").is_dir()
+        image_size = (index if complete else index["encoders"])["image_size"]
+        if prediction_type not in get_args(PredictionType) or not isinstance(image_size, int):
+            raise ValueError(f"model_index.json has {prediction_type!r} and {image_size!r} for prediction_type and image_size")
+        parts = {
+            "transformer": _load_transformer(folder, transformer_dtype),
+            "prediction_type": prediction_type,
+            "image_size": image_size,
+        }
+        if complete:
+            return parts | {"scheduler": _load_scheduler(folder, index["scheduler"][1])} | _load_own_encoders(folder, dtype)
+        sources = {kind: EncoderSource(**index["encoders"][kind]) for kind in ("vae", "clip")}
+        parts["scheduler"] = make_scheduler(DEFAULTS["scheduler"], prediction_type)
+    except DAMAGE as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{folder}: not a trained model, or a damaged one ({reason}); `dvc repro` trains one") from None
+    vae, _ = load_vae(sources["vae"], dtype)
+    text_encoder, tokenizer, _ = load_text_encoder(sources["clip"], dtype)
+    return parts | {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+
+
+def _load_transformer(folder: Path, dtype: torch.dtype) -> DiT:
+    config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    if config["_class_name"] != "DiT":
+        raise ValueError(f"its transformer is a {config['_class_name']}, and a DiT of this project is needed")
+    return _load_network(DiT, folder, "transformer", torch_dtype=dtype)
+
+
+def _load_network(network_class: type, folder: Path, part: str, **dtype):
+    default = torch.get_default_dtype()
+    try:
+        network, loading = network_class.from_pretrained(
+            folder, subfolder=part, use_safetensors=True, output_loading_info=True, **dtype
+        )
+    finally:
+        torch.set_default_dtype(default)  # which diffusers leaves changed where the configuration is impossible
+    astray = [*loading["missing_keys"], *loading["unexpected_keys"]]
+    if astray:  # the libraries fill in at random what is missing
+        raise ValueError(f"the weights do not fit {part}/config.json: {astray[0]}")
+    return network.requires_grad_(False).eval()
+
+
+def _load_scheduler(folder: Path, name: str) -> SchedulerMixin:
+    scheduler = getattr(diffusers, name)
+    if not issubclass(scheduler, SchedulerMixin):
+        raise TypeError(f"{name} is no scheduler")
+    return scheduler.from_pretrained(folder, subfolder="scheduler")
+
+
+def _load_own_encoders(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    for name in ("tokenizer_config.json", "tokenizer.json"):  # without them the library makes a tokenizer that knows no word
+        if not (folder / "tokenizer" / name).is_file():
+            raise FileNotFoundError(f"there is no tokenizer/{name}")
+    return {
+        "vae": _load_network(AutoencoderKL, folder, "vae", torch_dtype=dtype),
+        "text_encoder": _load_network(CLIPTextModelWithProjection, folder, "text_encoder", dtype=dtype),
+        "tokenizer": CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
+    }

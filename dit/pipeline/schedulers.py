@@ -1,0 +1,143 @@
+"""diffusers' schedulers under the names of `sample.scheduler`, for each of the things that a transformer may predict."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+
+from dit.config import Scheduler
+from dit.errors import UserError
+from dit.model.objectives import BETAS, FROM_PURE_NOISE, TRAINING_STEPS, PredictionType, euler_scheduler
+
+FLOW_CLASSES = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
+UNEVEN = 1.07  # as much longer may DDIM's steps be than it makes them: 60 steps have 1.04, and are right to 0.02
+HEUN_CLASSES = (FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler)
+
+
+def make_scheduler(name: str, prediction_type: PredictionType) -> SchedulerMixin:
+    """The scheduler that `name` stands for where the transformer predicts `prediction_type`.
+
+    All but one follow the path from the noise to one image. `stochastic` goes at each step all the way to the predicted
+    image and back to the next noise level with fresh noise (as Song et al. 2023, algorithm 1), so that later steps mend
+    what earlier ones got wrong. More of its steps are spent on noisy images, where the layout is decided. Of 1,000 prompts
+    after 1,200 steps of the default recipe `euler` drew 71 % right, this 80 %. With DDPM and v, of 300 prompts, it drew 86 %
+    right, Ho et al.'s own sampler 82 %.
+
+    Each is made from scratch: from another scheduler's config, DPM-Solver and UniPC take a flow for a noise prediction.
+
+    Raises:
+        UserError: there is no such scheduler, or not for this.
+    """
+    if name not in get_args(Scheduler):
+        raise UserError(f"scheduler: {name!r} is unknown; one of {', '.join(get_args(Scheduler))} would be right")
+    if name == "euler":
+        return euler_scheduler(prediction_type)
+    if prediction_type != "flow_prediction":
+        steps = BETAS | FROM_PURE_NOISE | {"prediction_type": prediction_type}
+        if name == "heun":
+            return HeunDiscreteScheduler(**steps)
+        if name == "dpm++":
+            return DPMSolverMultistepScheduler(**steps, algorithm_type="dpmsolver++")
+        if name == "unipc":
+            return UniPCMultistepScheduler(**steps)
+        if name == "ddim":
+            return DDIMScheduler(**steps, clip_sample=False)
+        # Latent consistency models draw so; the large scaling takes away what is special about their networks.
+        return LCMScheduler(
+            **steps, clip_sample=False, original_inference_steps=TRAINING_STEPS, timestep_scaling=float(TRAINING_STEPS)
+        )
+    flow = {
+        "num_train_timesteps": TRAINING_STEPS,
+        "prediction_type": prediction_type,
+        "use_flow_sigmas": True,
+        "flow_shift": 1.0,
+    }
+    if name == "heun":
+        return FlowMatchHeunDiscreteScheduler(TRAINING_STEPS)
+    if name == "dpm++":
+        return DPMSolverMultistepScheduler(**flow, algorithm_type="dpmsolver++")
+    if name == "unipc":
+        return UniPCMultistepScheduler(**flow)
+    if name == "stochastic":
+        return FlowMatchEulerDiscreteScheduler(TRAINING_STEPS, shift=2.0, stochastic_sampling=True)
+    raise UserError("scheduler: ddim is for train.objective ddpm; for a flow the same thing is called euler")
+
+
+def scheduler_name(scheduler: SchedulerMixin) -> str:
+    """The name under which `make_scheduler` makes one that is set as `scheduler` is; where it makes none, that of its class."""
+    for name in get_args(Scheduler):
+        prediction_type = predicts(scheduler)
+        if name == "ddim" and prediction_type == "flow_prediction":
+            continue
+        made = make_scheduler(name, prediction_type)
+        if type(made) is type(scheduler) and _settings(made) == _settings(scheduler):
+            return name
+    return type(scheduler).__name__
+
+
+def _settings(scheduler: SchedulerMixin) -> dict[str, Any]:
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+
+
+def predicts(scheduler: SchedulerMixin) -> str:
+    """What `scheduler` takes the transformer's output for."""
+    return "flow_prediction" if isinstance(scheduler, FLOW_CLASSES) else scheduler.config.get("prediction_type", "something else")
+
+
+def fit_problem(scheduler: SchedulerMixin, prediction_type: PredictionType) -> str | None:
+    """One line on a scheduler that would take the transformer's output for something else; None where it fits."""
+    if predicts(scheduler) == prediction_type:
+        return None
+    return (
+        f"the transformer was trained for {prediction_type}, and this {type(scheduler).__name__} takes its output for "
+        f"{predicts(scheduler)}; make it with dit.pipeline.schedulers.make_scheduler(name, {prediction_type!r})"
+    )
+
+
+def set_timesteps(scheduler: SchedulerMixin, evaluations: int, device: torch.device | str | None = None) -> None:
+    """Have `scheduler` go from pure noise to the image in steps that make `evaluations` of the transformer.
+
+    Heun's method needs two evaluations for each step but the last. Left alone, diffusers' own Euler and Heun for flows spend
+    their last step between a noise level of 0.001 and the image, where nothing is left to do: of 1,000 prompts, ten steps of
+    `stochastic` then drew 96.0 % right, and equally long ones down to 0 draw 97.1 %.
+
+    Raises:
+        UserError: more steps than a DDPM has noise levels, or a number that DDIM as diffusers has it takes wrong.
+    """
+    steps = max(1, (evaluations + 1) // 2) if isinstance(scheduler, HEUN_CLASSES) else evaluations
+    levels = scheduler.config.num_train_timesteps
+    if predicts(scheduler) != "flow_prediction" and steps > levels:
+        raise UserError(f"num_inference_steps: {evaluations} is more than the {levels} noise levels that there are")
+    if isinstance(scheduler, DDIMScheduler) and levels / steps > UNEVEN * (levels // steps):
+        raise UserError(
+            f"num_inference_steps: ddim goes down by whole noise levels, of which there are {levels}, and {steps} steps do not "
+            f"reach the image; {levels // (levels // steps)} would, and euler takes any number"
+        )
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=device)
+        return
+    if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
+        scheduler.sigma_min = 1 / steps  # which it takes no argument for
+    scheduler.set_timesteps(steps, device=device)
+
+
+def timesteps_to_sigmas(scheduler: SchedulerMixin) -> torch.Tensor:
+    """The transformer's timesteps in [0, 1], one for each of `scheduler.timesteps`, after `set_timesteps`.
+
+    For a flow they are the noise levels themselves: DPM-Solver and UniPC round theirs down to whole thousandths.
+    """
+    if predicts(scheduler) == "flow_prediction":
+        return scheduler.sigmas[: len(scheduler.timesteps)].to(scheduler.timesteps.device, torch.float32)
+    return scheduler.timesteps.float() / TRAINING_STEPS

@@ -1,0 +1,296 @@
+"""MLflow: one run per trained model, one child run per evaluation of it.
+
+Tracking never stops a training and loses nothing: what the store does not take goes into a store of the project's own, from
+which `dit sync-runs` sends it (dit/sync.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import DatasetInput, InputTag, Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from PIL import Image
+
+from dit.errors import one_line, without_password
+
+EXPERIMENT = "dit"
+PARENT = "mlflow.parentRunId"
+RUNS_CHANGE = (":!dvc.lock", ":!metrics", ":!params.yaml")  # tracked files that a run or an experiment changes
+BELONGS_TO = "dit.belongs_to"  # of an unsent run: the run of the store that it continues
+SENT_FROM = "dit.sent_from"  # of a run of the store: the unsent run that it was copied from
+
+
+def project_root() -> Path:
+    """The project's folder, also where DVC runs a stage in a temporary copy of it."""
+    return Path(os.environ.get("DVC_ROOT", ".")).resolve()
+
+
+def tracking_uri() -> str:
+    """`MLFLOW_TRACKING_URI`, or else a database file in the project's folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root() / 'mlflow.db'}"
+
+
+def unsent_folder() -> Path:
+    """Where runs are kept that the store did not take."""
+    return project_root() / ".state" / "unsent"
+
+
+def unsent_uri() -> str:
+    """The address of the store of unsent runs."""
+    return f"sqlite:///{unsent_folder() / 'mlflow.db'}"
+
+
+def flatten(prefix: str, settings: Any) -> dict[str, Any]:
+    """Nested settings as `model.hidden_size: 192`, the way params.yaml is read aloud."""
+    values = asdict(settings) if is_dataclass(settings) else settings
+    return {f"{prefix}.{key}": value for key, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Store:
+    """A store of MLflow that is reachable: its address, its client, and the id of the experiment `dit` in it."""
+
+    uri: str
+    client: MlflowClient
+    experiment: str
+
+
+def open_store(uri: str) -> Store:
+    """The store at `uri`, with the experiment `dit`, made on first use. Under a lock: two first writers would both make it.
+
+    Raises:
+        MlflowException, OSError: it cannot be reached, or is none that this version of MLflow takes.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a server that is away shall not hold up a training
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # with the password that it may hold
+    warnings.filterwarnings("ignore", module="mlflow")
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    folder = unsent_folder() if uri == unsent_uri() else project_root()
+    lock = project_root() / ".state" / "mlflow.lock"
+    for needed in (lock.parent, folder):
+        needed.mkdir(parents=True, exist_ok=True)
+    artifacts = str(folder / "mlartifacts") if uri.startswith("sqlite:") else None  # a server knows where it wants them
+    with FileLock(lock):
+        client = MlflowClient(uri, registry_uri=uri)
+        for attempt in (1, 2):
+            experiment = client.get_experiment_by_name(EXPERIMENT)
+            if experiment:
+                return Store(uri, client, experiment.experiment_id)
+            try:
+                client.create_experiment(EXPERIMENT, artifacts, tags={"mlflow.experimentKind": "custom_model_development"})
+            except MlflowException:  # another machine may have been faster
+                if attempt == 2:
+                    raise
+    raise AssertionError("unreachable")
+
+
+class Tracker:
+    """Logs into one run; where the store does not take it, into an unsent one that continues it.
+
+    Args:
+        uri: the store.
+        name: of the run, where one has to be made.
+        tags: of the run, where one has to be made.
+        run_id: an earlier run to log on in; None makes one at once.
+
+    Attributes:
+        name: of the run.
+        run_id: by which `resume_run` finds the run again. None where not even the project's folder can be written.
+    """
+
+    def __init__(self, uri: str, name: str, tags: dict[str, str], run_id: str | None = None):
+        self.uri, self.run_id = uri, run_id
+        self.name, self._tags = name, tags
+        self._store: Store | None = None
+        self._run = run_id  # the run logged into; another than run_id where that is continued
+        self._goes_on = False
+        self._last_steps: dict[str, int] = {}
+        self._monitor: SystemMetricsMonitor | None = None
+        if run_id is None:
+            self._do(lambda client, run: None)
+            self.run_id = self._run
+
+    def _do(self, action: Callable[[MlflowClient, str], Any]) -> None:
+        while self.uri:
+            try:
+                if self._store is None:
+                    self._store = open_store(self.uri)
+                if self._run is None:
+                    tags = self._tags | ({BELONGS_TO: self.run_id} if self.run_id else {})
+                    self._run = self._store.client.create_run(self._store.experiment, run_name=self.name, tags=tags).info.run_id
+                action(self._store.client, self._run)
+                return
+            except Exception as error:  # whatever it is: no training ends because of its log
+                self._turn_away_from_store(error)
+
+    def _turn_away_from_store(self, error: Exception) -> None:
+        problem = f"MLflow: {without_password(self.uri)} does not take this run ({one_line(error)}); "
+        if self.uri == unsent_uri():
+            print(problem + "going on without", flush=True)
+            self.uri = ""
+            return
+        print(problem + f"it is kept in {unsent_folder()}, and `dit sync-runs` sends it", flush=True)
+        self.uri, self._store, self._run = unsent_uri(), None, None
+
+    def start_child(self, name: str) -> Tracker:
+        """A run below this one, in the same store: an evaluation."""
+        tags = self._tags | {"mlflow.source.name": "stages/evaluate.py"} | ({PARENT: self.run_id} if self.run_id else {})
+        return Tracker(self.uri, name, tags)
+
+    def params(self, values: dict[str, Any]) -> None:
+        """Note settings."""
+        self._do(lambda client, run: client.log_batch(run, params=[Param(key, str(value)) for key, value in values.items()]))
+
+    def metrics(self, values: dict[str, float], step: int = 0) -> None:
+        """Note a point of each curve in `values`."""
+        now = int(pd.Timestamp.now("UTC").timestamp() * 1000)
+
+        def log(client: MlflowClient, run: str) -> None:
+            new = {key: value for key, value in values.items() if not self._goes_on or step > self._last_step(client, run, key)}
+            client.log_batch(run, [Metric(key, float(value), now, step) for key, value in new.items()])
+
+        self._do(log)
+
+    def _last_step(self, client: MlflowClient, run: str, key: str) -> int:
+        """The last step of `key` that the run had when it went on."""
+        if key not in self._last_steps:
+            self._last_steps[key] = max((point.step for point in client.get_metric_history(run, key)), default=-1)
+        return self._last_steps[key]
+
+    def picture(self, image: Image.Image | Path, name: str, step: int | None = None) -> None:
+        """Keep a picture; with a `step`, as one of a series that MLflow shows over time."""
+        image = Image.open(image) if isinstance(image, Path) else image
+
+        def log(client: MlflowClient, run: str) -> None:
+            if step is None:
+                client.log_image(run, image, artifact_file=f"{name}.png")
+            elif not (self._goes_on and _has_picture(client, run, name, step)):
+                client.log_image(run, image, key=name, step=step)
+
+        self._do(log)
+
+    def notes(self, values: Any, name: str) -> None:
+        """Keep `values` as a JSON file."""
+        self._do(lambda client, run: client.log_dict(run, values, name))
+
+    def dataset(self, name: str, digest: str, source: str) -> None:
+        """Say what the run was trained on; MLflow keeps the first 36 characters of the digest."""
+        dataset = MetaDataset(mlflow.data.dataset_source_registry.resolve_dataset_source(source), name, digest[:36])
+        tags = [InputTag("mlflow.data.context", "training")]
+        self._do(lambda client, run: client.log_inputs(run, [DatasetInput(dataset._to_mlflow_entity(), tags)]))
+
+    def model(self, folder: Path, registered: str, step: int) -> None:
+        """Keep a model, trained for `step` steps, and register it as the next version of `registered`."""
+        from dit.tracking.registry import register_model
+
+        def register(client: MlflowClient, run: str) -> None:
+            if not (self._goes_on and client.search_model_versions(f"run_id = '{run}'")):
+                register_model(self.uri, run, folder, registered, step)
+
+        self._do(register)
+
+    def watch_machine(self) -> None:
+        """Log use of processor, memory, disk and GPU every ten seconds, until `finish`."""
+
+        def watch(client: MlflowClient, run: str) -> None:
+            self._monitor = SystemMetricsMonitor(run, resume_logging=self._goes_on, tracking_uri=self.uri)
+            self._monitor.start()
+
+        self._do(watch)
+
+    def go_on(self) -> None:
+        """A run that had been stopped is running again: what it has noted already it does not note twice."""
+        self._goes_on = True
+        self._do(lambda client, run: client.update_run(run, status="RUNNING"))
+
+    def finish(self, status: str = "FINISHED") -> None:
+        """End the run: FINISHED, KILLED (it can go on) or FAILED."""
+        if self._monitor:
+            self._monitor.finish()
+        self._do(lambda client, run: client.set_terminated(run, status))
+
+
+def start_run(recipe: str, tags: dict[str, str] | None = None) -> Tracker:
+    """Begin a run in the experiment `dit`, named after the DVC experiment where there is one."""
+    all_tags = {"recipe": recipe, **_code_tags(), **(tags or {})}
+    return Tracker(tracking_uri(), os.environ.get("DVC_EXP_NAME") or recipe, all_tags)
+
+
+def resume_run(run_id: str | None, recipe: str) -> Tracker | None:
+    """Log on in a run of before, in whichever store it is; None if none knows it (a colleague's model, pulled)."""
+    if not run_id:
+        return None
+    name, tags = os.environ.get("DVC_EXP_NAME") or recipe, {"recipe": recipe, **_code_tags()}
+    if (unsent_folder() / "mlflow.db").exists():
+        kept = _find_if_reachable(unsent_uri(), run_id, otherwise=None)
+        if kept:
+            print(f"MLflow: this run is kept in {unsent_folder()}, and `dit sync-runs` sends it", flush=True)
+            return Tracker(unsent_uri(), name, tags, kept)
+    known = _find_if_reachable(tracking_uri(), run_id, otherwise=run_id)  # the tracker will say that the store is away
+    return Tracker(tracking_uri(), name, tags, known) if known else None
+
+
+def _find_if_reachable(uri: str, run_id: str, otherwise: str | None) -> str | None:
+    try:
+        return find_run(open_store(uri), run_id)
+    except Exception:  # whatever it is: no training ends because of its log
+        return otherwise
+
+
+def find_run(store: Store, run_id: str) -> str | None:
+    """The run `run_id` in `store`, or the one that was made of it when it was sent there."""
+    try:
+        if store.client.get_run(run_id).info.lifecycle_stage == "active":
+            return run_id
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            raise
+    sent = store.client.search_runs([store.experiment], f"tags.`{SENT_FROM}` = '{run_id}'", max_results=1)
+    return sent[0].info.run_id if sent else None
+
+
+def _has_picture(client: MlflowClient, run: str, name: str, step: int) -> bool:
+    """Whether the series `name` has a picture of `step`: MLflow writes both into the name of the file."""
+    written = (re.split("[+%]", Path(item.path).name) for item in client.list_artifacts(run, "images"))
+    return any(parts[:3] == [name, "step", str(step)] for parts in written)
+
+
+def _code_tags() -> dict[str, str]:
+    """Which code and which DVC experiment this is; of MLflow's own tags those that its pages show.
+
+    `git.dirty` is of the code: what a run writes by itself, and the settings, which are the run's parameters, do not count.
+    """
+    tags = {"mlflow.source.name": "stages/train.py", "mlflow.source.type": "LOCAL"}
+    tags |= {"dvc.exp_name": os.environ.get("DVC_EXP_NAME"), "dvc.baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV")}
+    commit = _git("rev-parse", "HEAD")
+    if commit:
+        tags |= {
+            "git.commit": commit,
+            "mlflow.source.git.commit": commit,
+            "git.dirty": str(bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", *RUNS_CHANGE))).lower(),
+        }
+    return {key: value for key, value in tags.items() if value}
+
+
+def _git(*arguments: str) -> str | None:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,45 @@
+"""The trained model as MLflow loads it. MLflow runs this file from the copy of `dit` that it keeps beside the model.
+
+    model = mlflow.pyfunc.load_model("models:/dit-shapes/1")
+    pictures = model.predict(pandas.DataFrame({"prompt": ["a red circle"]}), params={"seed": 7})
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow.pyfunc import PythonModel, PythonModelContext
+from PIL import Image
+
+from dit.pipeline.generate import draw, load_pipeline
+from dit.pipeline.schedulers import make_scheduler
+
+BATCH_SIZE = 16
+
+
+class TextToImage(PythonModel):
+    """A row of the table is a prompt, and becomes a picture."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        self.pipeline = load_pipeline(context.artifacts["model"])
+
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> list[Image.Image]:
+        """Draw the column `prompt`.
+
+        Args:
+            context: unused.
+            model_input: one row per picture; its column `prompt` holds the captions.
+            params: `num_inference_steps`, `guidance_scale`, `scheduler` and `seed` (of the first picture; the next has the
+                next one), as the model's signature lists them.
+        """
+        settings = params or {}
+        self.pipeline.scheduler = make_scheduler(settings["scheduler"], self.pipeline.config.prediction_type)
+        how = {name: settings[name] for name in ("num_inference_steps", "guidance_scale")}
+        return list(draw(self.pipeline, list(model_input["prompt"]), settings["seed"], BATCH_SIZE, **how))
+
+
+mlflow.models.set_model(TextToImage())

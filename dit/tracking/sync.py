@@ -1,0 +1,100 @@
+"""Send what the store of MLflow did not take: `dit sync-runs`. What has been sent is not sent twice."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.entities import DatasetInput, Param, Run, ViewType
+from tqdm import tqdm
+
+from dit.errors import UserError, one_line, without_password
+from dit.tracking.mlflow import (
+    BELONGS_TO,
+    PARENT,
+    SENT_FROM,
+    Store,
+    find_run,
+    open_store,
+    tracking_uri,
+    unsent_folder,
+    unsent_uri,
+)
+from dit.tracking.registry import register_model
+
+POINTS_AT_ONCE = 1000  # as many as MLflow takes in one request
+
+
+def unsent_runs(unsent: Store) -> list[Run]:
+    """Runs that wait, the oldest first: a parent comes before its children."""
+    found = unsent.client.search_runs(
+        [unsent.experiment], run_view_type=ViewType.ACTIVE_ONLY, max_results=50_000, order_by=["attribute.start_time ASC"]
+    )
+    return list(found)
+
+
+def sync_runs() -> list[str]:
+    """Send every unsent run to the store; those that have ended are then dropped here. Returns their ids there.
+
+    A run that is still being written is sent as far as it has come, and kept. May be interrupted and repeated.
+
+    Raises:
+        UserError: the store is still away, or refuses a run.
+    """
+    if not (unsent_folder() / "mlflow.db").exists():
+        return []
+    unsent = open_store(unsent_uri())
+    try:
+        store = open_store(tracking_uri())
+        sent = []
+        for run in tqdm(unsent_runs(unsent), desc="send", unit="run"):
+            sent.append(_send(unsent.client, run, store))
+            if run.info.status != "RUNNING":
+                unsent.client.delete_run(run.info.run_id)
+    except Exception as error:  # MLflow raises its own, requests' and the database's
+        problem = f"{without_password(tracking_uri())} does not take the runs ({one_line(error)})"
+        raise UserError(f"{problem}; what it did not take is kept") from error
+    if not unsent_runs(unsent):
+        shutil.rmtree(unsent_folder())
+    return sent
+
+
+def _send(client: MlflowClient, run: Run, store: Store) -> str:
+    """Copy one run into `store`; returns its id there."""
+    source, tags = run.info.run_id, dict(run.data.tags)
+    target = tags.pop(BELONGS_TO, None) or find_run(store, source)
+    if target is None:
+        if PARENT in tags:
+            tags[PARENT] = find_run(store, tags[PARENT]) or tags[PARENT]
+        made = store.client.create_run(
+            store.experiment, start_time=run.info.start_time, run_name=run.info.run_name, tags=tags | {SENT_FROM: source}
+        )
+        target = made.info.run_id
+    store.client.log_batch(target, params=[Param(key, value) for key, value in run.data.params.items()])
+    for key in run.data.metrics:
+        there = {point.step for point in store.client.get_metric_history(target, key)}
+        points = [point for point in client.get_metric_history(source, key) if point.step not in there]
+        for start in range(0, len(points), POINTS_AT_ONCE):
+            store.client.log_batch(target, points[start : start + POINTS_AT_ONCE])
+    if run.inputs.dataset_inputs and not store.client.get_run(target).inputs.dataset_inputs:
+        store.client.log_inputs(target, [DatasetInput(each.dataset, each.tags) for each in run.inputs.dataset_inputs])
+    with tempfile.TemporaryDirectory() as folder:
+        store.client.log_artifacts(target, client.download_artifacts(source, "", folder))
+    _send_models(client, source, store, target)
+    if run.info.status != "RUNNING":
+        store.client.set_terminated(target, run.info.status, run.info.end_time)
+    return target
+
+
+def _send_models(client: MlflowClient, source: str, store: Store, target: str) -> None:
+    """Register the models of the run `source` as results of the run `target`, with the code that they came with."""
+    if store.client.search_model_versions(f"run_id = '{target}'"):
+        return
+    for registered in client.search_model_versions(f"run_id = '{source}'"):
+        (trained,) = client.get_run(source).outputs.model_outputs
+        folder = Path(download_artifacts(artifact_uri=client.get_logged_model(trained.model_id).artifact_location))
+        (weights,) = (folder / "artifacts").iterdir()
+        register_model(store.uri, target, weights, registered.name, trained.step, package=folder / "code" / "dit")

@@ -1,0 +1,362 @@
+"""The training loop: `Trainer.train` reads as the recipe, `Trainer.train_step` as the step."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from tqdm import tqdm
+
+from dit.config import Model, Optim, Runtime, Train
+from dit.errors import UserError
+from dit.latents.cache import Batch, LatentCache, sample_posterior
+from dit.model.loss import diffusion_loss
+from dit.model.objectives import make_objective
+from dit.model.transformer import DiT, forward_flops
+from dit.training.checkpoint import Checkpoint, Checkpoints, TrainingState
+from dit.training.data import (
+    StepBatches,
+    StepNoise,
+    drop_captions,
+    load_batches,
+    rank_slices,
+    read_batch,
+    sample_step_noise,
+)
+from dit.training.logging import MetricLogger, RunningMetrics
+from dit.training.setup import (
+    DTYPES,
+    build_model,
+    choose_precision,
+    compile_network,
+    keep_freed_memory,
+    largest_batch_that_fits,
+    learning_rate_factor,
+    oom_message,
+    parameter_groups,
+)
+from dit.training.stop import Stopped, StopRequest
+from dit.training.validation import sample_preview, validation_loss
+from dit.utils.hardware import matmul_peak
+
+ADAM_BETAS = (0.9, 0.99)  # a shorter memory than 0.999 suits runs of some thousand steps
+PREVIEW_IMAGES = 16
+VALIDATION_IMAGES = 512  # at most, while training; the evaluate stage takes all
+MAX_LOSS = 100.0  # mean loss of a batch; a network that predicts 0 has about 2
+
+
+class Trainer:
+    """Trains a transformer on a latent cache, from scratch or from a checkpoint.
+
+    Args:
+        cache: latents and text embeddings.
+        model, optim, train, runtime: blocks of params.yaml.
+        logger: logs what happens; a `NullLogger` in every process but the first.
+        decode: turns latents (N, C, H, W) as the diffusion model sees them into RGB images, for previews; None for none.
+        checkpoints: where to save.
+        resume: the checkpoint to resume from.
+
+    Raises:
+        UserError: the settings cannot work on this machine or with this cache.
+    """
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        model: Model,
+        optim: Optim,
+        train: Train,
+        runtime: Runtime,
+        logger: MetricLogger,
+        decode: Callable[[torch.Tensor], list[Image.Image]] | None,
+        checkpoints: Checkpoints,
+        resume: Checkpoint | None = None,
+    ):
+        self.cache, self.model, self.optim, self.settings, self.runtime = cache, model, optim, train, runtime
+        self.logger, self.decode, self.checkpoints = logger, decode, checkpoints
+        self.accelerator = _make_accelerator(train, runtime, logger, resume)
+        self.device = self.accelerator.device
+        self.batch_size = train.batch_size * train.gradient_accumulation_steps
+        self.total_steps = max(1, optim.num_epochs * len(cache.train) // self.batch_size)
+        if train.batch_size < self.accelerator.num_processes:
+            processes = self.accelerator.num_processes
+            raise UserError(f"train.batch_size: {train.batch_size} cannot be split over {processes} processes")
+        self.slices = rank_slices(
+            train.batch_size,
+            train.gradient_accumulation_steps,
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+        )
+        self.objective = make_objective(train.objective, train.prediction_type, train.snr_gamma, optim.logit_mean)
+        self.val_objective = make_objective(train.objective, train.prediction_type, train.snr_gamma)
+
+        self.transformer = build_model(cache, model, train.seed)
+        if train.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        ema = EMAModel(self.transformer.parameters(), decay=train.ema_decay, foreach=True)
+        groups = parameter_groups(self.transformer, train.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=ADAM_BETAS, fused=True)
+        network, self.optimizer = self.accelerator.prepare(self.transformer, optimizer)
+        ema.to(self.device)
+        self.network = compile_network(network, optim.compile_model, self.device, logger.log_line)
+        self.state = TrainingState(
+            self.accelerator, self.transformer, ema, self.optimizer.optimizer, RunningMetrics(self.device)
+        )
+        self.empty = cache.read_empty(1).to(self.device)
+        self.val_loss, self.seconds_before = float("nan"), 0.0
+        self.last_metrics: dict[str, float] = {}
+
+        flops = 3 * forward_flops(self.transformer, cache.latent_shape[1:], cache.max_tokens)
+        peak = self.accelerator.num_processes * matmul_peak(self.device, DTYPES[self.accelerator.mixed_precision])
+        self.seconds_per_image_at_peak = flops / peak
+        if resume:
+            self._resume(resume)
+        else:
+            self._log_start(flops)
+
+    def train(self) -> tuple[DiT, dict[str, float]]:
+        """Train to the last step; return the transformer with its EMA weights, on the CPU, and a summary.
+
+        Raises:
+            UserError: memory does not suffice, or the loss is not finite any more.
+            Stopped: SIGTERM or Ctrl-C; a checkpoint has been saved.
+        """
+        runtime, state, first = self.runtime, self.state, self.state.step
+        self.started = time.perf_counter()
+        batches = StepBatches(self.cache, self.settings.seed, self.batch_size, self.settings.horizontal_flip, self.slices)
+        self.batches = load_batches(batches, first, self.total_steps, self.device, runtime)
+        main = self.accelerator.is_main_process
+        self.progress = tqdm(initial=first, total=self.total_steps, desc="train", unit="step", disable=not main)
+        with StopRequest() as request:
+            for step in range(first, self.total_steps):
+                self.set_learning_rate(step)
+                self.train_step_or_explain(step)
+                state.step = done = step + 1
+                self.progress.update()
+
+                last = done == self.total_steps
+                logs = done % runtime.log_every == 0 or last
+                if logs:
+                    self.log(done)
+                if done % self.settings.validate_every == 0 or last:
+                    last |= self.validate(done)
+                if done % runtime.sample_every == 0 or last:
+                    self.preview(done)
+                if last:
+                    break
+                if done % runtime.checkpoint_every == 0:
+                    self.save_checkpoint()
+                if self.stop_requested(request, logs):
+                    self.save_checkpoint(wait=True)
+                    by = request.name or "a signal"
+                    raise Stopped(f"stopped by {by} after step {done} of {self.total_steps}; the same command resumes there")
+        self.progress.close()
+        return self.finish()
+
+    def set_learning_rate(self, step: int) -> None:
+        """Set the learning rate of `step`."""
+        factor = learning_rate_factor(self.settings.lr_scheduler, step, self.settings.warmup_steps, self.total_steps)
+        self.learning_rate = self.optim.learning_rate * factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+
+    def train_step(self, step: int) -> None:
+        """Make one step: data, noise, prediction, loss, backward, clip, optimiser, EMA. Nothing waits for the device."""
+        losses, timesteps = [], []
+        for rows in self.slices:  # the micro-batches of gradient accumulation
+            batch, noise = next(self.batches), self.sample_noise(step)[rows]
+            losses.append(self.forward_backward(batch, noise, sync_grads=rows is self.slices[-1]))
+            timesteps.append(noise.timesteps)
+        norm = self.accelerator.clip_grad_norm_(self.transformer.parameters(), self.settings.max_grad_norm)
+        self.state.optimizer.found_inf = (~torch.isfinite(norm)).float()  # fused AdamW skips the update if it is set
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.state.ema.step(self.transformer.parameters())
+        self.state.metrics.add(torch.cat(losses), torch.cat(timesteps), norm)
+
+    def forward_backward(self, batch: Batch, noise: StepNoise, sync_grads: bool = True) -> torch.Tensor:
+        """Add the gradients of some rows of a step's global batch; return their losses (n,), on the device."""
+        batch = drop_captions(batch, noise.dropped, self.empty)
+        index = self.cache.index
+        latents = sample_posterior(batch.moments, noise.posterior_noise, index["vae_scaling"], index["vae_shift"])
+        with nullcontext() if sync_grads else self.accelerator.no_sync(self.network):
+            text = (batch.tokens, batch.mask, batch.pooled)
+            losses = diffusion_loss(self.network, self.objective, latents, noise.noise, noise.timesteps, *text)
+            # Processes' gradients are averaged, so that each counts for as many images as it has.
+            loss = losses.sum() * (self.accelerator.num_processes / self.batch_size)
+            # A loss that has exploded becomes NaN, and so do the gradients: the step is skipped.
+            exploded = losses.detach().mean() > MAX_LOSS
+            self.accelerator.backward(loss * torch.where(exploded, float("nan"), 1.0))
+        return losses.detach()
+
+    def sample_noise(self, step: int) -> StepNoise:
+        """Sample the randomness of the global batch of `step`."""
+        shape, dropout = self.cache.latent_shape, self.settings.caption_dropout
+        return sample_step_noise(shape, self.settings.seed, step, self.batch_size, dropout, self.objective, self.device)
+
+    def train_step_or_explain(self, step: int) -> None:
+        """Make one step; raise a `UserError` that says which batch size would fit where this one does not."""
+        try:
+            return self.train_step(step)
+        except torch.OutOfMemoryError:
+            pass  # what the step holds is free only when this clause is left
+        self.optimizer.zero_grad()
+        # The optimiser's moments need memory, too: before the first step they are not there yet.
+        moments = [torch.empty_like(p) for p in self.transformer.parameters() for _ in range(2)] if not self.state.step else []
+        fits = largest_batch_that_fits(lambda count: self.redo(step, slice(0, count)), self.settings.batch_size)
+        del moments
+        raise UserError(oom_message(self.settings, fits))
+
+    def redo(self, step: int, rows: slice) -> None:
+        """Compute the gradients of some rows of `step` again, outside the order of the batches."""
+        settings = self.settings
+        batch = read_batch(self.cache, settings.seed, step, self.batch_size, settings.horizontal_flip, rows).to(self.device)
+        self.forward_backward(batch, self.sample_noise(step)[rows])
+
+    def log(self, done: int) -> None:
+        """Log the means since the last log; raise a `UserError` after too many steps in a row without finite gradients."""
+        metrics = self.state.metrics.compute_and_reset(self.accelerator, self.batch_size, self.seconds_per_image_at_peak)
+        self.last_metrics = metrics | {"learning_rate": self.learning_rate}
+        with self.state.metrics.paused():
+            _log_metrics(self.last_metrics, done, self.total_steps, self.logger, self.progress)
+            skipped = self.state.metrics.nonfinite_in_a_row
+            if skipped >= self.settings.max_nonfinite_steps:
+                self.save_checkpoint(wait=True)
+                self.redo(done - skipped, self.slices[0])
+                raise UserError(_explain_nonfinite(self.transformer, done - skipped, done, self.checkpoints))
+
+    def validate(self, done: int) -> bool:
+        """Measure and log the validation losses of the EMA weights and of the raw ones; return whether to stop early."""
+        settings, patience, best = self.settings, self.settings.early_stopping_patience, self.state.early_stopping
+        arguments = (self.cache, self.val_objective, settings.batch_size, VALIDATION_IMAGES, self.accelerator)
+        with self.state.metrics.paused():
+            with self.state.ema_weights() as ema:
+                self.val_loss = validation_loss(ema, *arguments)
+            raw = validation_loss(self.transformer.eval(), *arguments)
+            self.transformer.train()
+            self.logger.log_metrics(done, {"val_loss": self.val_loss, "val_loss_raw": raw})
+            line = f"step {done}/{self.total_steps} validation loss {self.val_loss:.4f} (EMA), {raw:.4f} (raw)"
+            self.logger.log_line(line, echo=False)
+            if not patience:
+                return False
+            best.update(self.val_loss, done, self.state.ema)
+            if best.num_bad_evals < patience:
+                return False
+            self.logger.log_line(f"stopped early at step {done}: the lowest validation loss was at step {best.step}")
+            return True
+
+    def preview(self, done: int) -> None:
+        """Sample and log a grid of images with the EMA weights."""
+        if not (self.accelerator.is_main_process and self.decode):
+            return
+        with self.state.metrics.paused(), self.state.ema_weights() as ema:
+            autocast = self.accelerator.autocast
+            image = sample_preview(ema, self.cache, self.val_objective, PREVIEW_IMAGES, self.decode, autocast)
+            self.logger.log_preview(done, image)
+
+    def save_checkpoint(self, wait: bool = False) -> None:
+        """Save all that is needed to resume; with `wait`, until it is on the disk. Every process has to call this."""
+        tensors = self.state.tensors()
+        if self.accelerator.is_main_process:
+            about = {
+                "seconds": self.seconds_before + time.perf_counter() - self.started,
+                "logger": self.logger.state(),
+                "precision": self.accelerator.mixed_precision,
+            }
+            self.checkpoints.save(self.state.step, tensors, self.state.record() | about)
+        if wait:
+            self.checkpoints.wait()
+            self.accelerator.wait_for_everyone()
+
+    def stop_requested(self, request: StopRequest, logs: bool) -> bool:
+        """Return whether a signal came; several processes look together, at the steps that log."""
+        if self.accelerator.num_processes == 1:
+            return request.name is not None
+        if not logs:
+            return False
+        asked = torch.tensor(float(request.name is not None), device=self.device)
+        return self.accelerator.reduce(asked).item() > 0
+
+    def finish(self) -> tuple[DiT, dict[str, float]]:
+        """Return the transformer with the EMA weights, or the best ones of early stopping, and the summary."""
+        seconds = self.seconds_before + time.perf_counter() - self.started
+        self.checkpoints.wait()
+        self.accelerator.wait_for_everyone()
+        best = self.state.early_stopping
+        result = build_model(self.cache, self.model, self.settings.seed)
+        for parameter, value in zip(result.parameters(), best.weights or self.state.ema.shadow_params, strict=True):
+            parameter.data.copy_(value)
+        return result, {
+            "steps": self.state.step,
+            "train_loss": self.last_metrics["train_loss"],
+            "val_loss": best.loss if best.weights else self.val_loss,
+            "images_per_second": self.state.step * self.batch_size / seconds,
+            "mfu": self.last_metrics["mfu"],
+            "seconds": seconds,
+            "parameters": result.num_parameters(),
+        }
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.step >= self.total_steps:
+            raise UserError(f"{checkpoint.path}: of step {checkpoint.step}, but the settings ask for {self.total_steps} steps only")
+        self.state.load(checkpoint)
+        self.seconds_before = checkpoint.record["seconds"]
+        self.logger.restore(checkpoint.record["logger"], checkpoint.step)
+        self.logger.echo(f"resuming after step {checkpoint.step} of {self.total_steps}")
+
+    def _log_start(self, flops: int) -> None:
+        processes, precision = self.accelerator.num_processes, self.accelerator.mixed_precision
+        share = f", {processes} processes" if processes > 1 else ""
+        self.logger.log_line(
+            f"{len(self.cache.train)} images, {self.total_steps} steps of {self.batch_size}, "
+            f"{precision} on {self.device.type}{share}"
+        )
+        parameters = self.transformer.num_parameters() / 1e6
+        self.logger.log_line(f"{parameters:.1f} M parameters, {flops / 1e9:.2f} GFLOP per image and step")
+
+
+def _make_accelerator(train: Train, runtime: Runtime, logger: MetricLogger, resume: Checkpoint | None) -> Accelerator:
+    resumed_from = resume.record.get("precision") if resume else None
+    (precision,) = broadcast_object_list([choose_precision(train.mixed_precision, logger.log_line, resumed_from)])
+    keep_buffers = DistributedDataParallelKwargs(broadcast_buffers=False)  # the text's statistics never change
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[keep_buffers])
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+        return accelerator
+    torch.set_float32_matmul_precision("high")  # TF32 where bf16 is not asked for
+    if runtime.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return accelerator
+
+
+def _log_metrics(metrics: dict[str, float], done: int, total_steps: int, logger: MetricLogger, progress: tqdm) -> None:
+    rate = metrics["images_per_second"]
+    speed = f"{rate:.{0 if rate >= 10 else 2}f} images/s"
+    progress.set_postfix_str(f"loss {metrics['train_loss']:.3f}, {speed}, MFU {metrics['mfu']:.0%}")
+    logger.log_metrics(done, metrics)
+    memory = f" {metrics['gpu_memory_gb']:.1f} GB" if "gpu_memory_gb" in metrics else ""
+    logger.log_line(
+        f"step {done}/{total_steps} loss {metrics['train_loss']:.4f} grad {metrics['grad_norm']:.2f} "
+        f"lr {metrics['learning_rate']:.2e} {speed} MFU {metrics['mfu']:.1%}{memory}",
+        echo=False,
+    )
+    if metrics["skipped_steps"]:
+        logger.log_line(f"{metrics['skipped_steps']:.0f} steps up to step {done} were skipped: loss or gradients not finite")
+
+
+def _explain_nonfinite(transformer: DiT, first: int, done: int, checkpoints: Checkpoints) -> str:
+    """Word why a training ends whose steps are all skipped, from the gradients of the first of them."""
+    names = [n for n, p in transformer.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    where = f"the first parameter with such a gradient is {names[0]}" if names else "its gradients are finite by now"
+    return (
+        f"the {done - first} steps after step {first} were skipped (train.max_nonfinite_steps): loss or gradients not finite; "
+        f"{where}. The last good state is in {checkpoints.folder}; a lower learning_rate or max_grad_norm may help"
+    )

@@ -1,0 +1,58 @@
+"""A small latent cache of random numbers, by the real writer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from dit.encode.cache_writer import ShardBuffer, assemble_cache
+from dit.latents.cache import LatentCache
+
+FINGERPRINT = "the tests"
+
+
+def write_cache(
+    folder: Path, images: int = 24, val: int = 6, shards: int = 2, size: int = 8, captions: int = 2, views: int = 2
+) -> LatentCache:
+    """A cache of random moments and text: `images` images of `views` views, with `captions` captions each, of 3 to 9 tokens."""
+    source = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=source)
+
+    mean, log_variance = random(images, views, 4, size, size), torch.full((images, views, 4, size, size), -9.0)
+    moments = torch.cat([mean, log_variance], dim=2)  # hardly any variance
+    tokens = [random(3 + k % 7, 32) for k in range(images * captions)]
+    pooled = random(images * captions, 16)
+    sides = ["left" if (k // captions + k % captions) % 4 == 0 else "top" for k in range(images * captions)]
+    rows = [
+        {
+            "image": f"images/{k // captions}.png",
+            "text": f"caption {k % captions} of image {k // captions}, {sides[k]}",
+            "split": "val" if k // captions < val else "train",
+        }
+        for k in range(images * captions)
+    ]
+    step = -(-images // shards)
+    for number, start in enumerate(range(0, images, step)):
+        end = min(start + step, images)
+        own = slice(start * captions, end * captions)
+        lengths, no_flip = [len(row) for row in tokens[own]], [side == "left" for side in sides[own]]
+        buffer = ShardBuffer([i < val for i in range(start, end)], [captions] * (end - start), lengths, no_flip)
+        buffer.add(moments[start:end], tokens[own], pooled[own])
+        buffer.write(folder / "parts", number, rows[own], FINGERPRINT)
+    source_record = {"name": "builtin", "revision": None, "resolved": None}
+    about = {
+        "fingerprint": FINGERPRINT,
+        "image_size": 8 * size,
+        "vae_scaling": 0.5,
+        "vae_shift": 0.0,
+        "vae": source_record,
+        "clip": source_record,
+        "val_images": val,
+    }
+    assemble_cache(folder / "parts", shards, folder, about, (random(2, 32), random(16)))
+    shutil.rmtree(folder / "parts")
+    return LatentCache(folder)

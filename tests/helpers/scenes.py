@@ -1,0 +1,51 @@
+"""Drawings that no training has seen, their captions, and what the CLIP in the box says of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from dit.encoders.loading import EncoderSource
+from dit.evaluation.clip import ClipFeatures
+from dit.shapes.captions import describe
+from dit.shapes.scene import Description, Scene, render, sample_description, sample_scene
+
+
+@functools.cache
+def clip() -> ClipFeatures:
+    return ClipFeatures(EncoderSource("builtin"))
+
+
+def features(pictures: Sequence[Image.Image], mirrored: bool = False) -> torch.Tensor:
+    pictures = [ImageOps.mirror(picture) for picture in pictures] if mirrored else pictures
+    return clip().of_images(pictures, len(pictures), "CLIP")
+
+
+def descriptions(seed: int, count: int, wanted: Callable[[Description], bool] = lambda _: True) -> list[Description]:
+    """`count` descriptions as the recipe shapes makes them, of those that are `wanted`."""
+    found, k = [], 0
+    while len(found) < count:
+        description = sample_description(np.random.default_rng([9000, seed, k]))
+        found += [description] if wanted(description) else []
+        k += 1
+    return found
+
+
+def several(description: Description) -> bool:
+    return len(description.things) > 1
+
+
+def drawn(described: Sequence[Description], seed: int) -> list[Image.Image]:
+    return [render(scene) for scene in scenes(described, seed)]
+
+
+def scenes(described: Sequence[Description], seed: int) -> list[Scene]:
+    return [sample_scene(description, np.random.default_rng([9001, seed, k])) for k, description in enumerate(described)]
+
+
+def captions(described: Sequence[Description]) -> list[str]:
+    return [describe(description, np.random.default_rng([9002, k])) for k, description in enumerate(described)]

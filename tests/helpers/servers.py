@@ -1,0 +1,135 @@
+"""A file server on loopback as bad as a bad line: it drops, delays and truncates some of its answers. What it may serve."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import random
+import re
+import threading
+import time
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dit.dataset.filters import inside
+
+DELAY = 0.3  # seconds
+
+
+@dataclass
+class Log:
+    """What a server did: (name, first byte asked for or None) of every request, and how often it played which trick."""
+
+    asked: list[tuple[str, int | None]] = field(default_factory=list)
+    tricks: dict[str, int] = field(default_factory=lambda: {"drop": 0, "delay": 0, "truncate": 0})
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.asked]
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Files of a folder with ETag, Range and If-Range (RFC 9110, sections 13 and 14)."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        with self.server.lock:
+            self.server.log.asked.append((path.name, int(wanted[1]) if wanted else None))
+            trick = self.server.choose(path.name)
+            if trick:
+                self.server.log.tricks[trick] += 1
+        if trick == "drop":
+            self.close_connection = True
+            return
+        if trick == "delay":
+            time.sleep(DELAY)
+        if not path.is_file():
+            self.send_error(404)
+            return
+        content = path.read_bytes()
+        etag = f'"{hashlib.md5(content).hexdigest()}"'
+        start = int(wanted[1]) if wanted and self.headers.get("If-Range") == etag else 0
+        if start > len(content) or (start and start == len(content)):
+            self.send_response(416)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("ETag", etag)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        body = content[start:]
+        self.wfile.write(body[: len(body) // 2] if trick == "truncate" else body)
+        self.close_connection |= trick == "truncate"
+
+
+@contextmanager
+def serve(folder: Path, choose=lambda name: None):
+    """Serve `folder`; yields its address and a `Log`. `choose(name)` says which trick, if any, is played on a request."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    server.log, server.lock, server.choose = Log(), threading.Lock(), choose
+    server.handle_error = lambda *_: None  # a client that was killed is no news
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", server.log
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def bad_line(share: float, seed: int = 0):
+    """A `choose` that plays some trick on `share` of the requests."""
+    chance = random.Random(seed)
+    return lambda name: chance.choice(["drop", "delay", "truncate"]) if chance.random() < share else None
+
+
+def once(trick: str, names):
+    """A `choose` that plays `trick` on the first request for each of `names`."""
+    left = set(names)
+
+    def choose(name: str) -> str | None:
+        if name in left:
+            left.discard(name)
+            return trick
+        return None
+
+    return choose
+
+
+def picture(seed: int, size: tuple[int, int] = (48, 32), kind: str = "JPEG") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind)
+    return stream.getvalue()
+
+
+def make_mirror(folder: Path, names: list[str], split: str = "val2017") -> None:
+    """The layout of the COCO site; image k has licence k, of which the first three are known."""
+    images = [{"id": 100 - k, "file_name": name, "license": k} for k, name in enumerate(names)]
+    rows = [
+        {"id": 10 * k + c, "image_id": 100 - k, "caption": f"caption {c} of {k}\n"} for k in range(len(names)) for c in range(3)
+    ]
+    licences = [{"id": k, "url": f"https://example.org/{k}"} for k in range(3)]
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    (folder / split).mkdir()
+    with zipfile.ZipFile(folder / "annotations" / "annotations_trainval2017.zip", "a") as archive:
+        content = {"licenses": licences, "images": images, "annotations": rows}
+        archive.writestr(f"annotations/captions_{split}.json", json.dumps(content))
+    for k, name in enumerate(names):
+        if inside(name) and "/" not in name:
+            (folder / split / name).write_bytes(picture(k, (320, 240)))

@@ -1,0 +1,86 @@
+"""What the tests of training share: a small transformer, quick settings, and a journal in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from dit.config import Model, Optim, Runtime, Train, load_config
+from dit.latents.cache import LatentCache
+from dit.model.transformer import DiT
+from dit.training.checkpoint import Checkpoint, Checkpoints
+from dit.training.logging import NullLogger
+from dit.training.trainer import Trainer
+from helpers import REPO
+
+PARAMS = load_config(REPO / "params.yaml")
+MODEL = Model(patch_size=2, hidden_size=64, num_layers=2, num_heads=4)
+CPU = torch.device("cpu")
+
+
+class Notes(NullLogger):
+    """A journal that only remembers."""
+
+    def __init__(self, on_log: Callable[[str], None] = lambda line: None):
+        super().__init__()
+        self.pictures: dict[int, Image.Image] = {}
+        self.on_log = on_log
+
+    def log_metrics(self, step: int, values: dict[str, float]) -> None:
+        values = {name: value for name, value in values.items() if math.isfinite(value)}  # as the real one
+        self.curves.setdefault(step, {}).update(values)
+
+    def log_preview(self, step: int, picture: Image.Image) -> None:
+        self.pictures[step] = picture
+
+    def log_line(self, line: str, echo: bool = True) -> None:
+        self.lines.append(line)
+        self.on_log(line)
+
+    def echo(self, line: str) -> None:
+        self.lines.append(line)
+
+    def restore(self, state: dict, step: int) -> None:
+        self.curves, self.lines = dict(state["curves"]), list(state["lines"])
+
+
+def settings(train: dict | None = None, runtime: dict | None = None, **optim) -> tuple[Optim, Train, Runtime]:
+    """Settings for seconds: 9 steps of 6 of the 18 training images of `conftest.write_cache`, unless told otherwise."""
+    quick = {"batch_size": 6, "warmup_steps": 2, "mixed_precision": "no", "validate_every": 4}
+    often = {"log_every": 2, "sample_every": 4, "checkpoint_every": 4}
+    return (
+        Optim(**{"num_epochs": 3, "learning_rate": 1e-3, "logit_mean": 0.0, "compile_model": False} | optim),
+        replace(PARAMS.train, **quick | (train or {})),
+        replace(PARAMS.runtime, **often | (runtime or {})),
+    )
+
+
+def run(
+    cache: LatentCache,
+    folder: Path,
+    train: dict | None = None,
+    runtime: dict | None = None,
+    journal: Notes | None = None,
+    resume: Checkpoint | None = None,
+    **optim,
+) -> tuple[DiT, dict[str, float]]:
+    """Train with checkpoints in `folder`."""
+    AcceleratorState._reset_state()  # accelerate keeps the precision of a process's first training
+    checkpoints = Checkpoints(folder, keep=2)
+
+    def decode(latents: torch.Tensor) -> list[Image.Image]:
+        return [Image.new("RGB", (64, 64))] * len(latents)
+
+    blocks = (MODEL, *settings(train, runtime, **optim))
+    return Trainer(cache, *blocks, journal or Notes(), decode, checkpoints, resume).train()
+
+
+def same(first: DiT, second: DiT) -> bool:
+    """Whether all weights are equal, bit by bit."""
+    return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

@@ -1,0 +1,205 @@
+"""COCO over a good line, a bad line and none; annotations that lie."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from dit.errors import UserError
+from dit.sources import coco, fetch
+from dit.sources.http import CHUNK, Downloader
+from helpers import SHARED
+from helpers.servers import bad_line, make_mirror, once, serve
+from helpers.sources import RUNTIME, captions_of, coco_data
+
+
+@pytest.fixture
+def kept_downloads(monkeypatch, tmp_path):
+    """What is kept between runs, in a place of its own."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "root"))
+
+
+NAMES = [f"{k:012d}.jpg" for k in range(8)]
+
+
+@pytest.mark.usefixtures("kept_downloads")
+def test_coco_images_arrive_byte_for_byte_and_a_body_that_ends_early_is_gone_on_with(tmp_path):
+    make_mirror(tmp_path / "mirror", NAMES)
+    with serve(tmp_path / "mirror", once("truncate", NAMES[:3])) as (url, log):
+        report = fetch(coco_data(url, 8), tmp_path / "out", RUNTIME)
+    assert report.images == 8 and report.captions == 16 and not report.bad
+    for name in NAMES:
+        content = (tmp_path / "mirror" / "val2017" / name).read_bytes()
+        assert (tmp_path / "out" / "images" / name).read_bytes() == content
+        starts = [start for asked, start in log.asked if asked == name]
+        assert starts[0] is None and len(starts) == (2 if name in NAMES[:3] else 1)
+        assert len(starts) == 1 or len(content) // 2 - CHUNK < starts[1] <= len(content) // 2
+    assert captions_of(tmp_path / "out")[f"images/{NAMES[2]}"] == ["caption 0 of 2", "caption 1 of 2"]
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("*.version"))
+
+
+@pytest.mark.usefixtures("kept_downloads")
+def test_more_images_fetch_only_those_that_are_missing(tmp_path):
+    make_mirror(tmp_path / "mirror", NAMES)
+    with serve(tmp_path / "mirror") as (url, log):
+        for folder, seed, count in (("a", 0, 4), ("b", 0, 4), ("c", 1, 4), ("d", 0, 6)):
+            before = len(log.asked)
+            fetch(coco_data(url, count, seed=seed), tmp_path / folder, RUNTIME)
+            if folder == "b":
+                assert len(log.asked) == before
+        assert sorted(log.names()) == sorted(set(log.names()))
+    a, b, c, d = (set(captions_of(tmp_path / folder)) for folder in "abcd")
+    assert a == b != c and a < d
+
+
+@pytest.mark.usefixtures("kept_downloads")
+def test_a_download_goes_on_after_a_kill_unless_the_file_has_changed(tmp_path):
+    (tmp_path / "mirror").mkdir()
+    for name, content in (("same", b"0123456789" * 1000), ("changed", b"abcdefghij" * 1000)):
+        (tmp_path / "mirror" / name).write_bytes(content)
+        (tmp_path / f"{name}.part").write_bytes(content[:4000])
+        (tmp_path / f"{name}.version").write_text(f'"{hashlib.md5(content).hexdigest()}"')
+    (tmp_path / "mirror" / "changed").write_bytes(b"something else")
+    with serve(tmp_path / "mirror") as (url, log):
+        for name in ("same", "changed"):
+            assert Downloader("key").save(f"{url}/{name}", tmp_path / name) is None
+            assert (tmp_path / name).read_bytes() == (tmp_path / "mirror" / name).read_bytes()
+    assert log.asked == [("same", 4000), ("changed", 4000)]
+
+
+@pytest.mark.usefixtures("kept_downloads")
+def test_a_beginning_longer_than_the_whole_is_thrown_away(tmp_path):
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror" / "file").write_bytes(b"short")
+    (tmp_path / "file.part").write_bytes(b"longer than that")
+    (tmp_path / "file.version").write_text(f'"{hashlib.md5(b"short").hexdigest()}"')
+    with serve(tmp_path / "mirror") as (url, _):
+        assert Downloader("key").save(f"{url}/file", tmp_path / "file") is None
+    assert (tmp_path / "file").read_bytes() == b"short"
+
+
+@pytest.mark.usefixtures("kept_downloads")
+def test_both_splits_and_licences(tmp_path):
+    make_mirror(tmp_path / "mirror", NAMES[:4])
+    make_mirror(tmp_path / "mirror", [f"9{name[1:]}" for name in NAMES[:3]], split="train2017")
+    with serve(tmp_path / "mirror") as (url, log):
+        report = fetch(coco_data(url, 7, split="both"), tmp_path / "out", RUNTIME)
+    assert report.images == 7 and sum(name.startswith("9") for name in log.names()) == 3
+    rows = json.loads((tmp_path / "out" / "metadata.json").read_text())
+    licences = {row["image"]: row.get("licence") for row in rows}
+    assert licences["images/000000000000.jpg"] == "https://example.org/0" and licences["images/000000000003.jpg"] is None
+
+
+@pytest.mark.usefixtures("kept_downloads")
+def test_a_missing_coco_image_is_set_aside(tmp_path):
+    make_mirror(tmp_path / "mirror", NAMES)
+    (tmp_path / "mirror" / "val2017" / NAMES[5]).unlink()
+    with serve(tmp_path / "mirror") as (url, _):
+        report = fetch(coco_data(url, 8, max_bad_fraction=0.2), tmp_path / "out", RUNTIME)
+    assert report.bad == [{"image": NAMES[5], "reason": "the server answers 404 Not Found"}]
+    assert report.images == 7
+
+
+@pytest.mark.usefixtures("kept_downloads")
+def test_a_damaged_coco_image_is_asked_for_again_the_next_time(tmp_path):
+    make_mirror(tmp_path / "mirror", NAMES)
+    good = (tmp_path / "mirror" / "val2017" / NAMES[5]).read_bytes()
+    (tmp_path / "mirror" / "val2017" / NAMES[5]).write_bytes(good[:500])
+    with serve(tmp_path / "mirror") as (url, _):
+        report = fetch(coco_data(url, 8, max_bad_fraction=0.2), tmp_path / "out", RUNTIME)
+        assert [row["image"] for row in report.bad] == [NAMES[5]] and "damaged" in report.bad[0]["reason"]
+        (tmp_path / "mirror" / "val2017" / NAMES[5]).write_bytes(good)
+        assert fetch(coco_data(url, 8), tmp_path / "again", RUNTIME).images == 8
+
+
+@pytest.mark.parametrize("name", ["../evil.jpg", "/etc/evil.jpg", "sub/evil.jpg", "C:evil.jpg", "ev\x00il.jpg", ""])
+@pytest.mark.usefixtures("kept_downloads")
+def test_a_name_that_leaves_the_folder_is_set_aside_and_not_asked_for(tmp_path, name):
+    make_mirror(tmp_path / "mirror", ["1.jpg", "2.jpg", name])
+    with serve(tmp_path / "mirror") as (url, log):
+        report = fetch(coco_data(url, 3, max_bad_fraction=0.4), tmp_path / "out", RUNTIME)
+        assert report.bad == [{"image": name, "reason": "its name does not stay in its folder"}]
+        assert report.images == 2 and len(log.asked) == 3
+        with pytest.raises(UserError, match="coco.data.max_bad_fraction: 1 of 3 images are unusable"):
+            fetch(coco_data(url, 3), tmp_path / "out", RUNTIME)
+
+
+@pytest.mark.usefixtures("kept_downloads")
+def test_an_image_that_comes_twice_is_used_once(tmp_path):
+    make_mirror(tmp_path / "mirror", ["1.jpg", "2.jpg", "1.jpg"])
+    with serve(tmp_path / "mirror") as (url, log):
+        report = fetch(coco_data(url, 3, max_bad_fraction=0.4), tmp_path / "out", RUNTIME)
+    assert report.bad == [{"image": "1.jpg", "reason": "its name comes twice in the annotations"}]
+    assert report.images == 2 and log.names().count("1.jpg") == 1
+
+
+def write_annotations(path: Path, content: object, member: str = "annotations/captions_val2017.json") -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(member, content if isinstance(content, bytes) else json.dumps(content))
+    return path
+
+
+def test_an_id_that_comes_twice_is_used_once(tmp_path):
+    images = [{"id": 5, "file_name": "a.jpg"}, {"id": 5, "file_name": "b.jpg"}, {"id": 6, "file_name": "c.jpg"}]
+    rows = [{"id": k, "image_id": image, "caption": "x"} for k, image in enumerate((5, 5, 6))]
+    photos = coco.read_captions(write_annotations(tmp_path / "a.zip", {"images": images, "annotations": rows}), ("val2017",))
+    assert [(photo.name, photo.problem) for photo in photos] == [
+        ("a.jpg", None),
+        ("b.jpg", "image id 5 comes twice in the annotations"),
+        ("c.jpg", None),
+    ]
+
+
+def test_of_a_zip_with_absolute_paths_nothing_is_unpacked(tmp_path):
+    outside = tmp_path / "outside.json"
+    content = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 1, "image_id": 1, "caption": "a cat"}]}
+    archive = write_annotations(tmp_path / "a.zip", content)
+    with zipfile.ZipFile(archive, "a") as more:
+        more.writestr(str(outside), "{}")
+        more.writestr("../outside.json", "{}")
+    before = sorted(tmp_path.rglob("*"))
+    assert [photo.captions for photo in coco.read_captions(archive, ("val2017",))] == [["a cat"]]
+    assert sorted(tmp_path.rglob("*")) == before
+    absolute = write_annotations(tmp_path / "b.zip", content, "/annotations/captions_val2017.json")
+    with pytest.raises(UserError, match="no readable annotations/captions_val2017.json"):
+        coco.read_captions(absolute, ("val2017",))
+
+
+@pytest.mark.usefixtures("kept_downloads")
+def test_too_many_coco_images_wanted_is_one_clear_line(tmp_path):
+    make_mirror(tmp_path / "mirror", ["1.jpg", "2.jpg"])
+    with serve(tmp_path / "mirror") as (url, _), pytest.raises(UserError, match="3 images wanted, val2017 has 2"):
+        fetch(coco_data(url, 3), tmp_path / "out", RUNTIME)
+
+
+def test_an_unreachable_host_is_one_clear_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    for attempt in (
+        lambda: coco.check_host("http://127.0.0.1:9"),
+        lambda: fetch(coco_data("http://127.0.0.1:9", 2), tmp_path, RUNTIME),
+    ):
+        with pytest.raises(UserError, match=r"coco.data.base_url: cannot reach http://127.0.0.1:9 \(refused\)"):
+            attempt()
+
+
+@pytest.mark.skipif(not (SHARED / "coco-mirror").is_dir(), reason="the folder of real COCO images is not beside this repository")
+@pytest.mark.usefixtures("kept_downloads")
+def test_all_real_coco_files_arrive_over_a_bad_line_and_are_asked_for_once(tmp_path):
+    mirror = SHARED / "coco-mirror"
+    files = {path.name: path for split in ("val2017", "train2017") for path in (mirror / split).glob("*.jpg")}
+    with serve(mirror, bad_line(0.2)) as (url, log):
+        data = coco_data(url, len(files), split="both", captions_per_image=5)
+        report = fetch(data, tmp_path / "out", RUNTIME)
+        assert min(log.tricks.values()) >= 5, log.tricks
+        asked = len(log.asked)
+        fetch(data, tmp_path / "again", RUNTIME)
+        assert len(log.asked) == asked
+    assert report.images == len(files) == 250 and not report.bad
+    for folder in ("out", "again"):
+        arrived = {path.name: path.read_bytes() for path in (tmp_path / folder / "images").iterdir()}
+        assert arrived == {name: path.read_bytes() for name, path in files.items()}
+    assert all(texts and all(text == text.strip() for text in texts) for texts in captions_of(tmp_path / "out").values())

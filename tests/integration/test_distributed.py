@@ -1,0 +1,116 @@
+"""Two gloo processes train what one does, and each says and writes what it should."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dit.training.data import rank_slices
+from helpers import REPO
+from helpers.cache import write_cache
+from helpers.training import settings
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{repo!r}, {tests!r}]
+import torch
+torch.set_num_threads(1)
+from accelerate import PartialState
+from safetensors.torch import save_file
+from dit.latents.cache import LatentCache
+from dit.training.checkpoint import Checkpoints
+from dit.training.logging import NullLogger
+from helpers.training import Notes, run
+state = PartialState(cpu=True)
+notes = Notes() if state.is_main_process else NullLogger()
+folder = Path({out!r}) / "checkpoints"
+resume = Checkpoints(folder, 2).newest(print)
+state.wait_for_everyone()
+if {resumes!r}:
+    assert resume
+model, summary = run(LatentCache({cache!r}), folder, {train!r}, journal=notes, resume=resume, num_epochs={epochs})
+save_file(model.state_dict(), Path({out!r}) / f"rank{{state.process_index}}.safetensors")
+losses = [values["train_loss"] for values in notes.curves.values() if "train_loss" in values]
+(Path({out!r}) / f"curve{{state.process_index}}.txt").write_text(" ".join(map(str, losses)))
+"""
+
+
+def train_with(processes: int, cache, out, train: dict, epochs: int, resumes: bool = False) -> dict[str, torch.Tensor]:
+    """Weights of the first process; a second call with the same `out` goes on from the last checkpoint there."""
+    out.mkdir(exist_ok=resumes)
+    code = SCRIPT.format(
+        repo=str(REPO),
+        tests=str(REPO / "tests"),
+        cache=str(cache.folder),
+        out=str(out),
+        train=train,
+        epochs=epochs,
+        resumes=resumes,
+    )
+    launch = f"from stages.processes import run_processes; run_processes([{sys.executable!r}, '-c', {code!r}], {processes})"
+    command = [sys.executable, "-c", code if processes == 1 else launch]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return load_file(out / "rank0.safetensors")
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"batch_size": 5, "caption_dropout": 0.3},  # 3 and 2 images
+        {"batch_size": 3, "gradient_accumulation_steps": 2, "objective": "ddpm"},
+    ],
+)
+def test_two_processes_come_to_one_processs_weights(tmp_path, train):
+    cache = write_cache(tmp_path / "cache")
+    epochs = -(-50 * train["batch_size"] * train.get("gradient_accumulation_steps", 1) // len(cache.train))  # 50 steps
+    one = train_with(1, cache, tmp_path / "one", train, epochs)
+    two = train_with(2, cache, tmp_path / "two", train, epochs)
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+    other = load_file(tmp_path / "two" / "rank1.safetensors")
+    assert all(torch.equal(two[name], other[name]) for name in two)
+    curves = [np.loadtxt(tmp_path / folder / "curve0.txt") for folder in ("one", "two")]
+    assert len(curves[0]) > 20 and np.allclose(*curves, atol=1e-5)
+    assert len(list((tmp_path / "two" / "checkpoints").glob("*.safetensors"))) == 2
+    again = train_with(2, cache, tmp_path / "two", train, epochs, resumes=True)
+    assert all(torch.equal(two[name], again[name]) for name in two)
+
+
+@pytest.mark.parametrize(
+    ("key", "step", "says"),
+    [("'same'", "5", None), ("str(rank)", "5", "`dvc pull`"), ("'same'", "5 * rank", "from steps 0, 5; put .state on a disk")],
+)
+def test_machines_that_would_train_different_things_say_so(key, step, says):
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(REPO)!r})
+from accelerate import PartialState
+from dit.errors import UserError
+from dit.training.checkpoint import Checkpoint, check_ranks_agree
+state = PartialState(cpu=True)
+rank = int(os.environ["RANK"])
+try:
+    check_ranks_agree({key}, Checkpoint({step}, None, {{}}))
+    print("alike")
+except UserError as error:
+    sys.exit(str(error))
+finally:
+    state.destroy_process_group()
+"""
+    launch = f"from stages.processes import run_processes; run_processes([{sys.executable!r}, '-c', {code!r}], 2)"
+    done = subprocess.run([sys.executable, "-c", launch], cwd=REPO, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (says is None), done.stderr
+    assert (says or "alike") in done.stdout + done.stderr
+
+
+def test_rows_are_shared_out_without_gap_or_overlap():
+    train = settings({"batch_size": 7, "gradient_accumulation_steps": 2})[1]
+    shares = [rank_slices(train, 3, number) for number in range(3)]
+    rows = [row for parts in shares for part in parts for row in range(part.start, part.stop)]
+    assert sorted(rows) == list(range(14)) and {len(parts) for parts in shares} == {2}

@@ -1,0 +1,288 @@
+"""Experiments as somebody who knows DVC and MLflow runs them: in the workspace, queued, aside; compared, applied, kept."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+import pytest
+import yaml
+from PIL import Image, ImageChops
+
+from helpers.clones import Clone
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+NAMES = ("smaller-batch", "width-1", "width-2", "aside")
+STAGES = ("download", "encode", "train", "sample", "evaluate")
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Clone:
+    """A project with a first run, and four experiments beside it."""
+    clone = Clone(tmp_path_factory.mktemp("experiments"))
+    clone.dvc("repro")
+    commit(clone, "first run")
+    assert ran(clone.dvc("exp", "run", "-n", "smaller-batch", "-S", "train.batch_size=8")) == ["train", "sample", "evaluate"]
+    back(clone)
+    clone.dvc("exp", "run", "--queue", "-S", "shapes.model.hidden_size=16,24", "-n", "width")
+    assert clone.dvc("queue", "status").stdout.count("Queued") == 2
+    clone.dvc("queue", "start")
+    while any(word in clone.dvc("queue", "status").stdout for word in ("Queued", "Running")):
+        time.sleep(2)
+    clone.dvc("exp", "run", "--temp", "-S", "train.batch_size=12", "-n", "aside")
+    return clone
+
+
+def commit(clone: Clone, message: str) -> None:
+    clone.run("git", "add", "-A")
+    clone.run("git", "commit", "-qm", message)
+
+
+def back(clone: Clone) -> None:
+    """To what the last commit holds."""
+    clone.run("git", "checkout", "-q", ".")
+    clone.dvc("checkout")
+
+
+def ran(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [stage for stage in STAGES if f"Running stage '{stage}'" in done.stdout]
+
+
+def rows(clone: Clone) -> dict[str, dict[str, str]]:
+    """What `dvc exp show` knows of each experiment."""
+    shown = csv.DictReader(clone.dvc("exp", "show", "--csv").stdout.splitlines())
+    return {row["Experiment"]: row for row in shown if row["Experiment"]}
+
+
+def test_queued_experiments_succeed_and_leave_their_logs(clone):
+    status = clone.dvc("queue", "status").stdout
+    assert status.count("Success") == 2 and "Failed" not in status
+    log = clone.dvc("queue", "logs", "width-1")
+    assert ran(log) == ["train", "sample", "evaluate"] and "prompt_accuracy" in log.stdout
+
+
+def test_what_runs_in_the_queue_or_aside_leaves_the_workspace_alone(clone):
+    assert clone.run("git", "status", "--porcelain").stdout == ""
+    assert "up to date" in clone.dvc("status").stdout
+    config = clone.json("models/dit/transformer/config.json")
+    assert config["hidden_size"] == 32
+
+
+def test_each_experiment_has_its_row(clone):
+    shown = rows(clone)
+    assert set(shown) == set(NAMES)
+    assert [shown[name]["shapes.model.hidden_size"] for name in NAMES] == ["32", "16", "24", "32"]
+    assert [shown[name]["train.batch_size"] for name in NAMES] == ["8", "16", "16", "12"]
+    losses = [shown[name]["metrics/evaluate.json:val_loss"] for name in NAMES]
+    assert len(set(losses)) == 4 and all(float(loss) > 0 for loss in losses)
+
+
+def test_each_experiment_has_its_run_in_the_one_store_at_the_root(clone):
+    stores = list(clone.root.rglob("mlflow.db"))
+    assert stores == [clone.root / "mlflow.db"]
+    shown, (first, *parents) = rows(clone), clone.parents()
+    assert "dvc.exp_name" not in first.data.tags
+    assert sorted(run.info.run_name for run in parents) == sorted(NAMES)
+    store, root = clone.store(), clone.root.resolve()
+    for run in parents:
+        name = run.info.run_name
+        assert run.info.status == "FINISHED" and run.data.tags["dvc.exp_name"] == name
+        assert run.data.params["train.batch_size"] == shown[name]["train.batch_size"]
+        assert run.data.params["model.hidden_size"] == shown[name]["shapes.model.hidden_size"]
+        assert run.data.metrics["clip_score"] == float(shown[name]["clip_score"])
+        assert len(store.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")) == 1
+        place = Path(url2pathname(urlparse(run.info.artifact_uri).path))
+        assert place.is_relative_to(root) and not place.is_relative_to(root / ".dvc")
+        assert any(place.rglob("*.png"))
+
+
+def test_the_narrow_table_shows_what_tells_experiments_apart(clone):
+    lines = clone.run(sys.executable, "tools/experiments.py").stdout.splitlines()
+    assert max(map(len, lines)) <= 120
+    end = next(k for k, line in enumerate(lines) if line.startswith("---"))
+    edges = [k for k, mark in enumerate(lines[end]) if mark == "-" and lines[end][max(0, k - 1)] == " " or k == 0]
+    cells = [[line[a:b].strip() for a, b in zip(edges, [*edges[1:], None], strict=True)] for line in lines]
+    headings = ["".join(column) for column in zip(*cells[:end], strict=True)]
+    assert headings == [
+        "experiment",
+        "created",
+        "prompt_accuracy",
+        "prompt_accuracy_unseen",
+        "clip_score",
+        "memorised",
+        "val_loss",
+        "training_seconds",
+        "images_per_second",
+        "shapes.model.hidden_size",
+        "train.batch_size",
+    ]
+    table = {row[0]: dict(zip(headings, row, strict=True)) for row in cells[end + 1 :]}
+    assert set(table) == {clone.run("git", "branch", "--show-current").stdout.strip(), *NAMES}
+    shown = rows(clone)
+    for name in NAMES:
+        assert table[name]["shapes.model.hidden_size"] == shown[name]["shapes.model.hidden_size"]
+        assert float(table[name]["val_loss"]) == pytest.approx(float(shown[name]["metrics/evaluate.json:val_loss"]), rel=1e-3)
+        assert float(table[name]["training_seconds"]) == pytest.approx(float(shown[name]["seconds"]), rel=1e-3)
+
+
+def test_a_run_that_is_not_committed_has_its_row_beside_the_last_commits(clone):
+    def first_column() -> list[str]:
+        lines = clone.run(sys.executable, "tools/experiments.py").stdout.splitlines()
+        return [line.split()[0] for line in lines if line.strip()]
+
+    assert "workspace" not in first_column()
+    path = clone.root / "metrics" / "evaluate.json"
+    committed = path.read_text()
+    path.write_text(json.dumps(json.loads(committed) | {"prompt_accuracy": 0.123}))
+    assert first_column().count("workspace") == 1
+    path.write_text(committed)
+
+
+def test_differences_name_what_was_set_and_what_came_of_it(clone):
+    shown = rows(clone)["width-1"]
+    changed = {"shapes.model.hidden_size": {"old": 32, "new": 16, "diff": -16}}
+    assert json.loads(clone.dvc("params", "diff", "HEAD", "width-1", "--json").stdout) == {"params.yaml": changed}
+    both = json.loads(clone.dvc("exp", "diff", "HEAD", "width-1", "--json").stdout)
+    assert both["params"] == {"params.yaml": changed}
+    metrics = json.loads(clone.dvc("metrics", "diff", "HEAD", "width-1", "--json").stdout)
+    for found in (metrics, both["metrics"]):
+        loss = found["metrics/evaluate.json"]["val_loss"]
+        assert loss["old"] == clone.json("metrics/evaluate.json")["val_loss"]
+        assert loss["new"] == float(shown["metrics/evaluate.json:val_loss"])
+
+
+def specifications(page: str) -> dict[str, dict]:
+    """The Vega specifications in a page of `dvc plots`, by title."""
+    found = [json.JSONDecoder().raw_decode(part)[0] for part in page.split("var spec = ")[1:]]
+    return {spec["title"]["text"]: spec for spec in found}
+
+
+def test_the_page_of_plots_shows_curves_and_pictures_of_both(clone, tmp_path):
+    clone.dvc("plots", "diff", "HEAD", "width-1", "--out", str(tmp_path))
+    page = (tmp_path / "index.html").read_text()
+    curves = specifications(page)
+    assert set(curves) == {
+        "Loss",
+        "Training loss, from little noise to much",
+        "Gradient norm",
+        "Throughput",
+        "Learning rate",
+        "Validation loss, from little noise to much",
+        "Prompt accuracy by attribute",
+        "Prompt accuracy by number of things",
+    }
+    tracked = list(csv.DictReader((clone.root / "metrics" / "curves.csv").open()))
+    for title, spec in curves.items():
+        points = spec["data"]["values"]
+        assert {point["rev"] for point in points} == {"HEAD", "width-1"}, title
+    loss = curves["Loss"]["data"]["values"]
+    assert {point["field"] for point in loss} == {"train_loss", "val_loss", "val_loss_raw"}
+    assert [p["train_loss"] for p in loss if (p["rev"], p["field"]) == ("HEAD", "train_loss")] == [
+        row["train_loss"] for row in tracked
+    ]
+    assert "max-width: 45vw" in page  # two fit beside each other
+    for name, same in (("samples_grids_val", False), ("samples_grids_unseen", False), ("data_reconstructions", True)):
+        pictures = [f"static/{rev}_{name}.png" for rev in ("HEAD", "width-1")]
+        places = [page.index(f'src="{picture}"') for picture in pictures]
+        assert places == sorted(places) and "inline-block" in page[places[0] : places[1]]
+        one, other = (Image.open(tmp_path / picture).convert("RGB") for picture in pictures)
+        assert (ImageChops.difference(one, other).getbbox() is None) == same, name
+
+
+def test_an_experiment_can_be_applied_and_undone(clone):
+    clone.dvc("exp", "apply", "width-1")
+    assert yaml.safe_load((clone.root / "params.yaml").read_text())["shapes"]["model"]["hidden_size"] == 16
+    assert clone.json("models/dit/transformer/config.json")["hidden_size"] == 16
+    assert ran(clone.dvc("repro")) == []
+    assert clone.json("metrics/mlflow.json")["run_id"] in {
+        run.info.run_id for run in clone.parents() if run.info.run_name == "width-1"
+    }
+    back(clone)
+    assert clone.json("models/dit/transformer/config.json")["hidden_size"] == 32
+    assert "up to date" in clone.dvc("status").stdout
+
+
+def test_an_experiment_can_become_a_branch(clone):
+    before = clone.run("git", "branch", "--show-current").stdout.strip()
+    clone.dvc("exp", "branch", "width-2", "wide")
+    clone.run("git", "switch", "-q", "wide")
+    clone.dvc("checkout")
+    assert clone.json("models/dit/transformer/config.json")["hidden_size"] == 24
+    assert "up to date" in clone.dvc("status").stdout
+    clone.run("git", "switch", "-q", before)
+    clone.dvc("checkout")
+    assert "up to date" in clone.dvc("status").stdout
+
+
+def test_what_was_trained_once_is_restored_and_not_trained_again(clone):
+    runs = len(clone.parents())
+    assert ran(clone.dvc("exp", "run", "-S", "train.batch_size=8", "-n", "once-more")) == []
+    assert clone.json("metrics/train.json")["steps"] == 24
+    assert len(clone.parents()) == runs
+    clone.dvc("exp", "remove", "once-more")
+    back(clone)
+
+
+def test_switching_to_other_pictures_and_back_runs_nothing_again(clone):
+    """With one's own pictures: some of the drawn ones, and the encoders in the box, so that no network is needed."""
+    pictures = clone.root.parent / "custom data"
+    pictures.mkdir()
+    for row in clone.json("data/raw/metadata.json")[:16]:
+        shutil.copy(clone.root / "data" / "raw" / row["image"], pictures)
+        (pictures / Path(row["image"]).name).with_suffix(".txt").write_text(row["text"])
+    path = clone.root / "params.yaml"
+    original = path.read_text()
+    values = yaml.safe_load(original)
+    values["recipe"], folder = "folder", values["folder"]
+    folder["data"].update(paths=[str(pictures)], val_fraction=0.25)
+    folder["encode"] = values["shapes"]["encode"]
+    folder["model"], folder["optim"] = values["shapes"]["model"], values["shapes"]["optim"]
+    other = yaml.safe_dump(values, sort_keys=False)
+
+    path.write_text(other)
+    assert ran(clone.dvc("repro")) == list(STAGES)
+    assert clone.json("metrics/download.json")["images"] == 16
+    runs, model = len(clone.parents()), (clone.root / "models/dit/transformer/diffusion_pytorch_model.safetensors").read_bytes()
+    path.write_text(original)
+    assert ran(clone.dvc("repro")) == []
+    assert clone.run("git", "status", "--porcelain").stdout == ""
+    path.write_text(other)
+    assert ran(clone.dvc("repro")) == []
+    assert (clone.root / "models/dit/transformer/diffusion_pytorch_model.safetensors").read_bytes() == model
+    assert len(clone.parents()) == runs
+
+    shutil.copy(next(pictures.glob("*.txt")), pictures / "one_more.txt")
+    shutil.copy(next(pictures.glob("*.png")), pictures / "one_more.png")
+    assert ran(clone.dvc("repro")) == []  # DVC does not watch the folder
+    assert ran(clone.dvc("repro", "-f", "download")) == ["download"]
+    assert clone.json("metrics/download.json")["images"] == 17
+    back(clone)
+    assert "up to date" in clone.dvc("status").stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "stages"),
+    [
+        ("stages/__init__.py", set()),
+        ("dit/tracking.py", set()),
+        ("dit/schedulers.py", {"sample"}),
+        ("dit/evaluation/judge.py", {"evaluate"}),
+        ("dit/training/loop.py", {"train"}),
+        ("dit/diffusion.py", {"train", "sample", "evaluate"}),
+    ],
+)
+def test_an_edit_runs_again_what_it_can_change(clone, file, stages):
+    path = clone.root / file
+    original = path.read_text()
+    path.write_text(original + "\n# edited\n")
+    stale = set(json.loads(clone.dvc("status", "--json").stdout))
+    path.write_text(original)
+    assert stale == stages

@@ -1,0 +1,364 @@
+"""`dit generate` draws what it is told, says in each file how, and says in one line what cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dit import __version__, cli
+from dit.commands.inputs import read_pictures
+from dit.commands.png import read_facts
+from dit.config import DEFAULTS
+from dit.dataset.image_io import open_rgb
+from dit.pipeline.generate import load_pipeline
+from dit.pipeline.pipeline import DiTTextToImagePipeline
+from dit.pipeline.prompts import unknown_words
+from dit.shapes.scene import render, sample_description, sample_scene
+from dit.utils.files import sha256_file
+from helpers import REPO
+
+QUICK = ["--num_inference_steps", "3"]
+
+
+@pytest.fixture
+def there(model, tmp_path, monkeypatch) -> Path:
+    """A folder with models/dit, in which a user works."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "dit").symlink_to(model)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def generate(*arguments: str) -> int:
+    return cli.main(["generate", *QUICK, *arguments])
+
+
+def pixels(path: str | Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+@pytest.fixture
+def scene(there) -> Path:
+    """A picture to start from."""
+    rng = np.random.default_rng(0)
+    render(sample_scene(sample_description(rng), rng)).save(there / "scene.png")
+    return there / "scene.png"
+
+
+def test_the_same_command_gives_the_same_file_that_says_how_it_was_drawn(there, model, capsys):
+    command = ["--prompt", "a red circle", "--negative_prompt", "a blue star", "--seed", "7", "--scheduler", "euler"]
+    assert generate(*command, "--output", "new/a.png") == 0
+    assert capsys.readouterr().out == "new/a.png\n"
+    assert generate(*command, "--output", "b.png", "--num-inference-steps", "3", "--guidance-scale", "2") == 0
+    assert read_facts(Path("b.png"))["guidance_scale"] == "2.0"  # the other spelling is understood
+    assert generate(*command, "--output", "b.png") == 0
+    assert Path("new/a.png").read_bytes() == Path("b.png").read_bytes()
+    assert read_facts(Path("b.png")) == {
+        "prompt": "a red circle",
+        "seed": "7",
+        "negative_prompt": "a blue star",
+        "num_inference_steps": "3",
+        "guidance_scale": str(DEFAULTS["guidance_scale"]),
+        "guidance_interval": "0.0 1.0",
+        "scheduler": "euler",
+        "dtype": str(load_pipeline(model).transformer.dtype).removeprefix("torch."),
+        "height": "64",
+        "width": "64",
+        "model": "sha256:" + sha256_file(model / "transformer" / "diffusion_pytorch_model.safetensors"),
+        "software": f"latent-dit {__version__}",
+    }
+    assert cli.main(["inspect", "b.png"]) == 0
+    assert "negative_prompt      a blue star\n" in capsys.readouterr().out
+    assert sorted(path.name for path in there.rglob("*.png*")) == ["a.png", "b.png"]  # nothing half-written
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ["--seed", "8"],
+        ["--negative_prompt", "a blue star"],
+        ["--guidance_scale", "4"],
+        ["--guidance_interval", "0", "0.5"],
+        ["--scheduler", "heun"],
+        ["--num_inference_steps", "5"],
+    ],
+)
+def test_every_setting_reaches_the_picture_and_its_text(there, setting):
+    base = ["--prompt", "a red circle", "--scheduler", "euler"]
+    assert generate(*base, "--output", "a.png") == 0 and generate(*base, *setting, "--output", "b.png") == 0
+    assert not np.array_equal(pixels("a.png"), pixels("b.png"))
+    name, value = setting[0].strip("-"), " ".join(str(float(x)) if "guidance" in setting[0] else x for x in setting[1:])
+    assert read_facts(Path("b.png"))[name] == value != read_facts(Path("a.png")).get(name)
+
+
+def test_it_draws_what_the_pipeline_draws(there, model):
+    command = ["--prompt", "a red circle", "--seed", "3", "--height", "32", "--width", "96"]
+    assert generate(*command) == 0
+    drawn = load_pipeline(model, DEFAULTS["scheduler"])(
+        "a red circle", height=32, width=96, num_inference_steps=3, generator=[torch.Generator().manual_seed(3)]
+    ).images[0]
+    assert drawn.size == (96, 32) and np.array_equal(pixels("generated.png"), np.asarray(drawn))
+
+
+def test_a_picture_of_several_is_the_one_that_its_seed_gives_whatever_the_batch(there, capsys):
+    Path("prompts.txt").write_text("\ufeffein Würfel, 日本\r\n\n  a blue star \n", encoding="utf-8")
+    several = ["--prompt", "a red circle", "--prompts-file", "prompts.txt", "--num_images_per_prompt", "2", "--seed", "5"]
+    assert generate(*several, "--output", "p/x.png", "--batch_size", "4") == 0
+    assert capsys.readouterr().out.split() == [f"p/x-{k}.png" for k in range(6)]
+    facts = [read_facts(Path(f"p/x-{k}.png")) for k in range(6)]
+    assert [fact["seed"] for fact in facts] == ["5", "6", "7", "8", "9", "10"]
+    assert [fact["prompt"] for fact in facts[::2]] == ["a red circle", "ein Würfel, 日本", "a blue star"]
+    assert generate("--prompt", "a blue star", "--seed", "10") == 0
+    assert np.abs(pixels("generated.png") - pixels("p/x-5.png")).mean() < 1  # rounding
+    assert np.abs(pixels("generated.png") - pixels("p/x-4.png")).mean() > 5
+    assert generate("--prompt", "a blue star", "--seed", "10", "--batch_size", "1") == 0
+    assert read_facts(Path("generated.png")) == facts[5]
+
+
+def test_a_grid_is_one_sheet_with_all_prompts_and_seeds(there, capsys):
+    assert generate("--prompt", "a red circle", "--prompt", "a blue star", "--grid", "--output", "sheet.png") == 0
+    assert capsys.readouterr().out == "sheet.png\n" and [path.name for path in there.glob("*.png")] == ["sheet.png"]
+    facts = read_facts(Path("sheet.png"))
+    assert facts["prompt"].split("\n") == ["a red circle", "a blue star"] and facts["seed"].split("\n") == ["0", "1"]
+    assert generate("--prompt", "a blue star", "--seed", "1") == 0
+    twice = Image.open("generated.png").resize((128, 128), Image.Resampling.LANCZOS)
+    right = pixels("sheet.png")[8:136, 144:272]
+    assert np.abs(np.asarray(twice) - right).mean() < 1 < np.abs(pixels("sheet.png")[8:136, 8:136] - right).mean()
+
+
+def test_a_picture_is_changed_by_its_strength(there, scene):
+    change = ["--prompt", "a red circle", "--image", str(scene), "--num_inference_steps", "10", "--strength"]
+    distances = []
+    for strength in ("0", "0.6", "1"):
+        assert generate(*change, strength) == 0
+        distances.append(np.abs(pixels("generated.png") - pixels(scene)).mean())
+    assert distances[0] < 3 < min(distances[1:]) and distances[1] != distances[2]
+    facts = read_facts(Path("generated.png"))
+    assert facts["image"] == f"sha256:{sha256_file(scene)}" and facts["strength"] == "1.0" and "mask" not in facts
+    assert str(scene) not in str(facts)
+
+
+def test_outside_the_mask_a_picture_stays_as_it_is(there, scene):
+    white = np.zeros((64, 64), np.uint8)
+    white[16:40, 16:48] = 255
+    Image.fromarray(white).save("mask.png")
+    assert generate("--prompt", "a red circle", "--image", str(scene), "--mask", "mask.png") == 0
+    changed = np.abs(pixels("generated.png") - pixels(scene)).max(2)
+    assert changed[white == 0].max() <= 1 and changed[white > 0].mean() > 5
+    facts = read_facts(Path("generated.png"))
+    assert facts["mask"] == f"sha256:{sha256_file(Path('mask.png'))}" and facts["strength"] == "1.0"
+
+
+def test_what_of_a_prompt_is_not_read_is_said_once(there, capsys):
+    long = "a red circle " * 40 + "and the end"
+    prompts = ["--prompt", long, "--prompt", long, "--prompt", "a Giraffe, giraffe, naïve circles", "--prompt", "a red circle."]
+    assert generate(*prompts, "--batch_size", "1") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "drawing" not in line]
+    assert lines[0].startswith("dit: the prompt is longer than 77 tokens; not read: 'a red circle") and "and the end'" in lines[0]
+    assert lines[1:] == [
+        "dit: the text encoder does not know 'giraffe', 'naïve', 'circles', in 'a Giraffe, giraffe, naïve circles'; "
+        "it knows 'circle'"
+    ]
+
+
+def test_a_picture_of_which_the_vae_keeps_little_is_named(there, scene, capsys):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save("noise.png")
+    says = {}
+    for name in ("scene.png", "noise.png"):
+        assert generate("--prompt", "a red circle", "--image", name) == 0
+        says[name] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dit:")]
+    assert says["scene.png"] == []
+    (line,) = says["noise.png"]
+    assert re.fullmatch(r"dit: the VAE of this model keeps little of this picture \(1?\d dB\): it comes out changed", line)
+
+
+def test_a_text_encoder_with_a_large_vocabulary_knows_words_by_their_pieces(model):
+    tokenizer = DiTTextToImagePipeline.from_pretrained(model).tokenizer
+    assert unknown_words(tokenizer, "a giraffe") == ["giraffe"]
+    tokenizer.add_tokens([f"word{k}" for k in range(10_000)])
+    assert unknown_words(tokenizer, "a giraffe") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "no prompt; say what to draw"),
+        (["--prompt", " "], "--prompt: one is empty"),
+        (["--prompt", os.fsdecode(b"caf\xe9")], "--prompt 'caf\\udce9': not UTF-8; set the terminal to UTF-8"),
+        (["--prompt", "a", "--negative_prompt", os.fsdecode(b"\xe9")], "--negative_prompt '\\udce9': not UTF-8"),
+        (["--prompt", "a", "--height", "1" + 20 * "0"], "--height: 100000000000000000000 is more than 100,000"),
+        (["--prompts-file", "nowhere.txt"], "--prompts-file nowhere.txt: No such file"),
+        (["--prompts-file", "blank.txt"], "--prompts-file blank.txt: there is no prompt in it"),
+        (["--prompts-file", "latin.txt"], "--prompts-file latin.txt: not UTF-8 at byte 1"),
+        (["--prompt", "a", "--num_inference_steps", "0"], "--num_inference_steps: 0 is not a positive number"),
+        (["--prompt", "a", "--height", "-16"], "--height: -16 is not a positive number"),
+        (["--prompt", "a", "--batch_size", "0"], "--batch_size: 0 is not a positive number"),
+        (["--prompt", "a", "--num_images_per_prompt", "0"], "--num_images_per_prompt: 0 is not a positive number"),
+        (["--prompt", "a", "--seed", "-1"], "--seed: -1 is not between 0 and"),
+        (["--prompt", "a", "--guidance_scale", "0.5"], "--guidance_scale: 0.5 is not a number from 1"),
+        (["--prompt", "a", "--guidance_scale", "nan"], "--guidance_scale: nan is not a number from 1"),
+        (["--prompt", "a", "--guidance_interval", "0.6", "0.2"], "--guidance_interval: 0.6 0.2 does not rise"),
+        (["--prompt", "a", "--mask", "text.png"], "--mask: there is no picture to change; name one with --image"),
+        (["--prompt", "a", "--strength", "0.5"], "--strength: there is no picture to change"),
+        (["--prompt", "a", "--image", "scene.png", "--strength", "1.1"], "--strength: 1.1 is not between 0 and 1"),
+        (["--prompt", "a", "--image", "nowhere.png"], "--image nowhere.png: No such file"),
+        (["--prompt", "a", "--image", "text.png"], "--image text.png: not a picture"),
+        (["--prompt", "a", "--image", "cut.png"], "--image cut.png: damaged"),
+        (["--prompt", "a", "--image", "scene.png", "--mask", "text.png"], "--mask text.png: not a picture"),
+        (["--prompt", "a", "--image", "scene.png", "--mask", "wide.png"], "--mask wide.png: 64 x 32 pixels do not lie over"),
+        (["--prompt", "a", "--output", "a.jpg"], "--output a.jpg: its name must end in .png"),
+        (["--prompt", "a", "--output", "folder.png"], "--output folder.png: is a folder"),
+        (["--prompt", "a", "--output", "text.png/a.png"], "--output text.png/a.png: text.png cannot be made"),
+        (["--prompt", "a", "--checkpoint", "nowhere"], "nowhere: no such folder; run from the project's folder, or name one"),
+        (["--prompt", "a", "--checkpoint", "."], ".: not a trained model, it has no model_index.json"),
+        (["--prompt", "a", "--checkpoint", "other"], "other: holds a StableDiffusionPipeline; a DiTText"),
+        (["--prompt", "a", "--checkpoint", "step-00000100.safetensors"], "a checkpoint of a training that is not done"),
+        (["--prompt", "a", "--checkpoint", "weights.safetensors"], "weights.safetensors: weights alone"),
+        (["--prompt", "a", "--checkpoint", "model.ckpt"], "model.ckpt: a pickle, which may hold code"),
+    ],
+)
+def test_what_cannot_be_is_one_line_before_anything_is_loaded(there, scene, capsys, monkeypatch, arguments, says):
+    Path("blank.txt").write_text(" \n\n")
+    Path("latin.txt").write_bytes("Würfel".encode("latin-1"))
+    Path("text.png").write_text("no picture")
+    Path("text").write_text("no picture")
+    Path("cut.png").write_bytes(scene.read_bytes()[:900])
+    Image.new("L", (64, 32)).save("wide.png")
+    Path("folder.png").mkdir()
+    Path("other").mkdir()
+    Path("other/model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    for name in ("step-00000100.safetensors", "weights.safetensors", "model.ckpt"):
+        Path(name).write_bytes(b"")
+    monkeypatch.setattr("dit.pipeline.generate.load_pipeline", lambda *_: pytest.fail("the model was loaded"))
+    assert generate(*arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("dit: ") and says in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--height", "60"], "height and width must be multiples of 16, not 60 x 64"),
+        (["--scheduler", "ddim"], "scheduler: ddim is for train.objective ddpm"),
+        (["--checkpoint", "larger"], "larger: not a trained model, or a damaged one"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_one_line_too(there, model, capsys, arguments, says):
+    shutil.copytree(model, "larger")
+    config = json.loads(Path("larger/transformer/config.json").read_text())
+    Path("larger/transformer/config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    assert generate("--prompt", "a red circle", *arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("dit: ") and says in error and error.count("\n") == 1
+    assert not list(there.glob("*.png*"))
+
+
+def test_too_many_at_once_for_the_gpu_is_one_line_that_names_a_batch(there, capsys, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(DiTTextToImagePipeline, "__call__", full)
+    assert generate("--prompt", "a", "--num_images_per_prompt", "6") == 1
+    assert capsys.readouterr().err == "dit: the memory does not hold 6 pictures at once; try --batch_size 3\n"
+
+
+def test_a_picture_that_no_memory_holds_is_one_line_on_a_cpu_too(there, capsys, monkeypatch):
+    monkeypatch.setattr(DiTTextToImagePipeline, "__call__", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
+    assert generate("--prompt", "a") == 1
+    assert capsys.readouterr().err == "dit: the memory does not hold this picture; a smaller --height and --width may fit\n"
+
+
+def test_what_is_said_comes_after_the_progress_bar(there, capsys):
+    """Errors, too: as a file that cannot be written, here since a folder is in its place."""
+    Path("x-1.png").mkdir()
+    assert generate("--prompt", "a", "--prompt", "b", "--prompt", "c", "--batch_size", "1", "--output", "x.png") == 1
+    printed = capsys.readouterr()
+    assert printed.out == "x-0.png\n" and printed.err.splitlines()[-1] == "dit: x-1.png.part: Is a directory"
+    assert sorted(path.name for path in there.glob("x*")) == ["x-0.png", "x-1.png"]
+    assert generate("--prompt", "a", "--output", "x.png") == 0
+    bars, _, after = capsys.readouterr().err.rpartition("\n")
+    assert "3/3" in bars and not after
+
+
+def test_ctrl_c_is_no_stack_trace_and_leaves_whole_pictures(there, capsys, monkeypatch):
+    calls = []
+    drawing = DiTTextToImagePipeline.__call__
+
+    def impatient(self, *arguments, **settings):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return drawing(self, *arguments, **settings)
+
+    monkeypatch.setattr(DiTTextToImagePipeline, "__call__", impatient)
+    assert generate("--prompt", "a", "--prompt", "a", "--batch_size", "1") == 130
+    assert capsys.readouterr().err.endswith("dit: interrupted\n")
+    assert [path.name for path in there.glob("*.png*")] == ["generated-0.png"]
+
+
+def test_sixteen_bits_are_scaled_and_not_cut(there):
+    """Pillow alone makes white of all from 256 on, of 65,535."""
+    grey = np.linspace(0, 65_535, 64).astype(np.uint16)[None].repeat(64, 0)
+    Image.fromarray(grey).save("deep.png")
+    image, mask = read_pictures(Path("deep.png"), Path("deep.png"), None)
+    for picture in (image.picture.convert("L"), mask.picture, open_rgb(Path("deep.png").read_bytes()).convert("L")):
+        assert np.abs(np.asarray(picture).astype(int) - grey / 257).max() <= 1
+
+
+def test_the_help_is_fast_and_shows_flags_defaults_and_examples(there):
+    """In processes of their own: the help, in which nothing has loaded torch, and a drawing, which prints no lines but ours."""
+    code = (
+        "import sys\nfrom dit import cli\ntry:\n    cli.main(['generate', '--help'])\n"
+        "except SystemExit:\n    print(sorted({'torch', 'transformers', 'diffusers'} & set(sys.modules)))"
+    )
+    env = os.environ | {"PYTHONPATH": str(REPO), "COLUMNS": "100"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+    for flag in ("checkpoint FOLDER", "prompt TEXT", "prompts-file FILE", "num_inference_steps N", "height PIXELS", "seed N"):
+        assert f"  --{flag}" in done.stdout
+    for flag in ("width", "guidance_scale", "negative_prompt", "scheduler", "output", "image", "strength", "mask", "grid"):
+        assert f"  --{flag}" in done.stdout
+    assert f"default: {DEFAULTS['num_inference_steps']}\n" in done.stdout and '\n  dit generate --prompt "a large' in done.stdout
+    assert "--num-inference-steps" not in done.stdout  # understood, and not shown
+
+    command = [sys.executable, "-m", "dit.cli", "generate", *QUICK, "--prompt", "a red circle " * 40, "--prompt", "a red circle"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "generated-0.png\ngenerated-1.png\n"
+    first, *bars = done.stderr.strip().replace("\r", "\n").split("\n")
+    assert first.startswith("dit: the prompt is longer than 77 tokens")
+    assert all(bar.startswith("drawing 2 pictures:") for bar in bars if bar) and "6/6" in bars[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--height", "128"], "dit: the model was trained on 64 x 64 pixels; at 64 x 128 things may come out twice"),
+        (["--image", "wide.png"], "dit: the picture to start from has 96 x 64 pixels; its middle is taken, at 64 x 64"),
+        (["--image", "large.png"], "dit: the picture to start from has 128 x 128 pixels; it is resized to 64 x 64"),
+        (["--image", "same.png", "--mask", "black.png"], "dit: the mask is white nowhere, so that nothing is drawn"),
+        (
+            ["--negative_prompt", "a blue star", "--guidance_scale", "1"],
+            "dit: --negative_prompt changes nothing where --guidance_scale is 1",
+        ),
+    ],
+)
+def test_what_may_not_be_meant_is_said_and_done(there, capsys, arguments, says):
+    for name, size in (("wide", (96, 64)), ("large", (128, 128)), ("same", (64, 64))):
+        Image.new("RGB", size, "white").save(f"{name}.png")
+    Image.new("L", (64, 64)).save("black.png")
+    assert cli.main(["generate", "--prompt", "a red circle", *QUICK, *arguments]) == 0
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("dit:")] == [says]
+    assert Path("generated.png").exists()
+    if "--negative_prompt" in arguments:
+        assert "negative_prompt" not in read_facts(Path("generated.png"))

@@ -1,0 +1,89 @@
+"""A trained model in MLflow's registry loads and draws where this project is not installed, and nothing of it is pickled."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from dit.config import DEFAULTS
+from dit.pipeline.generate import load_pipeline
+from dit.tracking import mlflow as tracking
+from dit.tracking import sync
+
+PROMPTS = ["a red circle", "a blue star"]
+USE = """
+import json, sys
+import mlflow, numpy, pandas
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/dit-shapes/1")
+table = pandas.DataFrame({"prompt": json.loads(sys.argv[2])})
+pictures = model.predict(table, params={"seed": 3, "num_inference_steps": 2, "scheduler": "euler"})
+import dit
+print(json.dumps({"dit": dit.__file__, "pixels": [numpy.asarray(picture).tolist() for picture in pictures]}))
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """The folder that holds MLflow's database."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+def register(model: Path) -> tracking.Tracker:
+    run = tracking.start_run("shapes")
+    run.metrics({"val_loss": 0.5}, 9)
+    run.model(model, "dit-shapes", 9)
+    run.finish()
+    return run
+
+
+def check(project: Path, model: Path, run_id: str) -> None:
+    store = f"sqlite:///{project / 'mlflow.db'}"
+    (registered,) = MlflowClient(store).search_model_versions("name = 'dit-shapes'")
+    assert int(registered.version) == 1 and registered.run_id == run_id
+    logged = MlflowClient(store).get_logged_model(registered.source.removeprefix("models:/"))
+    assert {metric.key: metric.value for metric in logged.metrics} == {"val_loss": 0.5}
+    folder = Path(logged.artifact_location)
+    assert folder.is_relative_to(project / "mlartifacts")
+    used = subprocess.run(
+        [sys.executable, "-c", USE, store, json.dumps(PROMPTS)], cwd=project, capture_output=True, text=True, check=False
+    )
+    assert used.returncode == 0, used.stderr
+    result = json.loads(used.stdout)
+    assert Path(result["dit"]).is_relative_to(folder)
+    pipeline = load_pipeline(model, "euler")
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    drawn = pipeline(PROMPTS, num_inference_steps=2, guidance_scale=DEFAULTS["guidance_scale"], generator=generators).images
+    assert np.array_equal(np.array(result["pixels"]), np.stack([np.asarray(picture) for picture in drawn]))
+    assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle", ".pt", ".bin")]
+    needed = (folder / "requirements.txt").read_text().split()
+    assert f"torch=={version('torch').split('+')[0]}" in needed
+    assert not [line for line in needed if line.startswith(("dit", "latent-dit"))]
+
+
+def test_a_registered_model_draws_what_the_pipeline_draws(project, model):
+    run = register(model)
+    again = tracking.resume_run(run.run_id, "shapes")  # killed before it was done
+    again.go_on()
+    again.model(model, "dit-shapes", 9)
+    again.finish()
+    check(project, model, run.run_id)
+
+
+def test_a_model_that_the_server_did_not_take_is_registered_later(project, model, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    register(model)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    (run_id,) = sync.sync_runs()
+    check(project, model, run_id)

@@ -1,0 +1,209 @@
+"""The evaluation as a whole: what it reports of a small run, twice the same, and of sets that are too small for some of it."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import binomtest
+
+from dit.config import Model, load_config
+from dit.encoders.loading import EncoderSource
+from dit.errors import UserError
+from dit.evaluation.intervals import half_samples, paired_difference, wilson
+from dit.evaluation.losses import TIMESTEPS, measure_losses, validation_losses
+from dit.evaluation.metrics import Evaluation, evaluate_samples
+from dit.latents.cache import LatentCache
+from dit.model.objectives import make_objective
+from dit.model.transformer import DiT
+from dit.shapes.captions import parse
+from dit.sources.writer import DatasetWriter, Report
+from dit.training.export import save_model
+from dit.training.validation import validation_loss
+from helpers import REPO
+from helpers.cache import write_cache
+from helpers.scenes import captions, descriptions, drawn
+from stages.evaluate import report
+
+PARAMS = load_config(REPO / "params.yaml")
+SETTINGS = replace(PARAMS.evaluate, resamples=20, val_passes=2)
+
+
+def make_run(folder: Path, images: int, held_out: int, groups: dict[str, list[str]], about_shapes: bool = True, **train) -> Path:
+    """A run as the stages before leave it, in `folder`: data set, latents, a random model, and a drawing for each prompt."""
+    described = descriptions(31, images)
+    texts = captions(described) if about_shapes else [f"photograph {k}" for k in range(images)]
+    writer = DatasetWriter(folder / "raw", replace(PARAMS.shapes.data, val_fraction=held_out / images), images)
+    for k, (picture, text) in enumerate(zip(drawn(described, 31), texts, strict=True)):
+        content = io.BytesIO()
+        picture.save(content, "PNG")
+        writer.add(f"images/{k}.png", content.getvalue(), [text])
+    writer.close(Report())
+    cache = write_cache(folder / "latents", images=images, val=held_out)
+    cache.index["clip"] = cache.index["vae"] = EncoderSource("builtin").to_dict()
+    torch.manual_seed(0)
+    transformer = DiT(hidden_size=32, num_layers=2, num_heads=2, cross_attention_dim=32, pooled_projection_dim=16)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model = Model(patch_size=2, hidden_size=32, num_layers=2, num_heads=2)
+    save_model(folder / "dit", transformer, cache, model, PARAMS.shapes.optim, replace(PARAMS.train, **train))
+    prompts = [(text, group) for group, texts in groups.items() for text in texts]
+    (folder / "images").mkdir()
+    for k, picture in enumerate(drawn(descriptions(32, len(prompts)), 32)):
+        picture.save(folder / "images" / f"{k}.png")
+    rows = [{"file": f"{k}.png", "text": text, "seed": k, "group": group} for k, (text, group) in enumerate(prompts)]
+    (folder / "images" / "prompts.json").write_text(json.dumps(rows))
+    return folder
+
+
+def evaluate(folder: Path) -> Evaluation:
+    return evaluate_samples(
+        samples=folder / "images",
+        model=folder / "dit",
+        latents=folder / "latents",
+        raw=folder / "raw",
+        settings=SETTINGS,
+        runtime=PARAMS.runtime,
+        worst=folder / "worst.png",
+        nearest=folder / "nearest.png",
+    )
+
+
+@functools.cache
+def prompted(seed: int, count: int) -> list[str]:
+    return captions(descriptions(seed, count))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[Path, Evaluation, dict[str, list[str]]]:
+    groups = {"val": prompted(33, 12), "unseen": prompted(34, 6), "diversity": sorted(prompted(35, 3) * 2), "own": ["a dog"] * 2}
+    folder = make_run(tmp_path_factory.mktemp("run"), 60, 14, groups)
+    return folder, evaluate(folder), groups
+
+
+def test_every_metric_is_there_with_its_interval(small):
+    metrics = small[1].metrics
+    names = {name for name in metrics if not name.endswith(("_low", "_high", "_prompts", "_distance"))}
+    assert names == {
+        *("prompt_accuracy", "prompt_accuracy_unseen", "clip_score", "diversity_clip", "val_loss"),
+        *(f"prompt_accuracy_{attribute}" for attribute in ("colour", "shape", "size", "relation", "count")),
+        *(f"{name}_clip_n12" for name in ("frechet_distance", "kid", "precision", "recall")),
+        *("memorised", "nearer_than_held_out", "held_out_repeats", "samples_same", "held_out_same"),
+    }
+    for name in names:
+        assert metrics[f"{name}_low"] <= metrics[name] <= metrics[f"{name}_high"], name
+        assert metrics[f"{name}_low"] < metrics[f"{name}_high"], name
+    assert [metrics[f"{name}_prompts"] for name in ("prompt_accuracy", "prompt_accuracy_unseen", "memorised")] == [12, 6, 12]
+    assert np.isfinite(list(metrics.values())).all()
+
+
+def test_an_evaluation_gives_the_same_bytes_twice_and_wherever_chance_stands(small):
+    folder, first, _ = small
+    pictures = [(folder / name).read_bytes() for name in ("worst.png", "nearest.png")]
+    torch.manual_seed(123)
+    np.random.seed(123)
+    assert evaluate(folder) == first
+    assert [(folder / name).read_bytes() for name in ("worst.png", "nearest.png")] == pictures
+
+
+def test_accuracy_by_number_of_things_adds_up_to_that_of_all(small):
+    metrics, rows = small[1].metrics, small[1].by_number
+    for group, name in (("val", "prompt_accuracy"), ("unseen", "prompt_accuracy_unseen")):
+        own = [row for row in rows if row["group"] == group]
+        assert [row["things"] for row in own] == sorted({len(parse(text).things) for text in small[2][group]})
+        assert sum(row["count"] for row in own) == metrics[f"{name}_prompts"]
+        right = sum(row["accuracy"] * row["count"] for row in own)
+        assert right == pytest.approx(metrics[name] * metrics[f"{name}_prompts"], abs=0.01)
+
+
+def test_mlflow_has_no_ends_beside_the_validation_loss_of_the_training(tmp_path, monkeypatch):
+    """Which is another than that of the evaluation; the child run has the latter with its ends."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "curves.csv").write_text("step,train_loss,val_loss\n1,0.5,0.4\n")
+    (tmp_path / "samples" / "images").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "samples" / "images" / "0.png")
+    (tmp_path / "samples" / "images" / "prompts.json").write_text('[{"file": "0.png", "text": "a", "seed": 0}]')
+    child, parent = MagicMock(), MagicMock()
+    parent.start_child.return_value = child
+    monkeypatch.setattr("stages.evaluate.find_run", lambda params: parent)
+    results = {f"{name}{end}": 0.3 for name in ("val_loss", "clip_score") for end in ("", "_low", "_high")}
+    report(PARAMS, results, [])
+    child.metrics.assert_called_once_with(results)
+    assert set(parent.metrics.call_args.args[0]) == {"clip_score", "clip_score_low", "clip_score_high"}
+
+
+def test_photographs_have_all_but_prompt_accuracy(tmp_path):
+    texts = [f"photograph {k}" for k in range(5)]
+    evaluation = evaluate(make_run(tmp_path, 20, 5, {"val": texts}, about_shapes=False, objective="ddpm"))
+    assert not [name for name in evaluation.metrics if name.startswith("prompt_accuracy")] and evaluation.by_attribute == []
+    assert evaluation.by_number == []
+    assert {"clip_score", "frechet_distance_clip_n5", "kid_clip_n5", "memorised", "val_loss"} <= set(evaluation.metrics)
+    assert [row["t"] for row in evaluation.by_timestep] == list(TIMESTEPS)
+
+
+@pytest.mark.parametrize(("images", "held_out", "count"), [(4, 2, 2), (3, 1, 1)])
+def test_tiny_sets_have_what_can_be_measured(tmp_path, images, held_out, count):
+    folder = make_run(tmp_path, images, held_out, {"val": prompted(33, count)})
+    metrics = evaluate(folder).metrics
+    assert {"clip_score", "prompt_accuracy", "val_loss"} <= set(metrics) and not [name for name in metrics if "_clip_n" in name]
+    assert np.isfinite(list(metrics.values())).all()
+    assert (folder / "nearest.png").exists() and (folder / "worst.png").exists()
+
+
+def test_without_pictures_it_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="no pictures to judge; `dvc repro` draws them first"):
+        evaluate(tmp_path)
+
+
+def test_losses_image_by_image_have_the_mean_that_training_reports(small):
+    cache = LatentCache(small[0] / "latents")
+    model = DiT.from_pretrained(small[0] / "dit", subfolder="transformer").eval()
+    for objective in (make_objective("flow", "flow_prediction"), make_objective("ddpm", "v_prediction")):
+        losses = validation_losses(model, cache, objective, passes=3)
+        assert losses.shape == (3, len(cache.val))
+        assert losses.mean() == pytest.approx(validation_loss(model, cache, 100, objective, passes=3), rel=1e-6)
+
+
+def test_the_loss_by_timestep_is_that_of_a_constant_where_the_model_says_nothing(small):
+    """A network of zeros errs by noise - image at every timestep, and the noise is the same at all."""
+    folder = small[0]
+    model = DiT.from_pretrained(folder / "dit", subfolder="transformer").eval()
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    cache = LatentCache(folder / "latents")
+    at = [validation_losses(model, cache, make_objective("flow", "flow_prediction"), timestep=t) for t in (0.05, 0.95)]
+    assert np.array_equal(*at) and at[0].mean() == pytest.approx(1 + 0.5**2, rel=0.1)  # the cache's latents are 0.5 wide
+    _, rows = measure_losses(folder / "dit", cache, SETTINGS, "cpu")
+    assert len({row["val_loss"] for row in rows}) == 10 and all(row["low"] < row["val_loss"] < row["high"] for row in rows)
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 5), (1, 5), (490, 500), (500, 500)])
+def test_wilsons_interval_is_scipys(right, count):
+    expected = binomtest(right, count).proportion_ci(0.9, method="wilson")
+    assert wilson(right / count, count, 0.9) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_newcombes_interval_is_the_published_one():
+    """Of 50 cases 20 have both, 12 the first, 2 the second and 16 neither: 0.0562 to 0.3292."""
+    first = np.array([True] * 32 + [False] * 18)
+    second = np.array([True] * 20 + [False] * 12 + [True] * 2 + [False] * 16)
+    assert paired_difference(first, second, 0.95) == pytest.approx((0.0562, 0.3292), abs=5e-5)
+
+
+def test_the_interval_of_a_mean_is_the_textbooks_and_covers_it_as_often_as_it_says():
+    rng, covered, settings = np.random.default_rng(0), 0, replace(SETTINGS, resamples=100)
+    for _ in range(100):
+        values = rng.normal(3, 2, 41)
+        low, high = half_samples(values.mean(), lambda rows, values=values: values[rows].mean(), 41, settings)
+        assert (high - low) / 2 == pytest.approx(1.96 * values.std(ddof=1) / 41**0.5, rel=0.3)
+        covered += low < 3 < high
+    assert 89 <= covered <= 100

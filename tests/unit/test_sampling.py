@@ -1,0 +1,131 @@
+"""What the sample stage draws: which prompts, from which seeds, and the pictures that show how."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dit.config import load_config
+from dit.dataset.reader import read_metadata
+from dit.pipeline.generate import load_pipeline
+from dit.pipeline.sampling import (
+    MOMENTS,
+    TIMES,
+    Prompt,
+    choose_prompts,
+    denoising_strip,
+    draw_batch,
+    sample,
+    sampling_flops,
+    settings_grid,
+)
+from dit.shapes.captions import parse
+from dit.shapes.scene import UNSEEN_PAIRS
+from dit.sources import fetch
+from helpers import REPO
+from helpers.small_models import save
+
+PARAMS = load_config(REPO / "params.yaml")
+SETTINGS = replace(
+    PARAMS.sample,
+    num_samples=8,
+    num_inference_steps=3,
+    batch_size=16,
+    prompts=("a red circle", "a green cross above a pink heart"),
+    grid_guidance_scales=(1.0, 4.0),
+    grid_steps=(1, 2, 3),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sampling")
+    save(folder)
+    fetch(replace(PARAMS.shapes.data, num_samples=40, val_fraction=0.25), folder / "raw", PARAMS.runtime)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    pipeline = load_pipeline(folder / "dit", "euler")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_prompts_are_of_held_out_images_of_unseen_pairs_repeated_and_ones_own(folder):
+    prompts = choose_prompts(folder / "raw", "shapes", SETTINGS)
+    groups = {name: [prompt.text for prompt in prompts if prompt.group == name] for name in ("val", "unseen", "diversity", "own")}
+    held_out = [entry.text for entry in read_metadata(folder / "raw") if entry.split == "val"]
+    assert groups["val"] == held_out[:4]  # in the data set's order: the evaluation compares the k-th with the k-th
+    assert len(groups["unseen"]) == 4
+    assert all(UNSEEN_PAIRS & {thing.pair for thing in parse(text).things} for text in groups["unseen"])
+    assert set(Counter(groups["diversity"]).values()) == {TIMES} and set(groups["diversity"]) == set(held_out)
+    assert tuple(groups["own"]) == SETTINGS.prompts
+    assert [prompt.seed for prompt in prompts] == [SETTINGS.seed + k for k in range(len(prompts))]
+    assert len({prompt.file for prompt in prompts}) == len(prompts)
+
+
+def test_other_recipes_have_no_unseen_pairs(folder):
+    groups = Counter(prompt.group for prompt in choose_prompts(folder / "raw", "folder", replace(SETTINGS, prompts=())))
+    assert groups == {"val": 8, "diversity": 10 * TIMES}
+
+
+def test_every_prompt_becomes_a_picture_and_grids_show_them(folder):
+    prompts = choose_prompts(folder / "raw", "shapes", SETTINGS)
+    rate = sample(folder / "dit", prompts, SETTINGS, folder / "images", folder / "grids")
+    assert [row["text"] for row in json.loads((folder / "images" / "prompts.json").read_text())] == [p.text for p in prompts]
+    assert {path.name for path in (folder / "images").glob("*.png")} == {prompt.file for prompt in prompts}
+    names = {"val", "unseen", "diversity", "own", "settings", "denoising"}
+    assert {path.stem for path in (folder / "grids").glob("*.png")} == names
+    count = rate["sampling_images_per_second"] * rate["sampling_seconds"]
+    assert count == pytest.approx(len(prompts), rel=0.05) and 0 < rate["sampling_mfu"] < 1
+
+    pipeline = load_pipeline(folder / "dit", SETTINGS.scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    last = prompts[-1]  # alone, and not in a batch of others
+    (alone,) = draw_batch(pipeline, [last], SETTINGS.num_inference_steps, SETTINGS.guidance_scale)
+    stored = Image.open(folder / "images" / last.file)
+    difference = np.abs(np.asarray(alone).astype(int) - np.asarray(stored))
+    assert difference.mean() < 1 and difference.max() <= 8  # bf16 rounds by the batch
+
+
+def test_the_grid_of_settings_has_a_row_for_each_scale_and_a_column_for_each_number_of_steps(pipeline):
+    asked = []
+
+    def count(pipeline, prompts, steps, scale):
+        asked.append((scale, steps))
+        return draw_batch(pipeline, prompts, steps, scale)
+
+    prompts = [Prompt("", "a red circle", 1, "own"), Prompt("", "a blue star", 2, "own")]
+    sheet = settings_grid(pipeline, prompts, (1.0, 4.0), (1, 2, 3), count)
+    assert asked == [(1.0, 1), (1.0, 2), (1.0, 3), (4.0, 1), (4.0, 2), (4.0, 3)]
+    assert sheet.width > sheet.height
+
+
+def test_the_strip_ends_with_the_picture_itself(pipeline):
+    prompts = [Prompt("", "a red circle", 1, "own"), Prompt("", "a blue star", 2, "own")]
+    strip = np.asarray(denoising_strip(pipeline, prompts, 20, 1.5)).astype(int)
+    assert strip.shape[1] == 8 + MOMENTS * (128 + 8)  # pictures of 128 pixels, 8 apart
+    final = draw_batch(pipeline, prompts[:1], 20, 1.5)[0].resize((128, 128), Image.Resampling.LANCZOS)
+    last = strip[8 : 8 + 128, -8 - 128 : -8]
+    assert np.abs(last - np.asarray(final)).mean() < 2
+    assert np.abs(strip[8 : 8 + 128, 8 : 8 + 128] - last).mean() > 10  # and does not begin with it
+
+
+def test_the_operations_of_a_picture_are_those_that_torch_counts(pipeline):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    transformer = pipeline.transformer
+    tokens, mask, pooled = pipeline.encode_prompt(["a red circle"])
+    keys_values = transformer.text_keys_values(tokens)
+    with FlopCounterMode(display=False) as counter:  # with gradients, since the fused attention of CPUs is not counted
+        transformer(torch.zeros(1, 4, 8, 8), torch.ones(1), None, mask, pooled, keys_values)
+    text = 2 * transformer.config.num_layers * 2 * 16 * tokens.shape[1] * transformer.config.hidden_size  # attention to it
+    assert sampling_flops(pipeline, 1, 1.0) + text == counter.get_total_flops()
+    assert sampling_flops(pipeline, 10, 1.5) == 20 * sampling_flops(pipeline, 1, 1.0)
