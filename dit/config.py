@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
 
 from dit.errors import UserError
 
@@ -29,15 +30,17 @@ Text = Annotated[str, Field(min_length=1)]
 Layout = Literal["auto", "files", "shards"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Scheduler = Literal["euler", "heun", "dpm++", "unipc", "ddim", "stochastic"]
-# How to draw where nobody says how: the command line, MLflow's model and the pipeline. `sample` of params.yaml says the same.
+# Of the command line, MLflow's model and the pipeline; `sample` of params.yaml has the same values.
 DEFAULTS = {"num_inference_steps": 10, "guidance_scale": 1.5, "scheduler": "stochastic"}
-STRENGTH = 0.6  # of noise on a picture, without a mask: things keep their places and may change colour (docs/performance.md)
+STRENGTH = 0.6  # of image to image without a mask: objects keep their places and may change colour (docs/performance.md)
 
 STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, config=STRICT)
 class ShapesData:
+    """Rendered scenes."""
+
     source: Literal["shapes"]
     num_samples: Annotated[int, Field(strict=True, ge=10)]
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
@@ -48,6 +51,8 @@ class ShapesData:
 
 @dataclass(frozen=True, config=STRICT)
 class CocoData:
+    """Photographs of COCO."""
+
     source: Literal["coco"]
     split: Literal["train2017", "val2017", "both"]
     num_samples: Annotated[int, Field(strict=True, ge=2)]
@@ -61,6 +66,8 @@ class CocoData:
 
 @dataclass(frozen=True, config=STRICT)
 class FolderData:
+    """Your own images and captions."""
+
     source: Literal["folder"]
     paths: Annotated[tuple[Text, ...], Field(min_length=1)]
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
@@ -71,6 +78,8 @@ class FolderData:
 
 @dataclass(frozen=True, config=STRICT)
 class HubData:
+    """A data set of the Hugging Face Hub."""
+
     source: Literal["hub"]
     dataset: Text
     config: Text | None
@@ -87,6 +96,8 @@ class HubData:
 
 @dataclass(frozen=True, config=STRICT)
 class Encode:
+    """The encoders, and what they encode."""
+
     image_size: PositiveInt
     vae: Text
     vae_revision: Text | None
@@ -101,6 +112,8 @@ class Encode:
 
 @dataclass(frozen=True, config=STRICT)
 class Model:
+    """The size of the transformer."""
+
     patch_size: Literal[1, 2, 4, 8]
     hidden_size: PositiveInt
     num_layers: PositiveInt
@@ -109,6 +122,8 @@ class Model:
 
 @dataclass(frozen=True, config=STRICT)
 class Optim:
+    """How long and how fast a recipe trains."""
+
     num_epochs: PositiveInt
     learning_rate: PositiveFloat
     logit_mean: Annotated[float, Field(ge=-3, le=3)]
@@ -117,7 +132,7 @@ class Optim:
 
 @dataclass(frozen=True, config=STRICT)
 class Recipe:
-    """What all recipes have in common; each adds its own `data`."""
+    """The blocks that all recipes have; each adds its own `data`."""
 
     encode: Encode
     model: Model
@@ -126,26 +141,36 @@ class Recipe:
 
 @dataclass(frozen=True, config=STRICT)
 class ShapesRecipe(Recipe):
+    """The recipe `shapes`."""
+
     data: ShapesData
 
 
 @dataclass(frozen=True, config=STRICT)
 class CocoRecipe(Recipe):
+    """The recipe `coco`."""
+
     data: CocoData
 
 
 @dataclass(frozen=True, config=STRICT)
 class FolderRecipe(Recipe):
+    """The recipe `folder`."""
+
     data: FolderData
 
 
 @dataclass(frozen=True, config=STRICT)
 class HubRecipe(Recipe):
+    """The recipe `hub`."""
+
     data: HubData
 
 
 @dataclass(frozen=True, config=STRICT)
 class Train:
+    """The training, of every recipe."""
+
     batch_size: PositiveInt
     mixed_precision: Literal["no", "fp16", "bf16"]
     objective: Literal["flow", "ddpm"]
@@ -168,6 +193,8 @@ class Train:
 
 @dataclass(frozen=True, config=STRICT)
 class Sample:
+    """What is sampled for the evaluation, and how."""
+
     num_inference_steps: PositiveInt
     guidance_scale: Annotated[float, Field(ge=1)]
     scheduler: Scheduler
@@ -181,6 +208,8 @@ class Sample:
 
 @dataclass(frozen=True, config=STRICT)
 class Evaluate:
+    """The evaluation."""
+
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
     val_passes: PositiveInt
     resamples: Annotated[int, Field(strict=True, ge=2)]
@@ -188,6 +217,8 @@ class Evaluate:
 
 @dataclass(frozen=True, config=STRICT)
 class Runtime:
+    """How, not what: these change no result."""
+
     num_workers: NonNegativeInt
     prefetch_factor: PositiveInt
     num_processes: PositiveInt
@@ -220,7 +251,7 @@ class Params:
 
     @property
     def active(self) -> ShapesRecipe | CocoRecipe | FolderRecipe | HubRecipe:
-        """The block that `recipe` names."""
+        """Return the block that `recipe` names."""
         return getattr(self, self.recipe)
 
 
@@ -243,11 +274,11 @@ def load_config(path: str | Path = "params.yaml") -> Params:
 
 
 def parse_config(values: dict[str, Any], name: str = "params.yaml") -> Params:
-    """Check settings that were read from `name`; raises `UserError` as `load_config` does."""
+    """Check settings that were read from `name`; raise a `UserError` as `load_config` does."""
     try:
         params = TypeAdapter(Params).validate_python(values)
     except ValidationError as error:
-        raise UserError(f"{name}: {_explain(error.errors()[0])}") from None
+        raise UserError(f"{name}: {_explain(_most_telling(error.errors()))}") from None
     if params.train.objective == "flow" and params.sample.scheduler == "ddim":
         raise UserError(f"{name}: sample.scheduler: ddim is for train.objective ddpm; for a flow the same thing is called euler")
     for recipe in RECIPES:
@@ -257,8 +288,12 @@ def parse_config(values: dict[str, Any], name: str = "params.yaml") -> Params:
     return params
 
 
+# What became of the keys of version 0.1.
+RENAMED = {"schedule": "optim", "max_skipped": "max_nonfinite_steps"}
+
+
 def _impossible(recipe: str, settings: Recipe) -> str | None:
-    """What is wrong with a combination of values, each of which is fine by itself."""
+    """Return what is wrong with a combination of values, each of which is fine by itself."""
     model, size = settings.model, settings.encode.image_size
     if model.hidden_size % model.num_heads:
         fits = _nearest(model.hidden_size, 4 * model.num_heads)
@@ -286,14 +321,21 @@ def _nearest(value: int, step: int) -> str:
     return f"{below} or {below + step}" if below else f"{step}"
 
 
-def _explain(error: dict[str, Any]) -> str:
-    """One of pydantic's errors as `key: value is wrong; this would be right`."""
+def _most_telling(errors: list[ErrorDetails]) -> ErrorDetails:
+    """Return the first error; where a key is missing and an old spelling of it is there, the latter."""
+    return next((error for error in errors if error["loc"][-1] in RENAMED), errors[0])
+
+
+def _explain(error: ErrorDetails) -> str:
+    """Word one of pydantic's errors as `key: value is wrong; this would be right`."""
     location = [str(part) for part in error["loc"]]
     known = _keys(location[:-1])
     while not known:  # pydantic goes on below our keys: into tuples, and into the members of a union
         location.pop()
         known = _keys(location[:-1])
     key = ".".join(location)
+    if location[-1] in RENAMED and RENAMED[location[-1]] in known:
+        return f"{key}: is called {RENAMED[location[-1]]} now; rename it"
     if error["type"] == "unexpected_keyword_argument":
         close = difflib.get_close_matches(location[-1], known, n=1)
         return f"{key}: unknown key; " + (f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}")
@@ -305,7 +347,7 @@ def _explain(error: dict[str, Any]) -> str:
 
 
 def _keys(location: list[str]) -> list[str]:
-    """The keys that are known in the block at `location`; empty if there is no such block."""
+    """Return the keys that are known in the block at `location`; none if there is no such block."""
     block: Any = Params
     for part in location:
         block = get_type_hints(block).get(part) if is_dataclass(block) else None

@@ -1,4 +1,4 @@
-"""Stage 2: pictures and captions become latents and text embeddings, once, so that training touches neither encoder."""
+"""Stage 2: images and captions become latents and text embeddings, once, so that training touches neither encoder."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ METRICS = "metrics/encode.json"
 
 
 def main(params: Params) -> None:
+    """Encode data/raw into data/latents; several processes share the work."""
     metrics = encode_dataset(
         raw=Path("data/raw"),
         folder=Path("data/latents"),

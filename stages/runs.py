@@ -10,7 +10,7 @@ import pandas as pd
 
 from dit.config import Params
 from dit.tracking.mlflow import Tracker, flatten, resume_run, start_run
-from stages import locked_outs
+from stages.dvc_files import locked_outs
 
 LATENTS = "data/latents"
 

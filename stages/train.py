@@ -1,7 +1,7 @@
 """Stage 3: train the transformer on the latent cache, and nothing but the transformer.
 
-    python -m stages.train                      as `dvc repro train` does; goes on where a killed run of the same settings was
-    python -m stages.train --resume CHECKPOINT  goes on from this one, on purpose
+python -m stages.train                      as `dvc repro train` does; resumes a killed run of the same settings
+python -m stages.train --resume CHECKPOINT  resumes from this one, on purpose
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from dit.encoders.loading import EncoderSource, load_vae
 from dit.encoders.vae import decode_latents
 from dit.errors import UserError
 from dit.latents.cache import LatentCache
-from dit.training.checkpoint import Checkpoints, check_ranks_agree, check_shapes, open_named, run_fingerprint
+from dit.model.transformer import DiT
+from dit.training.checkpoint import Checkpoint, Checkpoints, check_ranks_agree, check_shapes, open_named, run_fingerprint
 from dit.training.export import save_model
 from dit.training.logging import MetricLogger, NullLogger
 from dit.training.setup import build_model
@@ -30,34 +31,23 @@ from dit.training.stop import Stopped
 from dit.training.trainer import Trainer
 from dit.utils.files import sha256_file, warn_stale_state, write_json
 from dit.utils.images import to_images
-from stages import code_digest, run_stage
+from stages import run_stage
+from stages.dvc_files import code_digest
 from stages.runs import begin_run
 
 METRICS, CURVES, RUN = "metrics/train.json", "metrics/curves.csv", "metrics/mlflow.json"
-MODEL, LOG, PROGRESS = Path("models/dit"), Path("models/train.log"), Path("samples/progress")
+LATENTS, MODEL, LOG, PREVIEWS = Path("data/latents"), Path("models/dit"), Path("models/train.log"), Path("samples/progress")
 
 
 def main(params: Params) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resume", type=Path, metavar="CHECKPOINT", help="a step-….safetensors of .state/train")
-    arguments = parser.parse_args()
-    recipe, latents = params.active, Path("data/latents")
-    cache = LatentCache(latents)
+    """Train, from scratch or from a checkpoint, and write the model, its metrics and its run in MLflow."""
+    cache = LatentCache(LATENTS)
     cache.verify()
-    digest = sha256_file(latents / "index.json")
-    settings = [asdict(block) for block in (recipe.model, recipe.optim, params.train)]
-    states = Path(os.environ.get("DVC_ROOT", ".")) / ".state" / "train"
-    key = run_fingerprint(digest, settings, code_digest("train"))
-    given = open_named(arguments.resume, states) if arguments.resume else None
-    if given:
-        check_shapes(given, given.tensors(), build_model(cache, recipe.model, params.train.seed))  # before anything is written
-    foreign = given is not None and given.path.resolve().parent != (states / key).resolve()
-    if foreign:  # its training is another one than that of the settings alone, and is kept apart from it
-        key = run_fingerprint(key, sha256_file(given.path))
-        print(f"{given.path}: of other settings or a copy; `dvc repro` by itself never goes on from it", flush=True)
-    state = states / key
+    digest = sha256_file(LATENTS / "index.json")
+    state, named = find_state(params, cache, digest)
     checkpoints = Checkpoints(state, params.runtime.keep_checkpoints)
-    resume = given if given and not foreign else checkpoints.newest(print) or given
+    is_own = named is not None and named.path.resolve().parent == state.resolve()
+    resume = named if is_own else checkpoints.newest(print) or named
     process = PartialState(cpu=not torch.cuda.is_available())
     check_ranks_agree(state.name, resume)
     vae, _ = load_vae(EncoderSource(**cache.index["vae"]), device="cuda" if torch.cuda.is_available() else "cpu")
@@ -65,37 +55,36 @@ def main(params: Params) -> None:
     def decode(latents: torch.Tensor) -> list[Image.Image]:
         return to_images(decode_latents(vae, latents))
 
-    def run(logger: MetricLogger) -> tuple:
-        blocks = (recipe.model, recipe.optim, params.train, params.runtime)
+    def train(logger: MetricLogger) -> tuple[DiT, dict[str, float]]:
+        blocks = (params.active.model, params.active.optim, params.train, params.runtime)
         return Trainer(cache, *blocks, logger, decode, checkpoints, resume).train()
 
     if not process.is_main_process:
-        run(NullLogger())
+        train(NullLogger())
         return
     warn_stale_state("train", state)
     tracker = begin_run(params, digest, state)
     logger = MetricLogger(
         LOG,
-        PROGRESS,
+        PREVIEWS,
         state / "progress",
         on_metrics=lambda step, values: tracker.metrics(values, step),
-        on_preview=lambda step, picture: tracker.picture(picture, "preview", step),
+        on_preview=lambda step, image: tracker.picture(image, "preview", step),
         echo=tqdm.write,
     )
     status = "FAILED"
     try:
         with checkpoints.lock():
             try:
-                transformer, summary = run(logger)
+                transformer, summary = train(logger)
             except UserError:
                 if not any(state.glob("step-*")):
-                    shutil.rmtree(state)  # nothing that could go on
+                    shutil.rmtree(state)  # there is nothing to resume from
                 raise
-        save_model(MODEL, transformer, cache, recipe.model, recipe.optim, params.train)
-        steps = int(summary["steps"])
-        tracker.metrics({"training_seconds": summary["seconds"]}, steps)
+        save_model(MODEL, transformer, cache, params.active.model, params.active.optim, params.train)
+        tracker.metrics({"training_seconds": summary["seconds"]}, int(summary["steps"]))
         if params.runtime.register_model:
-            tracker.model(MODEL, f"dit-{params.recipe}", steps)
+            tracker.model(MODEL, f"dit-{params.recipe}", int(summary["steps"]))
         status = "FINISHED"
     except Stopped:
         status = "KILLED"
@@ -106,6 +95,28 @@ def main(params: Params) -> None:
     write_json(Path(METRICS), {key: round(value, 5) for key, value in summary.items()})
     write_json(Path(RUN), {"run_id": tracker.run_id})
     shutil.rmtree(state)
+
+
+def find_state(params: Params, cache: LatentCache, digest: str) -> tuple[Path, Checkpoint | None]:
+    """Return the folder of this training's checkpoints, and the checkpoint that `--resume` names.
+
+    The folder's name is a fingerprint of all that determines the result: settings, latents (`digest`) and code.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resume", type=Path, metavar="CHECKPOINT", help="a step-….safetensors of .state/train")
+    named = parser.parse_args().resume
+    states = Path(os.environ.get("DVC_ROOT", ".")) / ".state" / "train"
+    settings = [asdict(block) for block in (params.active.model, params.active.optim, params.train)]
+    key = run_fingerprint(digest, settings, code_digest("train"))
+    if not named:
+        return states / key, None
+    checkpoint = open_named(named, states)
+    check_shapes(checkpoint, checkpoint.tensors(), build_model(cache, params.active.model, params.train.seed))
+    if checkpoint.path.resolve().parent != (states / key).resolve():
+        # Its training is another one than that of the settings alone, and is kept apart from it.
+        key = run_fingerprint(key, sha256_file(checkpoint.path))
+        print(f"{checkpoint.path}: of other settings or a copy; `dvc repro` by itself never resumes from it", flush=True)
+    return states / key, checkpoint
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""How fast training, data and sampling are: what `dit benchmark` measures."""

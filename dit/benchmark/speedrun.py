@@ -1,8 +1,8 @@
-"""The speedrun: seconds of training until the pictures are right.
+"""The speedrun: seconds of training until the images are right.
 
-One training with the settings of params.yaml leaves checkpoints; then its moving averages draw the validation prompts, from
-the first checkpoint on, until the share of right pictures reaches the goal. Only training counts, as `metrics/train.json`
-counts it, with validations but without previews; drawing for the judgement does not count.
+One training with the settings of params.yaml leaves checkpoints; then their EMA weights sample images for the validation
+prompts, from the first checkpoint on, until the share of right images reaches the goal. Only training counts, as
+`metrics/train.json` counts it, with validations but without previews; sampling for the score does not count.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STOPS = 20  # checkpoints in a training
 
 @dataclass
 class Point:
-    """How far a training was after `seconds`: `accuracy` is the share of `prompts` that were drawn right, in [0, 1]."""
+    """Progress after `seconds` of training: `accuracy` is the share of `prompts` whose images are right, in [0, 1]."""
 
     step: int
     seconds: float
@@ -42,44 +42,44 @@ class Point:
 
 
 def speedrun(params: Params, latents: Path, raw: Path, first_share: float = 0.0) -> list[Point]:
-    """Train and judge; the last point is the first that reached the goal, or the end of the training.
+    """Train and score; the last point is the first that reached the goal, or the end of the training.
 
     Args:
         params: all settings of the pipeline.
         latents: the cache to train on.
         raw: where the captions of the validation set are.
-        first_share: the share of the training before which nothing is judged.
+        first_share: the share of the training before which nothing is scored.
 
     Raises:
-        UserError: the captions are not about coloured shapes, so that nothing can be judged.
+        UserError: the captions are not about coloured shapes, so that nothing can be scored.
     """
     cache, points = LatentCache(latents), []
     prompts = [prompt for prompt in choose_prompts(raw, params.recipe, params.sample) if prompt.group == "val"]
     if score_image(Image.new("RGB", (64, 64)), prompts[0].text) is None:
-        raise UserError("speedrun: pictures are judged by the recipe shapes alone; set recipe to shapes")
+        raise UserError("speedrun: only images of the recipe shapes can be scored; set recipe to shapes")
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         for step, seconds, transformer in train_in_stops(params, cache, Path(folder) / "state", first_share):
             save_model(model, transformer, cache, params.active.model, params.active.optim, params.train)
             pipeline = load_pipeline(model, params.sample.scheduler)
             pipeline.set_progress_bar_config(disable=True)
-            right = [
-                not score_image(picture, prompt.text).problem
-                for chunk, pictures, _ in draw_prompts(pipeline, prompts, params.sample)
-                for prompt, picture in zip(chunk, pictures, strict=True)
+            scores = [
+                score_image(image, prompt.text)
+                for chunk, images, _ in draw_prompts(pipeline, prompts, params.sample)
+                for prompt, image in zip(chunk, images, strict=True)
             ]
-            points.append(Point(step, seconds, sum(right) / len(right), len(right)))
+            right = sum(score is not None and not score.problem for score in scores)
+            points.append(Point(step, seconds, right / len(scores), len(scores)))
             if points[-1].accuracy >= GOAL:
                 break
     return points
 
 
 def train_in_stops(params: Params, cache: LatentCache, folder: Path, first_share: float) -> Iterator[tuple[int, float, DiT]]:
-    """One whole training; then its moving average at each of `STOPS` stops, with the step and the seconds up to it."""
+    """Train once as a whole; yield the EMA weights at each of `STOPS` stops, with the step and the seconds up to it."""
     train, model, optim = params.train, params.active.model, params.active.optim
     steps = max(1, optim.num_epochs * len(cache.train) // (train.batch_size * train.gradient_accumulation_steps))
     runtime = replace(params.runtime, checkpoint_every=max(1, steps // STOPS))
-
     checkpoints = Checkpoints(folder, keep=2 * STOPS)
     result, summary = Trainer(cache, model, optim, train, runtime, NullLogger(), None, checkpoints).train()
     for path in sorted(folder.glob("step-*.json")):
@@ -93,7 +93,7 @@ def train_in_stops(params: Params, cache: LatentCache, folder: Path, first_share
 
 
 def speedrun_line(points: list[Point]) -> str:
-    """The result in a sentence."""
+    """Return the result as a sentence."""
     last = points[-1]
     reached = f"speedrun: {last.seconds:.0f} s of training ({last.step} steps) until"
     if last.accuracy < GOAL:

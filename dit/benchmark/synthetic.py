@@ -19,10 +19,16 @@ SHARD_IMAGES = 3072  # about 160 MB with one caption each
 
 
 def write_synthetic(folder: Path, images: int, captions: int = 1, longest: int = LONGEST) -> None:
-    """A cache of `images` images with `captions` captions each, of at most `longest` tokens; one of twenty images is for
-    validation."""
+    """Write a cache of random numbers into `folder`.
+
+    Args:
+        folder: where it goes.
+        images: their number; one of twenty is for validation.
+        captions: of each image.
+        longest: length of the longest caption, in tokens.
+    """
     rng = np.random.default_rng(0)
-    pool = torch.from_numpy(rng.standard_normal(2**22, dtype=np.float32)).half()  # drawing 4 GB anew would be what is measured
+    pool = torch.from_numpy(rng.standard_normal(2**22, dtype=np.float32)).half()  # sampling 4 GB anew would be what is measured
     parts = folder / "parts"
     count = -(-images // SHARD_IMAGES)
     for number in tqdm(range(count), desc=f"write {images}", unit="shard", delay=2):
@@ -34,9 +40,9 @@ def write_synthetic(folder: Path, images: int, captions: int = 1, longest: int =
             batch = own[start : start + 64]
             texts = lengths[start * captions : (start + len(batch)) * captions]
             buffer.add(
-                take(pool, rng, len(batch), VIEWS, 2 * CHANNELS, SIZE, SIZE),
-                [take(pool, rng, length, TEXT) for length in texts],
-                take(pool, rng, len(texts), POOLED),
+                _take(pool, rng, len(batch), VIEWS, 2 * CHANNELS, SIZE, SIZE),
+                [_take(pool, rng, length, TEXT) for length in texts],
+                _take(pool, rng, len(texts), POOLED),
             )
         rows = [
             {"image": f"images/{i:012d}.jpg", "text": f"caption {c} of {i}", "split": "val" if i % 20 == 0 else "train"}
@@ -52,12 +58,12 @@ def write_synthetic(folder: Path, images: int, captions: int = 1, longest: int =
         "vae_scaling": 0.18215,
         "vae_shift": 0.0,
     }
-    assemble_cache(parts, count, folder, about, (take(pool, rng, 2, TEXT), take(pool, rng, POOLED)))
+    assemble_cache(parts, count, folder, about, (_take(pool, rng, 2, TEXT), _take(pool, rng, POOLED)))
     shutil.rmtree(parts)
 
 
-def take(pool: torch.Tensor, rng: np.random.Generator, *shape: int) -> torch.Tensor:
-    """Random numbers of this shape: somewhere from the pool."""
+def _take(pool: torch.Tensor, rng: np.random.Generator, *shape: int) -> torch.Tensor:
+    """Return random numbers of this shape: a random part of the pool."""
     count = int(np.prod(shape))
     start = int(rng.integers(0, len(pool) - count))
     return pool[start : start + count].view(shape)

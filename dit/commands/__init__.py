@@ -1,0 +1,1 @@
+"""The commands of `dit`, one in a file."""

@@ -1,26 +1,66 @@
-"""`dit benchmark`: how fast training is here, and how fast it could be."""
+"""`dit benchmark`: how fast training, data and sampling are here, and what each setting of the recipe buys."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from dit.commands._args import add_flag, make_folder_of
+from dit.config import load_config
 from dit.errors import UserError
+
+LATENTS, RAW = Path("data/latents"), Path("data/raw")
+DATA_PARTS = ("download", "encode", "read")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add `benchmark` and its flags."""
-    parser = commands.add_parser(
-        "benchmark",
-        help="measure training: against the hardware's peak, other transformers, and encoding at every step",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n"
-        "  dit benchmark                              some minutes on a GPU, a quarter of an hour on 2 cores\n"
-        "  dit benchmark --text-tokens 77 --compile   another length of captions; compiled on a CPU, too\n"
-        "  dit benchmark --speedrun                   seconds of training until prompt_accuracy reaches 0.95",
+    """Add `benchmark` and its subcommands; without one, it prints its help."""
+    parser = commands.add_parser("benchmark", help="measure how fast training, data and sampling are, and what settings buy")
+    parser.set_defaults(action=lambda _: parser.print_help())
+    kinds = parser.add_subparsers(metavar="KIND")
+    _add_training(kinds)
+    _add_data(kinds)
+    _add_sampling(kinds)
+    _add_speedrun(kinds)
+    _add_recipe(kinds)
+
+
+def _add_kind(
+    kinds: argparse._SubParsersAction, name: str, action: Callable[[argparse.Namespace], Any], help: str, examples: str
+) -> argparse.ArgumentParser:
+    """Add a subcommand whose `action` prints tables and returns what `--output` receives as JSON."""
+    parser = kinds.add_parser(
+        name, help=help, description=help, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    output = Path(f"benchmark-{name}.json")
+    parser.add_argument("--output", type=Path, default=output, metavar="FILE", help="results as JSON; default: %(default)s")
+
+    def run(arguments: argparse.Namespace) -> None:
+        make_folder_of(arguments.output)
+        results = action(arguments)
+
+        from dit.utils.files import write_json
+
+        write_json(arguments.output, results)
+        print(f"\n{arguments.output}")
+
+    parser.set_defaults(action=run, parser=parser)
+    return parser
+
+
+def _add_training(kinds: argparse._SubParsersAction) -> None:
+    parser = _add_kind(
+        kinds,
+        "training",
+        run_training,
+        "measure training: against the hardware's peak, other transformers, and encoding at every step",
+        "  dit benchmark training                              some minutes on a GPU, a quarter of an hour on 2 cores\n"
+        "  dit benchmark training --text-tokens 77 --compile   another length of captions; compiled on a CPU, too",
     )
     add_flag(parser, "batch-size", type=int, help="default: 96 on a GPU, 16 on a CPU")
     add_flag(parser, "text-tokens", type=int, default=24, help="length that captions are padded to; default: %(default)s")
@@ -30,52 +70,163 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_flag(parser, "num-heads", type=int, default=12, help="default: %(default)s")
     add_flag(parser, "patch-size", type=int, default=2, choices=[1, 2, 4, 8], help="default: %(default)s")
     add_flag(parser, "precision", choices=["no", "fp16", "bf16"], default="bf16", help="default: %(default)s")
-    add_flag(
-        parser, "compile", action=argparse.BooleanOptionalAction, help="torch.compile this model and its peers; default: on a GPU"
-    )
-    add_flag(
-        parser,
-        "speedrun",
-        action="store_true",
-        help="instead: train the recipe shapes as params.yaml has it, and say after how many seconds the pictures are right",
-    )
-    add_flag(parser, "output", type=Path, default=Path("benchmark.json"), help="default: %(default)s")
-    parser.set_defaults(action=run_benchmark)
+    compile_help = "torch.compile this model and its peers; default: on a GPU"
+    add_flag(parser, "compile", action=argparse.BooleanOptionalAction, help=compile_help)
 
 
-def run_benchmark(arguments: argparse.Namespace) -> None:
-    """Print the benchmark's table and write its figures as JSON."""
-    make_folder_of(arguments.output)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch is imported: its profiler notes its starts and stops
+def run_training(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure training steps and print the table."""
+    _require_positive(arguments, "batch_size", "text_tokens", "steps", "hidden_size", "num_layers", "num_heads")
+    if arguments.hidden_size % (4 * arguments.num_heads):
+        raise UserError(f"--hidden-size: {arguments.hidden_size} is not a multiple of 4 x --num-heads")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch is imported: its profiler logs its starts and stops
 
     import torch
 
-    from dit.benchmark.speedrun import speedrun, speedrun_line
-    from dit.benchmark.training import benchmark, table
-    from dit.config import Model, load_config
-    from dit.utils.files import write_json
+    from dit.benchmark.training import benchmark_training, training_table
+    from dit.config import Model
 
-    params = load_config()
-    if arguments.speedrun:
-        points = speedrun(params, Path("data/latents"), Path("data/raw"))
-        print(speedrun_line(points))
-        write_json(arguments.output, [asdict(point) for point in points])
+    gpu = torch.cuda.is_available()
+    results = benchmark_training(
+        load_config(),
+        Model(**{name: getattr(arguments, name) for name in ("patch_size", "hidden_size", "num_layers", "num_heads")}),
+        batch=arguments.batch_size or (96 if gpu else 16),
+        tokens=arguments.text_tokens,
+        rounds=arguments.steps,
+        precision=arguments.precision,
+        compiled=gpu if arguments.compile is None else arguments.compile,
+    )
+    print(training_table(results))
+    return results
+
+
+def _add_data(kinds: argparse._SubParsersAction) -> None:
+    parser = _add_kind(
+        kinds,
+        "data",
+        run_data,
+        "measure how fast images are downloaded and encoded, and a latent cache is read",
+        "  dit benchmark data                       all of it; 5 minutes on 2 cores, and 7 GB on the disk for a while\n"
+        "  dit benchmark data encode --images 256   encoding alone, of more images: what a GPU needs to get going\n"
+        "  dit benchmark data read --entries 118000",
+    )
+    parser.add_argument("part", nargs="?", choices=DATA_PARTS, help="default: all of them")
+    add_flag(parser, "images", type=int, default=16, help="to encode; 16 times as many to download; default: %(default)s")
+    sizes = [1000, 10_000, 118_000]
+    add_flag(parser, "entries", type=int, nargs="+", default=sizes, metavar="N", help="of caches; default: 1000 10000 118000")
+    add_flag(parser, "folder", type=Path, help="where temporary files are written; default: the system's folder for them")
+
+
+def run_data(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure the parts of the way that data takes, and print a table for each."""
+    _require_positive(arguments, "images")
+    if min(arguments.entries) < 1:
+        raise UserError(f"--entries: {min(arguments.entries)} is not a positive number")
+
+    from dit.benchmark import data
+
+    params, parts = load_config(), [arguments.part] if arguments.part else DATA_PARTS
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder, os.environ["DVC_ROOT"] = Path(name), name
+        if "download" in parts:
+            connections = params.runtime.download_connections
+            results["download"] = data.benchmark_download(folder, 16 * arguments.images, connections)
+            print(f"\n{data.download_table(results['download'])}", flush=True)
+        if "encode" in parts:
+            results["encode"] = data.benchmark_encode(folder, arguments.images, params)
+            print(f"\n{data.encode_table(results['encode'])}", flush=True)
+        if "read" in parts:
+            results["read"] = [data.benchmark_read(folder / f"cache-{count}", count) for count in arguments.entries]
+            print(f"\n{data.read_table(results['read'])}")
+    return results
+
+
+def _add_sampling(kinds: argparse._SubParsersAction) -> None:
+    parser = _add_kind(
+        kinds,
+        "sampling",
+        run_sampling,
+        "measure what caching the text and guiding in one batch buy, or what editing keeps of an image",
+        "  dit benchmark sampling text      with the model of models/dit, and a large one with random weights\n"
+        "  dit benchmark sampling editing   how often a red circle becomes a blue one in its place, by strength",
+    )
+    parser.add_argument("part", choices=["text", "editing"])
+    add_flag(parser, "batch-size", type=int, default=32, help="images at once, for text; default: %(default)s")
+    add_flag(parser, "checkpoint", type=Path, default=Path("models/dit"), metavar="FOLDER", help="default: %(default)s")
+
+
+def run_sampling(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure sampling or editing with a trained model, and print the table."""
+    _require_positive(arguments, "batch_size")
+
+    from dit.pipeline.model_folder import read_index
+
+    read_index(arguments.checkpoint)
+
+    from dit.benchmark.sampling import benchmark_editing, benchmark_text, editing_table, text_table
+
+    if arguments.part == "text":
+        rows = benchmark_text(arguments.checkpoint, arguments.batch_size)
+        print(text_table(rows))
     else:
-        numbers = ("batch_size", "text_tokens", "steps", "hidden_size", "num_layers", "num_heads")
-        for name in (name for name in numbers if getattr(arguments, name) is not None and getattr(arguments, name) < 1):
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(arguments, name)} is not a positive number")
-        if arguments.hidden_size % (4 * arguments.num_heads):
-            raise UserError(f"--hidden-size: {arguments.hidden_size} is not a multiple of 4 x --num-heads")
-        gpu = torch.cuda.is_available()
-        results = benchmark(
-            params,
-            Model(**{name: getattr(arguments, name) for name in ("patch_size", "hidden_size", "num_layers", "num_heads")}),
-            batch=arguments.batch_size or (96 if gpu else 16),
-            tokens=arguments.text_tokens,
-            rounds=arguments.steps,
-            precision=arguments.precision,
-            compiled=gpu if arguments.compile is None else arguments.compile,
-        )
-        print(table(results))
-        write_json(arguments.output, results)
-    print(f"\n{arguments.output}")
+        rows = benchmark_editing(arguments.checkpoint)
+        print(editing_table(rows))
+    return rows
+
+
+def _add_speedrun(kinds: argparse._SubParsersAction) -> None:
+    _add_kind(
+        kinds,
+        "speedrun",
+        run_speedrun,
+        "train the recipe shapes as params.yaml has it, and measure after how many seconds the images are right",
+        "  dit benchmark speedrun   seconds of training until prompt_accuracy reaches 0.95; needs data/latents",
+    )
+
+
+def run_speedrun(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train, score, and print after how many seconds the goal was reached."""
+    from dit.benchmark.speedrun import GOAL, speedrun, speedrun_line
+
+    points = speedrun(load_config(), LATENTS, RAW)
+    print(speedrun_line(points))
+    return {"goal": GOAL, "points": [asdict(point) for point in points]}
+
+
+def _add_recipe(kinds: argparse._SubParsersAction) -> None:
+    parser = _add_kind(
+        kinds,
+        "recipe",
+        run_recipe,
+        "train variants of the recipe shapes for about the same time, and measure what each of its settings buys",
+        "  dit benchmark recipe                    all variants, a minute and a half each on 2 cores; needs data/latents\n"
+        "  dit benchmark recipe default batch-48   these two",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of a variant, such as default or patch-2; default: all")
+
+
+def run_recipe(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train the variants, and print a row for each as soon as it is trained."""
+    from dit.benchmark.recipe import HEADER, VARIANTS, run_variant
+    from dit.benchmark.results import markdown_table
+
+    unknown = [name for name in arguments.names if name not in VARIANTS]
+    if unknown:
+        raise UserError(f"{unknown[0]}: no such variant; they are {', '.join(VARIANTS)}")
+    params, results = load_config(), []
+    for name in arguments.names or VARIANTS:
+        point = run_variant(params, name, LATENTS, RAW)
+        results.append({"variant": name} | asdict(point))
+        cells = (name, str(point.step), f"{point.seconds:.0f}", f"{point.accuracy:.3f}")
+        lines = markdown_table(HEADER, [cells]).splitlines()
+        print("\n".join(lines if len(results) == 1 else lines[-1:]), flush=True)
+    return results
+
+
+def _require_positive(arguments: argparse.Namespace, *names: str) -> None:
+    """Raise a `UserError` for the first of the flags `names` that is given and not positive."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}: {value} is not a positive number")

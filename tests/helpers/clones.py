@@ -19,6 +19,7 @@ SMALL = {
     "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 2},
     "optim": {"num_epochs": 4},
 }
+RUNTIME = {"num_workers": 2, "num_processes": 1, "checkpoint_every": 500, "sample_every": 500, "log_every": 25}
 
 
 def environment(root: Path) -> dict[str, str]:
@@ -84,6 +85,8 @@ class Clone(Project):
         values = yaml.safe_load((root / "params.yaml").read_text())
         for block, changes in SMALL.items():
             values["shapes"][block].update(changes)
+        values["recipe"] = "shapes"
+        values["runtime"].update(RUNTIME)
         values["train"].update(batch_size=16, warmup_steps=2)
         values["sample"].update(num_samples=16, num_inference_steps=4)
         (root / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))

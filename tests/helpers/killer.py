@@ -1,6 +1,6 @@
 """Train once undisturbed, then again with kills at random moments; print what came of it as JSON.
 
-    python tests/killer.py SIGNAL KILLS         in the folder of a project with a latent cache
+    python tests/helpers/killer.py SIGNAL KILLS         in the folder of a project with a latent cache
 
 Libraries are loaded once, and every attempt is a fork, so that the kills fall into the training and not into imports.
 """
@@ -62,11 +62,11 @@ def main() -> None:
     started = time.perf_counter()
     expected = finish()
     longest = time.perf_counter() - started
-    chance, state = random.Random(0), Path(".state/train")
+    rng, state = random.Random(0), Path(".state/train")
     killed = with_work = completed = 0
     while killed < kills:
         pid = start()
-        time.sleep(chance.uniform(0, 1) * longest)
+        time.sleep(rng.uniform(0, 1) * longest)
         done, status = os.waitpid(pid, os.WNOHANG)
         if not done:
             if number == signal.SIGKILL:
@@ -78,7 +78,7 @@ def main() -> None:
             with_work += any(state.rglob("step-*.json"))
         elif status:
             sys.exit(LOG.read_text())
-        if status == 0:  # it had gone on so often that it came to its end: from the start again
+        if status == 0:  # it resumed so often that it came to its end: from the start again
             completed += 1
             assert result() == expected
     found = finish()

@@ -62,21 +62,21 @@ def rows(clone: Clone) -> dict[str, dict[str, str]]:
     return {row["Experiment"]: row for row in shown if row["Experiment"]}
 
 
-def test_queued_experiments_succeed_and_leave_their_logs(clone):
+def test_exp_queue_succeeds_and_leaves_logs(clone):
     status = clone.dvc("queue", "status").stdout
     assert status.count("Success") == 2 and "Failed" not in status
     log = clone.dvc("queue", "logs", "width-1")
     assert ran(log) == ["train", "sample", "evaluate"] and "prompt_accuracy" in log.stdout
 
 
-def test_what_runs_in_the_queue_or_aside_leaves_the_workspace_alone(clone):
+def test_exp_queue_leaves_workspace_unchanged(clone):
     assert clone.run("git", "status", "--porcelain").stdout == ""
     assert "up to date" in clone.dvc("status").stdout
     config = clone.json("models/dit/transformer/config.json")
     assert config["hidden_size"] == 32
 
 
-def test_each_experiment_has_its_row(clone):
+def test_exp_show_has_a_row_for_each(clone):
     shown = rows(clone)
     assert set(shown) == set(NAMES)
     assert [shown[name]["shapes.model.hidden_size"] for name in NAMES] == ["32", "16", "24", "32"]
@@ -85,7 +85,7 @@ def test_each_experiment_has_its_row(clone):
     assert len(set(losses)) == 4 and all(float(loss) > 0 for loss in losses)
 
 
-def test_each_experiment_has_its_run_in_the_one_store_at_the_root(clone):
+def test_exp_run_logs_into_the_store_at_the_root(clone):
     stores = list(clone.root.rglob("mlflow.db"))
     assert stores == [clone.root / "mlflow.db"]
     shown, (first, *parents) = rows(clone), clone.parents()
@@ -104,7 +104,7 @@ def test_each_experiment_has_its_run_in_the_one_store_at_the_root(clone):
         assert any(place.rglob("*.png"))
 
 
-def test_the_narrow_table_shows_what_tells_experiments_apart(clone):
+def test_make_experiments_shows_what_differs(clone):
     lines = clone.run(sys.executable, "tools/experiments.py").stdout.splitlines()
     assert max(map(len, lines)) <= 120
     end = next(k for k, line in enumerate(lines) if line.startswith("---"))
@@ -133,7 +133,7 @@ def test_the_narrow_table_shows_what_tells_experiments_apart(clone):
         assert float(table[name]["training_seconds"]) == pytest.approx(float(shown[name]["seconds"]), rel=1e-3)
 
 
-def test_a_run_that_is_not_committed_has_its_row_beside_the_last_commits(clone):
+def test_make_experiments_shows_uncommitted_run(clone):
     def first_column() -> list[str]:
         lines = clone.run(sys.executable, "tools/experiments.py").stdout.splitlines()
         return [line.split()[0] for line in lines if line.strip()]
@@ -146,7 +146,7 @@ def test_a_run_that_is_not_committed_has_its_row_beside_the_last_commits(clone):
     path.write_text(committed)
 
 
-def test_differences_name_what_was_set_and_what_came_of_it(clone):
+def test_exp_diff_names_params_and_metrics(clone):
     shown = rows(clone)["width-1"]
     changed = {"shapes.model.hidden_size": {"old": 32, "new": 16, "diff": -16}}
     assert json.loads(clone.dvc("params", "diff", "HEAD", "width-1", "--json").stdout) == {"params.yaml": changed}
@@ -165,7 +165,7 @@ def specifications(page: str) -> dict[str, dict]:
     return {spec["title"]["text"]: spec for spec in found}
 
 
-def test_the_page_of_plots_shows_curves_and_pictures_of_both(clone, tmp_path):
+def test_plots_diff_shows_curves_and_images(clone, tmp_path):
     clone.dvc("plots", "diff", "HEAD", "width-1", "--out", str(tmp_path))
     page = (tmp_path / "index.html").read_text()
     curves = specifications(page)
@@ -197,7 +197,7 @@ def test_the_page_of_plots_shows_curves_and_pictures_of_both(clone, tmp_path):
         assert (ImageChops.difference(one, other).getbbox() is None) == same, name
 
 
-def test_an_experiment_can_be_applied_and_undone(clone):
+def test_exp_apply_can_be_undone(clone):
     clone.dvc("exp", "apply", "width-1")
     assert yaml.safe_load((clone.root / "params.yaml").read_text())["shapes"]["model"]["hidden_size"] == 16
     assert clone.json("models/dit/transformer/config.json")["hidden_size"] == 16
@@ -210,7 +210,7 @@ def test_an_experiment_can_be_applied_and_undone(clone):
     assert "up to date" in clone.dvc("status").stdout
 
 
-def test_an_experiment_can_become_a_branch(clone):
+def test_exp_branch(clone):
     before = clone.run("git", "branch", "--show-current").stdout.strip()
     clone.dvc("exp", "branch", "width-2", "wide")
     clone.run("git", "switch", "-q", "wide")
@@ -222,7 +222,7 @@ def test_an_experiment_can_become_a_branch(clone):
     assert "up to date" in clone.dvc("status").stdout
 
 
-def test_what_was_trained_once_is_restored_and_not_trained_again(clone):
+def test_run_cache_restores_trained_model(clone):
     runs = len(clone.parents())
     assert ran(clone.dvc("exp", "run", "-S", "train.batch_size=8", "-n", "once-more")) == []
     assert clone.json("metrics/train.json")["steps"] == 24
@@ -231,8 +231,8 @@ def test_what_was_trained_once_is_restored_and_not_trained_again(clone):
     back(clone)
 
 
-def test_switching_to_other_pictures_and_back_runs_nothing_again(clone):
-    """With one's own pictures: some of the drawn ones, and the encoders in the box, so that no network is needed."""
+def test_run_cache_serves_switched_recipe(clone):
+    """With one's own images: some of the rendered ones, and the bundled encoders, so that no network is needed."""
     pictures = clone.root.parent / "custom data"
     pictures.mkdir()
     for row in clone.json("data/raw/metadata.json")[:16]:
@@ -272,14 +272,15 @@ def test_switching_to_other_pictures_and_back_runs_nothing_again(clone):
     ("file", "stages"),
     [
         ("stages/__init__.py", set()),
-        ("dit/tracking.py", set()),
-        ("dit/schedulers.py", {"sample"}),
-        ("dit/evaluation/judge.py", {"evaluate"}),
-        ("dit/training/loop.py", {"train"}),
-        ("dit/diffusion.py", {"train", "sample", "evaluate"}),
+        ("dit/tracking/mlflow.py", set()),
+        ("dit/pipeline/schedulers.py", {"sample"}),
+        ("dit/evaluation/accuracy.py", {"evaluate"}),
+        ("dit/training/trainer.py", {"train"}),
+        ("dit/model/objectives.py", {"train", "sample", "evaluate"}),
+        ("dit/shapes/scene.py", {"download", "sample", "evaluate"}),
     ],
 )
-def test_an_edit_runs_again_what_it_can_change(clone, file, stages):
+def test_edit_runs_stages_that_it_can_change(clone, file, stages):
     path = clone.root / file
     original = path.read_text()
     path.write_text(original + "\n# edited\n")

@@ -45,7 +45,7 @@ def hosts() -> Iterator[list[str]]:
 
 
 @pytest.mark.slow
-def test_two_hosts_train_what_one_trains(tmp_path, hosts):
+def test_two_hosts_train_as_one(tmp_path, hosts):
     clone = Clone(tmp_path / "one")
     settings = yaml.safe_load((clone.root / "params.yaml").read_text())
     settings["shapes"]["optim"]["num_epochs"] = 16

@@ -31,7 +31,7 @@ def coco_clone(root, url: str) -> Clone:
     values["coco"]["encode"].update(vae="builtin", clip="builtin", image_size=64, batch_size=4, precision="fp32")
     values["runtime"].update(download_connections=4, num_workers=1)
     path.write_text(yaml.safe_dump(values, sort_keys=False))
-    code = root / "dit" / "encoding.py"
+    code = root / "dit" / "encode" / "encode.py"
     small = code.read_text().replace("SHARD_BYTES = 256 * 2**20", "SHARD_BYTES = 2**15")
     assert small != code.read_text()
     code.write_text(small)
@@ -44,8 +44,8 @@ def outs(clone: Clone) -> dict:
     return {name: {out["path"]: out["md5"] for out in stages[name]["outs"]} for name in ("download", "encode")}
 
 
-def kill_at_random(clone: Clone, stage: str, longest: float, chance: random.Random) -> int:
-    """Start `stage` until it was killed `KILLS` times; returns how often there was some of its work to go on with."""
+def kill_at_random(clone: Clone, stage: str, longest: float, rng: random.Random) -> int:
+    """Start `stage` until it was killed `KILLS` times; returns how often there was some of its work to resume."""
     state = clone.root / ".state" / {"download": "downloads", "encode": "encode"}[stage]
     kills = with_work = 0
     while kills < KILLS:
@@ -57,7 +57,7 @@ def kill_at_random(clone: Clone, stage: str, longest: float, chance: random.Rand
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        time.sleep(chance.uniform(0.3, 1) * longest)
+        time.sleep(rng.uniform(0.3, 1) * longest)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -69,9 +69,9 @@ def kill_at_random(clone: Clone, stage: str, longest: float, chance: random.Rand
     return with_work
 
 
-def test_download_and_encode_survive_ten_kills_each(tmp_path):
+def test_download_and_encode_survive_ten_kills(tmp_path):
     make_mirror(tmp_path / "mirror", [f"{k:012d}.jpg" for k in range(IMAGES)])
-    chance = random.Random(0)
+    rng = random.Random(0)
     with serve(tmp_path / "mirror", lambda name: "delay") as (url, _):
         undisturbed = coco_clone(tmp_path / "a" / "undisturbed", url)
         seconds = {}
@@ -81,8 +81,8 @@ def test_download_and_encode_survive_ten_kills_each(tmp_path):
             seconds[stage] = time.perf_counter() - started
         killed = coco_clone(tmp_path / "b" / "killed", url)
         for stage in ("download", "encode"):
-            with_work = kill_at_random(killed, stage, seconds[stage], chance)
-            print(f"{stage}: after {with_work} of {KILLS} kills there was work to go on with")
+            with_work = kill_at_random(killed, stage, seconds[stage], rng)
+            print(f"{stage}: after {with_work} of {KILLS} kills there was work to resume")
             assert with_work > 0
             killed.dvc("repro", "-f", "-s", stage)  # forced: DVC would take what an attempt has finished from its cache
     assert outs(killed) == outs(undisturbed)

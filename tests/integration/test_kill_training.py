@@ -70,10 +70,10 @@ def finish(clone: Clone, command: tuple[str, ...] = STAGE) -> tuple[pd.DataFrame
     ("name", "compiled", "processes"),
     [("SIGKILL", False, 1), ("SIGTERM", False, 1), ("SIGKILL", True, 1), ("SIGKILL", False, 2)],
 )
-def test_twenty_kills_do_not_show_in_the_weights(clone, name, compiled, processes):
+def test_training_survives_twenty_kills_bit_identically(clone, name, compiled, processes):
     change(clone, {"optim": {"compile_model": compiled}, "runtime": {"num_processes": processes}})
     done = subprocess.run(
-        [sys.executable, str(REPO / "tests" / "killer.py"), name, str(KILLS)],
+        [sys.executable, str(REPO / "tests" / "helpers" / "killer.py"), name, str(KILLS)],
         cwd=clone.root,
         env=environment(clone.root) | {"DVC_ROOT": str(clone.root), "PYTHONPATH": str(clone.root)},
         capture_output=True,
@@ -86,7 +86,7 @@ def test_twenty_kills_do_not_show_in_the_weights(clone, name, compiled, processe
     assert found["with_work"] > KILLS // 4
 
 
-def test_an_experiment_in_a_temporary_folder_goes_on_where_it_was_killed(clone):
+def test_exp_run_temp_resumes_after_kill(clone):
     change(clone, {"optim": {"compile_model": False}, "runtime": {"num_processes": 1}})
     clone.run("git", "commit", "-qam", "settings of this test")
     state = clone.root / ".state" / "train"
@@ -106,7 +106,7 @@ def test_an_experiment_in_a_temporary_folder_goes_on_where_it_was_killed(clone):
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     again = clone.run(*command)
-    assert "going on after step" in again.stdout + again.stderr
+    assert "resuming after step" in again.stdout + again.stderr
     assert not any(state.rglob("step-*"))
     (run,) = [run for run in clone.parents() if run.data.params["train.seed"] == "7"]  # the same one, with no point twice
     assert run.info.status == "FINISHED" and "prompt_accuracy" in run.data.metrics
@@ -114,7 +114,7 @@ def test_an_experiment_in_a_temporary_folder_goes_on_where_it_was_killed(clone):
     assert steps == sorted(set(steps)) and steps[-1] == clone.store().get_metric_history(run.info.run_id, "val_loss")[-1].step
 
 
-def test_accelerate_launch_trains_with_two_processes_what_one_trains(clone):
+def test_accelerate_launch_two_processes_train_as_one(clone):
     """Any `accelerate launch` will do: the stage finds that it is one of several, and only the first one writes."""
     change(clone, {"optim": {"num_epochs": 16, "compile_model": False}, "runtime": {"num_processes": 1}})
     change(clone, {"train": {"mixed_precision": "no"}})

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import yaml
@@ -16,57 +11,11 @@ from PIL import Image
 
 from dit.pipeline.pipeline import DiTTextToImagePipeline
 from helpers.clones import Project
-from helpers.remotes import Storage, folder_storage, s3_storage, ssh_storage
+from helpers.remotes import folder_storage, s3_storage, ssh_storage
+from helpers.team import Team, clone_of, files, form_team
 
 VARIANT = ("-S", "shapes.optim.num_epochs=2")
 NOTHING_TO_DO = "Data and pipelines are up to date."
-
-
-@dataclass
-class Team:
-    """Users, each with a home in `place`, who share the git repository `hub` and a storage. The owner has run the pipeline."""
-
-    place: Path
-    storage: Storage
-    owner: Project
-
-    @property
-    def hub(self) -> Path:
-        return self.place / "hub.git"
-
-    def colleague(self) -> Project:
-        """Somebody new, with a clone of the hub."""
-        colleague = clone_of(self.hub, Path(tempfile.mkdtemp(prefix="colleague-", dir=self.place)))
-        set_own(colleague, self.storage)
-        return colleague
-
-
-def clone_of(url: Path, home: Path) -> Project:
-    """`git clone`, in a home of its own."""
-    subprocess.run(["git", "clone", "-q", url, home / "project"], check=True)
-    return Project(home / "project")
-
-
-def set_own(project: Project, storage: Storage) -> None:
-    """What a user sets beside what git brings."""
-    for key, value in storage.own.items():
-        project.dvc("remote", "modify", "--local", "storage", key, value)
-
-
-def form_team(clone: Project, place: Path, storage: Storage) -> Team:
-    """A team whose owner has all that was run in `clone`, and has set up the storage and pushed to git as the README says."""
-    owner = clone_of(clone.root, place / "owner")
-    shutil.copytree(clone.root / ".dvc" / "cache", owner.root / ".dvc" / "cache")
-    owner.dvc("checkout")
-    owner.dvc("remote", "add", "-d", "storage", storage.url)
-    for key, value in {**storage.settings, "verify": "true"}.items():
-        owner.dvc("remote", "modify", "storage", key, value)
-    set_own(owner, storage)
-    owner.run("git", "commit", "-qam", "a storage")
-    owner.run("git", "clone", "-q", "--bare", ".", str(place / "hub.git"))
-    owner.run("git", "remote", "set-url", "origin", str(place / "hub.git"))
-    owner.run("git", "fetch", "-q")
-    return Team(place, storage, owner)
 
 
 @pytest.fixture
@@ -90,10 +39,6 @@ def variant(clone, tmp_path_factory) -> Iterator[tuple[Team, dict]]:
         yield team, left
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def results(project: Project) -> dict[str, dict[str, bytes]]:
     """All that the pipeline leaves."""
     return {name: files(project.root / name) for name in ("data", "models", "samples", "metrics")}
@@ -107,7 +52,7 @@ def records(project: Project) -> set[str]:
 @pytest.mark.parametrize(
     "kind", [folder_storage, pytest.param(ssh_storage, marks=pytest.mark.slow), pytest.param(s3_storage, marks=pytest.mark.slow)]
 )
-def test_a_colleague_pulls_everything_and_has_nothing_to_run(clone, tmp_path, kind):
+def test_pull_brings_everything(clone, tmp_path, kind):
     with kind(tmp_path) as storage:
         team = form_team(clone, tmp_path, storage)
         team.owner.dvc("push", "--run-cache")
@@ -125,7 +70,7 @@ def test_a_colleague_pulls_everything_and_has_nothing_to_run(clone, tmp_path, ki
 
 
 @pytest.mark.slow
-def test_an_experiment_goes_to_a_colleague_with_its_results(variant):
+def test_exp_push_brings_results(variant):
     team, left = variant
     team.owner.dvc("exp", "push", "origin", "variant")
     colleague = team.colleague()
@@ -138,7 +83,7 @@ def test_an_experiment_goes_to_a_colleague_with_its_results(variant):
 
 
 @pytest.mark.slow
-def test_what_one_has_run_nobody_runs_again(variant, tmp_path):
+def test_run_cache_is_shared(variant, tmp_path):
     team, left = variant
     elsewhere = str(tmp_path / "storage")
     team.owner.dvc("remote", "add", "--local", "elsewhere", elsewhere)
@@ -154,14 +99,14 @@ def test_what_one_has_run_nobody_runs_again(variant, tmp_path):
 
 
 @pytest.mark.slow
-def test_runs_that_cannot_be_sent_are_one_line(team):
+def test_push_runs_unknown_remote_is_one_line(team):
     done = team.owner.run(sys.executable, "tools/push_runs.py", "nowhere", check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["push_runs: config file error: remote 'nowhere' doesn't exist"]
 
 
 @pytest.mark.slow
-def test_runs_whose_outputs_are_gone_are_left_out_of_what_is_sent(team):
+def test_push_runs_leaves_out_lost_outputs(team):
     (model,) = [
         out
         for out in yaml.safe_load((team.owner.root / "dvc.lock").read_text())["stages"]["train"]["outs"]
@@ -177,7 +122,7 @@ def test_runs_whose_outputs_are_gone_are_left_out_of_what_is_sent(team):
 
 
 @pytest.mark.slow
-def test_the_model_alone_is_enough_to_draw(team):
+def test_pull_model_alone_generates(team):
     team.owner.dvc("push")
     colleague = team.colleague()
     colleague.dvc("pull", "models/dit", "samples/images")
@@ -188,7 +133,7 @@ def test_the_model_alone_is_enough_to_draw(team):
 
 
 @pytest.mark.slow
-def test_another_project_gets_or_imports_the_model(team):
+def test_get_and_import_model(team):
     team.owner.dvc("push")
     other = Project(team.place / "other" / "project")
     other.root.mkdir(parents=True)
@@ -210,7 +155,7 @@ def test_another_project_gets_or_imports_the_model(team):
 
 
 @pytest.mark.slow
-def test_a_file_that_was_damaged_in_the_storage_is_not_taken(team):
+def test_pull_refuses_damaged_file(team):
     team.owner.dvc("push")
     log = (team.owner.root / "models" / "train.log").read_bytes()
     (damaged,) = [path for path in team.storage.files.rglob("*") if path.is_file() and path.read_bytes() == log]

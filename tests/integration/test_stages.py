@@ -3,46 +3,48 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import runpy
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from dit.errors import UserError
 from helpers import REPO
-from stages import run_stage
+from stages import dvc_files, run_stage
+
+DVC = [sys.executable, "-m", "dvc"]
+COMMIT = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a run"]
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    shutil.copy(REPO / "params.yaml", tmp_path)
+    """A DVC project in which the stage `train` has been run, and whose metrics are as DVC leaves them: locked and cached."""
+    (tmp_path / "params.yaml").write_text((REPO / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    dvc_files._cache_folder.cache_clear()
     (tmp_path / "metrics").mkdir()
+    stage = {"cmd": "python write.py", "outs": ["model"], "metrics": [{"metrics/train.json": {"cache": False}}]}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"train": {"deps": ["write.py"], **stage}}}))
+    (tmp_path / "write.py").write_text("for name in ('model', 'metrics/train.json'): open(name, 'w').write('{}')")
+    for command in (["git", "init", "-q"], [*DVC, "init", "-q"], [*DVC, "repro", "-q"], ["git", "add", "."], COMMIT):
+        subprocess.run(command, check=True, capture_output=True)
     return tmp_path
 
 
-def succeed(project, content: str) -> None:
-    run_stage("train", lambda params: (project / "metrics" / "train.json").write_text(content) and None, ["metrics/train.json"])
+def fail(error: BaseException) -> None:
+    """Run the stage as DVC does, which deletes its outs first, and let it end with `error`."""
 
+    def stage(_params) -> None:
+        raise error
 
-def record(project, stage: str, digests: dict[str, str]) -> None:
-    """What DVC writes after a good run."""
-    outs = [{"path": path, "md5": digest} for path, digest in digests.items()]
-    (project / "dvc.lock").write_text(yaml.safe_dump({"stages": {stage: {"outs": outs}}}))
-
-
-def lock(project, content: str) -> None:
-    record(project, "train", {"metrics/train.json": hashlib.md5(content.encode()).hexdigest()})
-
-
-def commit(project) -> None:
-    for command in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a run"]):
-        subprocess.run(["git", *command], cwd=project, check=True)
+    for name in ("model", "metrics/train.json"):
+        Path(name).unlink(missing_ok=True)
+    run_stage("train", stage, ["metrics/train.json"])
 
 
 @pytest.mark.parametrize(
@@ -53,94 +55,53 @@ def commit(project) -> None:
         (OSError(errno.ENOSPC, "No space left on device"), "train: the disk is full"),
     ],
 )
-def test_a_failure_is_one_line_and_the_metrics_of_before_are_back(project, capsys, error, says):
-    succeed(project, "{}")
-    lock(project, "{}")
-    succeed(project, '{"an": "experiment"}')  # of which the lock that was checked out since knows nothing
-
-    def fail(_params) -> None:
-        raise error
-
-    (project / "metrics" / "train.json").unlink()  # as DVC does before it starts a stage
+def test_run_stage_reports_failure_in_lines(project, capsys, error, says):
     with pytest.raises(SystemExit) as end:
-        run_stage("train", fail, ["metrics/train.json"])
+        fail(error)
     lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 1 and lines[0].startswith(says) and len(lines) == 1
-    assert (project / "metrics" / "train.json").read_text() == "{}"
+    assert end.value.code == 1 and lines[0].startswith(says)
+    assert lines[1:] == ["train: `dvc checkout --force` brings the earlier outputs back"]
 
 
-def test_after_a_clone_the_metrics_of_before_are_those_of_the_last_commit(project):
-    """No stage has run here yet, so there are no copies."""
-    metrics = project / "metrics" / "train.json"
-    metrics.write_text("{}")
-    lock(project, "{}")
-    commit(project)
-
-    def fail(_params) -> None:
-        raise UserError("no")
-
-    for recorded, back in (("{}", True), ("another run's", False)):
-        lock(project, recorded)
-        metrics.unlink(missing_ok=True)
-        with pytest.raises(SystemExit):
-            run_stage("train", fail, ["metrics/train.json"])
-        assert metrics.exists() == back
-
-
-def test_a_folder_of_before_is_back_as_it_was(project):
-    """From the copy of a good run; after a clone, from the last commit."""
-    pictures = project / "metrics" / "report"
-    content = {"curves.webp": b"1", "of/a/folder.webp": b"2"}
-
-    def draw(_params) -> None:
-        for name, data in content.items():
-            (pictures / name).parent.mkdir(parents=True, exist_ok=True)
-            (pictures / name).write_bytes(data)
-
-    def fail(_params) -> None:
-        pictures.mkdir()
-        (pictures / "begun.webp").write_bytes(b"3")
-        raise UserError("no")
-
-    run_stage("report", draw, ["metrics/report"])
-    record(project, "report", {"metrics/report": "7e77e8fc6f3d3b1c98be276f4afde496.dir"})
-    commit(project)
-    for lost in (".state", None):
-        shutil.rmtree(pictures)  # as DVC does before it starts a stage
-        with pytest.raises(SystemExit):
-            run_stage("report", fail, ["metrics/report"])
-        assert {path.relative_to(pictures).as_posix(): path.read_bytes() for path in pictures.rglob("*.*")} == content
-        if lost:
-            shutil.rmtree(project / lost)
-
-
-def test_the_hash_of_a_folder_is_dvcs(project):
-    (project / "folder" / "b").mkdir(parents=True)
-    for name in ("b/c.txt", "b.txt", "ä.txt"):
-        (project / "folder" / name).write_text(name)
-    dvc = [sys.executable, "-m", "dvc"]
-    for command in (["git", "init", "-q"], [*dvc, "init", "-q"], [*dvc, "add", "folder"]):
-        subprocess.run(command, cwd=project, check=True, capture_output=True)
-    (out,) = yaml.safe_load((project / "folder.dvc").read_text())["outs"]
-    run_stage("report", lambda params: None, ["folder"])
-    assert [path.name for path in (project / ".state" / "metrics").iterdir()] == [out["md5"]]
-
-
-def test_the_page_and_its_pictures_are_back_where_the_report_cannot_be_written(project):
-    pictures, page = project / "metrics" / "report", project / "metrics" / "report.md"
-    pictures.mkdir()
-    (pictures / "curves.webp").write_text("picture")
-    page.write_text("page")
-    digests = {"metrics/report": "b6910d4a67ce87585c3995be33ff6faa.dir", "metrics/report.md": "71860c77c6745379b0d44304d66b6a13"}
-    record(project, "report", digests)
-    commit(project)
-    shutil.rmtree(pictures)
-    page.unlink()
-    with pytest.raises(FileNotFoundError):  # there are no figures here
-        runpy.run_module("stages.report", run_name="__main__")
-    assert page.read_text() == "page" and (pictures / "curves.webp").read_text() == "picture"
-
-
-def test_a_defect_keeps_its_stack_trace(project):
+def test_run_stage_keeps_stack_trace_of_a_defect(project):
     with pytest.raises(ZeroDivisionError):
         run_stage("train", lambda params: 1 // 0, [])
+
+
+def test_restore_metrics_from_dvcs_cache(project):
+    (project / "metrics/train.json").write_text('{"of": "an experiment"}')  # which the lock knows nothing of
+    with pytest.raises(SystemExit):
+        fail(UserError("no"))
+    assert (project / "metrics/train.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(("committed", "restored"), [("{}", True), ("another run's", False)])
+def test_restore_metrics_after_a_clone(project, committed, restored):
+    """There is no cache; the last commit has the file, if it is of the run that dvc.lock records."""
+    shutil.rmtree(project / ".dvc" / "cache")
+    (project / "metrics/train.json").write_text(committed)
+    subprocess.run(["git", "add", "."], check=True)
+    subprocess.run([*COMMIT, "--allow-empty"], check=True)
+    with pytest.raises(SystemExit):
+        fail(UserError("no"))
+    assert (project / "metrics/train.json").exists() == restored
+
+
+def test_report_that_fails_leaves_the_earlier_one(project):
+    images, page = project / "metrics" / "report", project / "metrics" / "report.md"
+    images.mkdir()
+    (images / "curves.webp").write_text("image")
+    page.write_text("page")
+    with pytest.raises(FileNotFoundError):  # there are no metrics here
+        runpy.run_module("stages.report", run_name="__main__")
+    assert page.read_text() == "page" and (images / "curves.webp").read_text() == "image"
+    assert not list((project / "metrics").glob(".report-*"))
+
+
+def test_code_digest_ignores_comments_and_docstrings(project):
+    before = dvc_files.code_digest("train")
+    code = (project / "write.py").read_text()
+    (project / "write.py").write_text(f'"""A docstring."""\n# a comment\n{code}')
+    assert dvc_files.code_digest("train") == before
+    (project / "write.py").write_text(code.replace("'w'", "'x'"))
+    assert dvc_files.code_digest("train") != before

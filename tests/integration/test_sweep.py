@@ -7,10 +7,10 @@ import sys
 import threading
 
 import pytest
-from test_sharing import Team, clone_of, files, form_team, set_own
 
 from helpers.clones import environment
 from helpers.remotes import s3_storage
+from helpers.team import Team, clone_of, files, form_team, set_own
 from helpers.tracking_server import mlflow_server
 
 WIDTHS = {"narrow": 16, "wide": 48}
@@ -34,7 +34,7 @@ def run_experiment(team: Team, name: str, width: int, server: str, printed: dict
 
 
 @pytest.mark.slow
-def test_two_machines_share_out_a_sweep(clone, tmp_path):
+def test_sweep_over_two_machines(clone, tmp_path):
     with s3_storage(tmp_path) as storage, mlflow_server(tmp_path / "server") as server:
         team = form_team(clone, tmp_path, storage)
         team.owner.dvc("push")

@@ -25,16 +25,16 @@ def changed(path: str, value) -> dict:
     return values
 
 
-def test_the_committed_file_is_right_for_every_recipe():
+def test_config_committed_file_is_valid_for_every_recipe():
     for recipe in RECIPES:
         assert parse_config(changed("recipe", recipe)).active.data.source == recipe
 
 
-def test_where_nobody_says_how_pictures_are_drawn_as_the_samples_are():
+def test_config_defaults_equal_sample_block():
     assert {name: VALUES["sample"][name] for name in DEFAULTS} == DEFAULTS
 
 
-def test_settings_cannot_be_changed_by_accident():
+def test_config_is_frozen():
     with pytest.raises(FrozenInstanceError):
         load_config(REPO / "params.yaml").train.batch_size = 1
 
@@ -59,14 +59,14 @@ def test_settings_cannot_be_changed_by_accident():
         ("shapes.encode", None, "shapes.encode: None: must be a block of settings"),
     ],
 )
-def test_a_mistake_is_one_line_with_key_value_and_remedy(path, value, says):
+def test_config_mistake_is_one_line_with_remedy(path, value, says):
     with pytest.raises(UserError) as error:
         parse_config(changed(path, value))
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_every_missing_key_is_named():
+def test_config_names_every_missing_key():
     def walk(block, path):
         for key, value in block.items():
             yield (*path, key)
@@ -84,14 +84,24 @@ def test_every_missing_key_is_named():
         assert f"{'.'.join(path)}: missing" in str(error.value)
 
 
-def test_a_number_written_the_way_yaml_takes_for_text_is_understood():
+def test_config_reads_exponent_without_dot():
     assert parse_config(changed("shapes.optim.learning_rate", "1e-4")).active.optim.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("block", "old", "new"), [("shapes", "schedule", "optim"), ("train", "max_skipped", "max_nonfinite_steps")]
+)
+def test_config_names_what_became_of_an_old_key(block, old, new):
+    values = copy.deepcopy(VALUES)
+    values[block][old] = values[block].pop(new)
+    with pytest.raises(UserError, match=f"{block}.{old}: is called {new} now"):
+        parse_config(values)
 
 
 @pytest.mark.parametrize(
     ("text", "says"), [("a: [", "not valid YAML"), ("- 1", "expected blocks of settings"), (None, "no such file")]
 )
-def test_a_file_that_is_no_settings_file_is_named(tmp_path, text, says):
+def test_config_names_unreadable_file(tmp_path, text, says):
     path = tmp_path / "params.yaml"
     if text is not None:
         path.write_text(text)

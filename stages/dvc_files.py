@@ -1,0 +1,71 @@
+"""What dvc.yaml and dvc.lock say of a stage, and how to get back what DVC has deleted before a run that failed."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+
+def locked_outs(stage: str) -> list[dict]:
+    """Return what dvc.lock records of the outs of `stage`."""
+    lock = Path("dvc.lock")
+    stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {}) if lock.exists() else {}
+    return stages.get(stage, {}).get("outs", [])
+
+
+def lost_outs(stage: str) -> list[str]:
+    """Return the outs of `stage` that DVC has deleted and has in its cache."""
+    return [out["path"] for out in locked_outs(stage) if not Path(out["path"]).exists() and _cached(out).exists()]
+
+
+def restore_metrics(stage: str, metrics: list[str]) -> None:
+    """Put back the metrics files that dvc.lock records for `stage`: from DVC's cache or, after a clone, from the last commit.
+
+    DVC caches files with `cache: false`, too, for its run cache, but `dvc checkout` does not bring them back.
+    """
+    for out in locked_outs(stage):
+        path = Path(out["path"])
+        if out["path"] not in metrics or path.exists():
+            continue
+        if _cached(out).exists():
+            shutil.copyfile(_cached(out), path)
+            continue
+        shown = subprocess.run(["git", "show", f"HEAD:./{path.as_posix()}"], capture_output=True, check=False)
+        if shown.returncode == 0 and hashlib.md5(shown.stdout).hexdigest() == out["md5"]:
+            path.write_bytes(shown.stdout)
+
+
+def code_digest(stage: str) -> str:
+    """Return a SHA-256 of the code that `stage` depends on, as dvc.yaml lists it; comments and docstrings do not count."""
+    deps = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
+    digest = hashlib.sha256()
+    for dep in map(Path, deps):
+        for path in sorted(dep.rglob("*.py")) if dep.is_dir() else [dep] if dep.suffix == ".py" else []:
+            digest.update(_without_docstrings(path.read_text(encoding="utf-8")).encode())
+    return digest.hexdigest()
+
+
+def _without_docstrings(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.dump(tree)
+
+
+@functools.cache
+def _cache_folder() -> Path:
+    asked = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True, check=False)
+    return Path(asked.stdout.strip()) / "files" / "md5"
+
+
+def _cached(out: dict) -> Path:
+    """Return where DVC's cache has the file or the list of a folder's files, if it has it."""
+    return _cache_folder() / out["md5"][:2] / out["md5"][2:]
