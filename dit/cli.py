@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 
+import dit
 from dit.commands import benchmark, check, compare, export, generate, inspect, sweep, sync_runs, where
 from dit.commands._args import not_understood
 from dit.errors import UserError
@@ -13,24 +14,25 @@ from dit.errors import UserError
 EXAMPLES = """\
 examples:
   dit check                                         is params.yaml right, is everything there that the pipeline needs
-  dit where                                         where the pictures are, how to look at the runs
-  dit inspect data/latents --decode 16              what is in the latent cache, and a picture of it
-  dit generate --prompt "a red circle"              draw it with the trained model, into generated.png
+  dit where                                         where the results are, how to look at the runs
+  dit inspect data/latents --decode 16              what is in the latent cache, and images of it
+  dit generate --prompt "a red circle"              an image from the trained model, as generated.png
   dit export my-model                               the model and its encoders in one folder, for others
   dit sweep                                         which guidance scale and how many steps are worth their time
-  dit benchmark                                     how fast training is here, and how fast it could be
-  dit compare                                       all trained models side by side: a table and a picture
+  dit benchmark training                            how fast training is here, and how fast it could be
+  dit compare                                       all trained models side by side: a table and their images
 """
 COMMANDS = (check, where, inspect, generate, export, sweep, benchmark, compare, sync_runs)
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `dit`; each command sets the function to call as `action`, and its own parser as `parser`."""
     parser = argparse.ArgumentParser(
-        prog="dit", description=__import__("dit").__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="dit", description=dit.__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_parser(commands)
+    for module in COMMANDS:
+        module.add_parser(commands)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
     return parser
@@ -48,10 +50,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("dit: interrupted", file=sys.stderr)
-        return 130  # as a shell has it
-    except BrokenPipeError:  # whoever read the output has seen enough: `dit inspect | head`
+        return 130  # as shells do
+    except BrokenPipeError:  # what read the output has closed it: `dit inspect | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's end has nothing left to write
-        return 141  # as a shell has it
+        return 141  # as shells do
     except OSError as error:  # a path that cannot be written, most often
         print(f"dit: {error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
         return 1

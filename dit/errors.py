@@ -1,8 +1,10 @@
-"""The one error that users are meant to see, and what they are not."""
+"""The one error that users are meant to see, and errors of other libraries in one printable line."""
 
 from __future__ import annotations
 
 import re
+
+MAX_LENGTH = 160  # characters of another library's message: where and what, without its dumps
 
 
 class UserError(Exception):
@@ -13,11 +15,17 @@ class UserError(Exception):
 
 
 def without_password(address: str) -> str:
-    """`address` without the name and password that may stand before its host: what is printed may be pasted elsewhere."""
+    """Return `address` without the name and password before its host: what is printed may be pasted elsewhere."""
     return re.sub(r"//[^/@\s]*@", "//", address)
 
 
-def one_line(error: BaseException) -> str:
-    """What `error` says in its first line, without passwords; its kind where it says nothing."""
-    line = without_password((str(error).splitlines() or [type(error).__name__])[0])
-    return line if len(line) <= 160 else line[:160].rsplit(" ", 1)[0] + " …"
+def one_line(error: BaseException, with_type: bool = False) -> str:
+    """Return the message of `error` in one line of at most about `MAX_LENGTH` characters, without passwords.
+
+    Args:
+        error: any exception; its type stands for it where it has no message.
+        with_type: whether its type goes before the message.
+    """
+    kind, text = type(error).__name__, without_password(" ".join(str(error).split()))
+    line = text if len(text) <= MAX_LENGTH else text[:MAX_LENGTH].rsplit(" ", 1)[0] + " …"
+    return (f"{kind}: {line}" if with_type else line) if line else kind

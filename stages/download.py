@@ -14,9 +14,9 @@ METRICS = "metrics/download.json"
 
 def main(params: Params) -> None:
     """Fetch the data set that the recipe names."""
-    report = fetch(params.active.data, Path("data/raw"), params.runtime)
-    write_json(Path(METRICS), report.metrics())
-    print(f"{report.images} images, {report.captions} captions, {len(report.bad)} rejected", flush=True)
+    result = fetch(params.active.data, Path("data/raw"), params.runtime)
+    write_json(Path(METRICS), result.metrics())
+    print(f"{result.images} images, {result.captions} captions, {len(result.rejected)} rejected", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""How fast data is downloaded, encoded and read, each beside its limit, which is measured in the same run.
-
-For encoding the limit is the bare encoders on images that are decoded already, for reading a plain copy in memory.
-"""
+"""How fast images are downloaded and encoded; encoding beside the bare encoders on decoded images, in the same run."""
 
 from __future__ import annotations
 
@@ -11,10 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dit.benchmark.baselines import untrained_encoders
 from dit.benchmark.results import default_device, device_name, markdown_table
-from dit.benchmark.synthetic import write_synthetic
 from dit.config import Params
 from dit.dataset.image_io import load_crops
 from dit.dataset.reader import by_image, read_metadata
@@ -32,14 +27,12 @@ from dit.encode.moments import encode_moments
 from dit.encoders.loading import BUILTIN, PRECISIONS, EncoderSource, load_vae
 from dit.encoders.text import TextEncoder
 from dit.errors import UserError
-from dit.latents.cache import LatentCache, bytes_per_image
 from dit.sources.http import Downloader
-from dit.sources.writer import DatasetWriter, Report
+from dit.sources.writer import DatasetWriter, FetchResult
 
 PHOTOGRAPH = (640, 480)
 CAPTION = "a red circle to the left of a small blue star on a white background"
 ENCODED = 4  # images in a batch of the encode stage
-BATCH, BATCHES, WARM_UP = 96, 100, 10  # of reading; the first batches come from the disk and do not count
 
 
 def synthetic_photographs(count: int) -> list[bytes]:
@@ -104,7 +97,7 @@ def benchmark_encode(folder: Path, count: int, params: Params) -> dict[str, Any]
     writer = DatasetWriter(raw, replace(params.folder.data, layout="files"), count)
     for k, content in enumerate(synthetic_photographs(count)):
         writer.add(f"images/{k}.jpg", content, [CAPTION])
-    writer.close(Report())
+    writer.close(FetchResult())
     write_encoders(folder)
     settings = replace(params.coco.encode, batch_size=ENCODED, vae=str(folder / "vae"), clip=str(folder / "clip"))
     device, dtype = default_device(), PRECISIONS[settings.precision]
@@ -143,99 +136,8 @@ def encode_table(row: dict[str, Any]) -> str:
 
 def write_encoders(folder: Path) -> None:
     """Write untrained encoders of the real ones' shapes into `folder`/vae and `folder`/clip, with the bundled tokenizer."""
-    from dit.benchmark.baselines import untrained_encoders  # here, since it takes memory that a reader of a cache does without
-
     shutil.copytree(BUILTIN / "clip", folder / "clip", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     bundled = TextEncoder(EncoderSource("builtin"), torch.float32, torch.device("cpu")).model.config
     vae, clip = untrained_encoders(**{name: getattr(bundled, name) for name in ("vocab_size", "bos_token_id", "eos_token_id")})
     vae.save_pretrained(folder / "vae")
     clip.save_pretrained(folder / "clip")
-
-
-def benchmark_read(folder: Path, entries: int) -> dict[str, float]:
-    """Write a cache of real shapes into `folder` and read it, each in a process of its own, so that its memory is its own."""
-    started = time.perf_counter()
-    peak = _in_new_process(_write_cache, folder, entries)
-    seconds = time.perf_counter() - started
-    return {"entries": entries, "write_seconds": seconds, "writer_peak_mb": peak} | _in_new_process(_read_cache, folder)
-
-
-def _in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(function, *arguments).result()
-
-
-def _write_cache(folder: Path, entries: int) -> float:
-    write_synthetic(folder, entries)
-    return memory_mb("VmHWM")
-
-
-def _read_cache(folder: Path) -> dict[str, float]:
-    """Open a cache and read random batches."""
-    before = memory_mb("VmRSS")
-    started = time.perf_counter()
-    cache = LatentCache(folder)
-    opened, after = time.perf_counter() - started, memory_mb("VmRSS")
-    rng = np.random.default_rng(0)
-    choice, mirrored = np.zeros(BATCH), np.zeros(BATCH, dtype=bool)
-    seconds = peak = 0.0
-    for number in range(WARM_UP + BATCHES):
-        images = rng.integers(0, len(cache), BATCH)
-        started = time.perf_counter()
-        batch = cache.read(images, choice, mirrored)
-        seconds += time.perf_counter() - started if number >= WARM_UP else 0.0
-        peak = max(peak, memory_mb("VmRSS"))
-    anonymous = memory_mb("RssAnon")
-    size = sum(value.nbytes for value in vars(batch).values())
-    source, target = torch.ones(40 * size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)  # too large for the caches
-    started = time.perf_counter()
-    for number in range(BATCHES):
-        target.copy_(source[number % 40 * size :][:size])
-    copied = time.perf_counter() - started
-    stored, float32 = bytes_per_image(cache)
-    return {
-        "bytes_per_image": stored,
-        "float32_bytes_per_image": float32,
-        "open_seconds": opened,
-        "before_mb": before,
-        "after_mb": after,
-        "peak_mb": peak,
-        "anonymous_mb": anonymous,
-        "images_per_second": BATCHES * BATCH / seconds,
-        "bytes_per_second": BATCHES * size / seconds,
-        "copy_bytes_per_second": BATCHES * size / copied,
-    }
-
-
-def read_table(rows: list[dict[str, float]]) -> str:
-    """Return results of `benchmark_read` as a Markdown table."""
-    columns: dict[str, Callable[[dict[str, float]], str]] = {
-        "entries": lambda row: f"{row['entries']:,}",
-        "written in": lambda row: f"{row['write_seconds']:.0f} s",
-        "writer's peak memory": lambda row: f"{row['writer_peak_mb']:.0f} MB",
-        "bytes per image": lambda row: f"{row['bytes_per_image']:,.0f}",
-        "of float32, 77 tokens": lambda row: f"1/{row['float32_bytes_per_image'] / row['bytes_per_image']:.1f}",
-        "opened in": lambda row: f"{row['open_seconds'] * 1e3:.0f} ms",
-        "memory after opening": lambda row: (
-            f"{row['after_mb']:.0f} MB, {row['after_mb'] - row['before_mb']:.0f} more than before"
-        ),
-        "peak while reading": lambda row: f"{row['peak_mb']:.0f} MB",
-        "of which anonymous": lambda row: f"{row['anonymous_mb']:.0f} MB",
-        f"batches of {BATCH}": lambda row: f"{row['bytes_per_second'] / 1e9:.2f} GB/s, {row['images_per_second']:,.0f} images/s",
-        "of a plain copy": lambda row: (
-            f"{row['bytes_per_second'] / row['copy_bytes_per_second']:.0%} of {row['copy_bytes_per_second'] / 1e9:.1f} GB/s"
-        ),
-    }
-    return markdown_table(list(columns), [[write(row) for write in columns.values()] for row in rows])
-
-
-def memory_mb(kind: str) -> float:
-    """Return this process's memory in MB: VmRSS now, VmHWM at most, RssAnon without mapped files.
-
-    Raises:
-        UserError: this is not Linux, which alone tells them apart.
-    """
-    status = Path("/proc/self/status")
-    if not status.exists():
-        raise UserError("benchmark data read: the memory of a process is read from /proc/self/status, which only Linux has")
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(kind)) / 1e3

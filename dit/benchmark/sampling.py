@@ -17,7 +17,7 @@ from dit.model.transformer import DiT
 from dit.pipeline.generate import load_pipeline
 from dit.pipeline.pipeline import DiTTextToImagePipeline
 from dit.shapes.scene import Description, Object, render, sample_scene
-from dit.shapes.scoring import judge
+from dit.shapes.scoring import score_objects
 from dit.utils.hardware import has_fast_bf16, synchronize
 
 STEPS, GUIDANCE, ROUNDS = 4, 3.0, 5
@@ -150,12 +150,11 @@ def benchmark_editing(model: Path) -> list[dict[str, Any]]:
     images = [render(sample_scene(before, rng)) for _ in range(CASES)]
     pipeline = load_pipeline(model, "stochastic")
     pipeline.set_progress_bar_config(disable=True)
-    rows = []
+    prompts, rows = ["a blue circle"] * CASES, []
     for strength in STRENGTHS:
         seeds = [torch.Generator().manual_seed(k) for k in range(CASES)]
-        prompts, settings = ["a blue circle"] * CASES, {"strength": strength, "generator": seeds}
-        edited = pipeline(prompts, image=images, **settings, return_dict=False)[0]
-        right = np.array([judge(image, after).correct for image in edited])
+        edited = pipeline(prompts, image=images, strength=strength, generator=seeds, return_dict=False)[0]
+        right = np.array([score_objects(image, after).correct for image in edited])
         same = np.array([foreground_iou(*pair) >= 0.6 for pair in zip(images, edited, strict=True)])
         shares = {"right": right.mean(), "same_place": same.mean(), "both": (right & same).mean()}
         rows.append({"strength": strength} | {name: float(share) for name, share in shares.items()})

@@ -82,16 +82,12 @@ class TimedCheckpoints(Checkpoints):
         self.cost = CheckpointCost(size / 1e9, held, written, time.perf_counter() - started)
 
 
-class RateLogger(NullLogger):
-    """Keeps the images per second of each step."""
-
-    def __init__(self) -> None:
-        self.rates: dict[int, float] = {}
+class CurveLogger(NullLogger):
+    """Keeps the curves, and writes nothing."""
 
     def log_metrics(self, step: int, values: dict[str, float]) -> None:
-        """Keep `images_per_second` of `values`."""
-        if "images_per_second" in values:
-            self.rates[step] = values["images_per_second"]
+        """Keep `values`."""
+        self.curves.setdefault(step, {}).update(values)
 
 
 def benchmark_training(
@@ -205,10 +201,10 @@ def time_trainer(
         train = replace(params.train, **changes, validate_every=10**9)
         optim = replace(params.active.optim, num_epochs=1, compile_model=compiled)
         runtime = replace(params.runtime, log_every=1, checkpoint_every=WARM_UP, deterministic=deterministic)
-        checkpoints, logger = TimedCheckpoints(Path(folder) / "state", 1), RateLogger()
+        checkpoints, logger = TimedCheckpoints(Path(folder) / "state", 1), CurveLogger()
         AcceleratorState._reset_state()  # accelerate keeps the precision of a process's first training
         Trainer(LatentCache(Path(folder) / "cache"), model, optim, train, runtime, logger, None, checkpoints).train()
-    fastest = max(rate for step, rate in logger.rates.items() if step > WARM_UP)
+    fastest = max(values.get("images_per_second", 0.0) for step, values in logger.curves.items() if step > WARM_UP)
     return (batch / fastest, torch.cuda.max_memory_allocated() / 1e9 if gpu else None), checkpoints.cost
 
 

@@ -15,7 +15,6 @@ from dit.config import load_config
 from dit.errors import UserError
 
 LATENTS, RAW = Path("data/latents"), Path("data/raw")
-DATA_PARTS = ("download", "encode", "read")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -31,23 +30,24 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_kind(
-    kinds: argparse._SubParsersAction, name: str, action: Callable[[argparse.Namespace], Any], help: str, examples: str
+    kinds: argparse._SubParsersAction, name: str, action: Callable[[argparse.Namespace], dict[str, Any]], help: str, examples: str
 ) -> argparse.ArgumentParser:
     """Add a subcommand whose `action` prints tables and returns what `--output` receives as JSON."""
     parser = kinds.add_parser(
         name, help=help, description=help, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    output = Path(f"benchmark-{name}.json")
-    parser.add_argument("--output", type=Path, default=output, metavar="FILE", help="results as JSON; default: %(default)s")
+    parser.add_argument("--output", type=Path, metavar="FILE", help=f"results as JSON; default: benchmark-{name}.json")
 
     def run(arguments: argparse.Namespace) -> None:
-        make_folder_of(arguments.output)
+        output = arguments.output or Path(f"benchmark-{name}.json")
+        make_folder_of(output)
         results = action(arguments)
 
+        from dit.benchmark.results import default_device, device_name
         from dit.utils.files import write_json
 
-        write_json(arguments.output, results)
-        print(f"\n{arguments.output}")
+        write_json(output, {"device": device_name(default_device())} | results)
+        print(f"\n{output}")
 
     parser.set_defaults(action=run, parser=parser)
     return parser
@@ -110,7 +110,7 @@ def _add_data(kinds: argparse._SubParsersAction) -> None:
         "  dit benchmark data encode --images 256   encoding alone, of more images: what a GPU needs to get going\n"
         "  dit benchmark data read --entries 118000",
     )
-    parser.add_argument("part", nargs="?", choices=DATA_PARTS, help="default: all of them")
+    parser.add_argument("part", nargs="?", choices=("download", "encode", "read"), help="default: all of them")
     add_flag(parser, "images", type=int, default=16, help="to encode; 16 times as many to download; default: %(default)s")
     sizes = [1000, 10_000, 118_000]
     add_flag(parser, "entries", type=int, nargs="+", default=sizes, metavar="N", help="of caches; default: 1000 10000 118000")
@@ -123,22 +123,26 @@ def run_data(arguments: argparse.Namespace) -> dict[str, Any]:
     if min(arguments.entries) < 1:
         raise UserError(f"--entries: {min(arguments.entries)} is not a positive number")
 
-    from dit.benchmark import data
-
-    params, parts = load_config(), [arguments.part] if arguments.part else DATA_PARTS
+    params, part = load_config(), arguments.part
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder, os.environ["DVC_ROOT"] = Path(name), name
-        if "download" in parts:
+        if part in ("download", None):
+            from dit.benchmark.data import benchmark_download, download_table
+
             connections = params.runtime.download_connections
-            results["download"] = data.benchmark_download(folder, 16 * arguments.images, connections)
-            print(f"\n{data.download_table(results['download'])}", flush=True)
-        if "encode" in parts:
-            results["encode"] = data.benchmark_encode(folder, arguments.images, params)
-            print(f"\n{data.encode_table(results['encode'])}", flush=True)
-        if "read" in parts:
-            results["read"] = [data.benchmark_read(folder / f"cache-{count}", count) for count in arguments.entries]
-            print(f"\n{data.read_table(results['read'])}")
+            results["download"] = benchmark_download(folder, 16 * arguments.images, connections)
+            print(f"\n{download_table(results['download'])}", flush=True)
+        if part in ("encode", None):
+            from dit.benchmark.data import benchmark_encode, encode_table
+
+            results["encode"] = benchmark_encode(folder, arguments.images, params)
+            print(f"\n{encode_table(results['encode'])}", flush=True)
+        if part in ("read", None):
+            from dit.benchmark.synthetic import benchmark_read, read_table
+
+            results["read"] = [benchmark_read(folder / f"cache-{count}", count) for count in arguments.entries]
+            print(f"\n{read_table(results['read'])}")
     return results
 
 
@@ -151,12 +155,12 @@ def _add_sampling(kinds: argparse._SubParsersAction) -> None:
         "  dit benchmark sampling text      with the model of models/dit, and a large one with random weights\n"
         "  dit benchmark sampling editing   how often a red circle becomes a blue one in its place, by strength",
     )
-    parser.add_argument("part", choices=["text", "editing"])
+    parser.add_argument("part", nargs="?", choices=("text", "editing"), help="default: both")
     add_flag(parser, "batch-size", type=int, default=32, help="images at once, for text; default: %(default)s")
     add_flag(parser, "checkpoint", type=Path, default=Path("models/dit"), metavar="FOLDER", help="default: %(default)s")
 
 
-def run_sampling(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def run_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure sampling or editing with a trained model, and print the table."""
     _require_positive(arguments, "batch_size")
 
@@ -166,13 +170,14 @@ def run_sampling(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
     from dit.benchmark.sampling import benchmark_editing, benchmark_text, editing_table, text_table
 
-    if arguments.part == "text":
-        rows = benchmark_text(arguments.checkpoint, arguments.batch_size)
-        print(text_table(rows))
-    else:
-        rows = benchmark_editing(arguments.checkpoint)
-        print(editing_table(rows))
-    return rows
+    results: dict[str, Any] = {}
+    if arguments.part in ("text", None):
+        results["text"] = benchmark_text(arguments.checkpoint, arguments.batch_size)
+        print(f"\n{text_table(results['text'])}", flush=True)
+    if arguments.part in ("editing", None):
+        results["editing"] = benchmark_editing(arguments.checkpoint)
+        print(f"\n{editing_table(results['editing'])}")
+    return results
 
 
 def _add_speedrun(kinds: argparse._SubParsersAction) -> None:
@@ -206,7 +211,7 @@ def _add_recipe(kinds: argparse._SubParsersAction) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="of a variant, such as default or patch-2; default: all")
 
 
-def run_recipe(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def run_recipe(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train the variants, and print a row for each as soon as it is trained."""
     from dit.benchmark.recipe import HEADER, VARIANTS, run_variant
     from dit.benchmark.results import markdown_table
@@ -214,14 +219,14 @@ def run_recipe(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     unknown = [name for name in arguments.names if name not in VARIANTS]
     if unknown:
         raise UserError(f"{unknown[0]}: no such variant; they are {', '.join(VARIANTS)}")
-    params, results = load_config(), []
+    params, rows = load_config(), []
     for name in arguments.names or VARIANTS:
         point = run_variant(params, name, LATENTS, RAW)
-        results.append({"variant": name} | asdict(point))
+        rows.append({"variant": name} | asdict(point))
         cells = (name, str(point.step), f"{point.seconds:.0f}", f"{point.accuracy:.3f}")
         lines = markdown_table(HEADER, [cells]).splitlines()
-        print("\n".join(lines if len(results) == 1 else lines[-1:]), flush=True)
-    return results
+        print("\n".join(lines if len(rows) == 1 else lines[-1:]), flush=True)
+    return {"variants": rows}
 
 
 def _require_positive(arguments: argparse.Namespace, *names: str) -> None:

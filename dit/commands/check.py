@@ -1,8 +1,22 @@
-"""`dit check`: is everything there that the pipeline needs?"""
+"""`dit check`: what can be known to go wrong before anything is deleted or computed.
+
+Nothing heavy is imported at the top, so that a pipeline that is up to date needs no time for it.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from dit.config import VAE_FACTOR, CocoData, Encode, Params, load_config
+from dit.errors import UserError
+
+# Bytes on disk per image, generously: raw data, latent cache (moments of two views, text rows), and DVC's copy of both.
+RAW_BYTES = {"shapes": 4_000, "coco": 200_000, "folder": 0, "hub": 200_000}
+MODEL_BYTES = 16  # per parameter: weights, DVC's copy, and as much again
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -12,8 +26,68 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run_check(arguments: argparse.Namespace) -> None:
-    """Say that nothing is missing, or what is."""
-    from dit.commands.checks import check
+    """Check configuration and disk space, and that data and weights that are not here yet can be downloaded.
 
-    check()
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    params = load_config()
+    check_disk(params)
+    if read_json(Path("data/raw/source.json")) != json.loads(json.dumps(asdict(params.active.data))):
+        check_data(params)
+    check_weights(params.active.encode)
     print("settings, disk space, data and weights: nothing is missing")
+
+
+def check_disk(params: Params) -> None:
+    """Check that what the pipeline writes will fit."""
+    recipe = params.active
+    count = getattr(recipe.data, "num_samples", 0)
+    views = 2 * (1 + recipe.encode.crops)
+    latents = (recipe.encode.image_size // VAE_FACTOR) ** 2 * 4 * 2 * views * 2 + 60_000
+    parameters = recipe.model.num_layers * 24 * recipe.model.hidden_size**2
+    needed = 2 * count * (RAW_BYTES[params.recipe] + latents) + MODEL_BYTES * parameters
+    free = shutil.disk_usage(".").free
+    if free < needed:
+        raise UserError(
+            f"disk: about {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free here; "
+            "free some (`dvc gc -w` drops what no commit uses) or lower num_samples"
+        )
+
+
+def check_data(params: Params) -> None:
+    """Check that the download stage will find its source."""
+    data = params.active.data
+    if isinstance(data, CocoData):
+        from dit.sources.coco import check_host
+
+        check_host(data.base_url)
+    elif data.source == "folder":
+        from dit.sources.folder import find_images
+
+        find_images(data)
+    elif data.source == "hub":
+        from dit.sources.hub import open_stream
+
+        open_stream(data)
+
+
+def check_weights(encode: Encode) -> None:
+    """Check that the encoders that the cache was not made with can be loaded."""
+    index = read_json(Path("data/latents/index.json")) or {}
+    for kind, name, revision in (("vae", encode.vae, encode.vae_revision), ("clip", encode.clip, encode.clip_revision)):
+        made_with = index.get(kind) or {}
+        known = made_with.get("name") == name and made_with.get("revision") == revision
+        if known or name == "builtin":
+            continue
+        from dit.encoders.loading import EncoderSource, find_encoder
+
+        find_encoder(kind, EncoderSource(name, revision), weights=False)
+
+
+def read_json(path: Path) -> dict | None:
+    """Return the content of a JSON file, None if it is not there or not readable."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

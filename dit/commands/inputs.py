@@ -13,7 +13,6 @@ from PIL import Image, ImageOps
 
 from dit.commands._args import make_folder_of
 from dit.dataset.filters import check_image, is_text
-from dit.dataset.image_io import to_8bit
 from dit.errors import UserError
 
 LARGEST = 100_000  # of these
@@ -106,6 +105,8 @@ def read_pictures(
 
 
 def _read_picture(flag: str, path: Path, mode: str) -> InputImage:
+    from dit.dataset.image_io import to_8bit  # here, since it imports torch
+
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""`dit sync-runs`: send to MLflow what waits in .state/unsent."""
+"""`dit sync-runs`: send to MLflow what its server did not take."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import argparse
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add `sync-runs`."""
-    parser = commands.add_parser("sync-runs", help="send to MLflow what it did not take while its server was away")
+    parser = commands.add_parser("sync-runs", help="send to MLflow what its server did not take while it was away")
     parser.set_defaults(action=run_sync)
 
 
 def run_sync(arguments: argparse.Namespace) -> None:
-    """Send the runs that wait."""
+    """Send the runs that wait in .state/unsent, and print their number."""
     from dit.tracking.sync import sync_runs
 
     sent = sync_runs()

@@ -8,16 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dit.commands.check import read_json
 from dit.errors import UserError, without_password
 
-RESULTS = ("dvc.lock", "metrics", "params.yaml")  # what git has of a run; experiments are compared with the last commit
+RESULTS = ("dvc.lock", "metrics", "params.yaml")  # what git keeps of a run; experiments are compared with the last commit
 PLACES = (
     ("metrics/report.md", "all of it on one page"),
     ("samples/grids", "grids of samples with their captions"),
     ("samples/images", "all samples"),
-    ("samples/worst.png", "the worst ones, and what is wrong with them"),
-    ("samples/nearest.png", "the pictures that are most like a training image, beside it"),
-    ("samples/progress", "how the pictures became better during training"),
+    ("samples/worst.png", "the worst samples, and what is wrong with them"),
+    ("samples/nearest.png", "the samples that are most like a training image, beside it"),
+    ("samples/progress", "how samples became better during training"),
     ("data/reconstructions.png", "originals above what the VAE keeps of them"),
     ("models/dit", "the trained model"),
 )
@@ -25,14 +26,12 @@ PLACES = (
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add `where`."""
-    parser = commands.add_parser("where", help="say where the results are and how to open MLflow")
+    parser = commands.add_parser("where", help="print where the results are and how to open MLflow")
     parser.set_defaults(action=run_where)
 
 
 def run_where(arguments: argparse.Namespace) -> None:
     """Print what a run has left and where, and how to look at it."""
-    from dit.commands.checks import read_json
-
     if not Path("params.yaml").is_file():
         raise UserError("there is no params.yaml here; run from the project's folder")
     if sys.prefix != sys.base_prefix and "VIRTUAL_ENV" not in os.environ:
@@ -48,7 +47,7 @@ def run_where(arguments: argparse.Namespace) -> None:
         changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *RESULTS], capture_output=True).returncode == 1
         if changed:
             print(f"keep these results:      git commit -m Results {' '.join(RESULTS)}")
-        print('draw something:          dit generate --prompt "a red circle above a blue star"')
+        print('generate an image:       dit generate --prompt "a red circle above a blue star"')
     else:
         print("no model yet:            `make repro` trains one; `dvc pull models/dit` fetches one that was pushed")
     uri = without_password(os.environ.get("MLFLOW_TRACKING_URI", ""))

@@ -1,4 +1,4 @@
-"""Picture files with more than eight bits, as the eight that everything here works with."""
+"""Decode, convert and crop images, and load crops of a data set's images in worker processes."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 from dit.dataset.storage import StoredImages
-from dit.errors import UserError
+from dit.errors import UserError, one_line
+
+CROP_AREA = (0.5, 1.0)  # of the largest square in the image
 
 
 def to_8bit(image: Image.Image) -> Image.Image:
-    """`image`, and where it is grey with 16 bits, 65,535 as 255. Pillow's own conversion makes all from 256 on white."""
+    """Convert 16-bit grey to 8 bits, 65,535 to 255; return other images as they are.
+
+    Pillow's own conversion makes all from 256 on white.
+    """
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65_535) / 257).round().astype(np.uint8))
 
 
-CROP_AREA = (0.5, 1.0)  # of the largest square in the picture
-
-
 def open_rgb(content: bytes) -> Image.Image:
-    """A picture file as RGB, turned upright; what is transparent becomes white."""
-    with Image.open(io.BytesIO(content)) as image:
-        image = to_8bit(ImageOps.exif_transpose(image))
+    """Decode an image file as RGB, turned upright; what is transparent becomes white."""
+    with Image.open(io.BytesIO(content)) as file:
+        image = to_8bit(ImageOps.exif_transpose(file))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -38,12 +40,12 @@ def open_rgb(content: bytes) -> Image.Image:
 
 
 def center_crop(image: Image.Image, image_size: int) -> Image.Image:
-    """The central square of a picture, resized (Lanczos) to `image_size`."""
+    """Return the central square of an image, resized (Lanczos) to `image_size`."""
     return ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
 
 
 def random_crop(image: Image.Image, image_size: int, name: str, number: int) -> Image.Image:
-    """Crop `number` (1, 2, …) of the picture `name`: a square of random size and place, the same on every machine.
+    """Return crop `number` (1, 2, …) of the image `name`: a square of random size and place, the same on every machine.
 
     Like the random-resized crop of Szegedy et al. 2015 (arXiv:1409.4842), but always square, so that nothing is distorted.
     """
@@ -58,34 +60,39 @@ def random_crop(image: Image.Image, image_size: int, name: str, number: int) -> 
 def load_crops(
     raw: Path, batches: list[list[tuple[str, str]]], image_size: int, crops: int = 0, workers: int = 0, prefetch: int = 2
 ) -> Iterator[tuple[torch.Tensor, list[str]]]:
-    """Batches of pictures, decoded by up to `workers` processes (no more than there are cores), each `prefetch` ahead.
+    """Load batches of images, decoded by up to `workers` processes (no more than there are cores), each `prefetch` ahead.
 
     Args:
         raw: the data set's folder.
         batches: of each image of each batch, its name and where in `raw` it is stored.
         image_size: side of the squares.
         crops: how many random crops there are of each image, beside the central one.
+        workers: most processes; 0 decodes in this one.
+        prefetch: batches that each process decodes ahead.
 
     Yields:
-        pixels (B, 1 + crops, H, W, 3) uint8, and the SHA-256 of each picture file.
+        pixels (B, 1 + crops, H, W, 3) uint8, and the SHA-256 of each image file.
 
     Raises:
-        UserError: a picture cannot be read.
+        UserError: an image cannot be read.
     """
-    workers = min(workers, os.cpu_count() or 1, len(batches) - 1)
-    ahead = {"num_workers": workers, "prefetch_factor": prefetch} if workers > 0 else {}
+    workers = max(0, min(workers, os.cpu_count() or 1, len(batches) - 1))
     for item in DataLoader(
-        Views(raw, batches, image_size, crops), batch_size=None, pin_memory=torch.cuda.is_available(), **ahead
+        CropBatches(raw, batches, image_size, crops),
+        batch_size=None,
+        pin_memory=torch.cuda.is_available(),
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
     ):
         if isinstance(item, str):
             raise UserError(item)
         yield item
 
 
-class Views(Dataset):
-    """What `load_crops` yields, by number.
+class CropBatches(Dataset):
+    """The batches of `load_crops`, by number; a worker process gets a pickled copy.
 
-    An item is a text instead where a picture cannot be read: an exception would reach the main process with the worker's
+    An item is a text instead where an image cannot be read: an exception would reach the main process with the worker's
     stack trace in it.
     """
 
@@ -101,13 +108,12 @@ class Views(Dataset):
             try:
                 content = self.images.read(stored)
                 image = open_rgb(content)
-                views = [center_crop(image, self.image_size)]
-                views += [random_crop(image, self.image_size, name, number) for number in range(1, self.crops + 1)]
+                squares = [center_crop(image, self.image_size)]
+                squares += [random_crop(image, self.image_size, name, number) for number in range(1, self.crops + 1)]
             except UserError as error:
                 return str(error)
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                reason = " ".join(str(error).split())
-                return f"{self.images.folder / stored}: cannot be decoded ({reason}); run `dvc repro download` again"
-            pixels.append(np.stack([np.asarray(view) for view in views]))
+                return f"{self.images.folder / stored}: cannot be decoded ({one_line(error)}); run `dvc repro download` again"
+            pixels.append(np.stack([np.asarray(square) for square in squares]))
             digests.append(hashlib.sha256(content).hexdigest())
         return torch.from_numpy(np.stack(pixels)), digests

@@ -1,4 +1,4 @@
-"""What all sources write: the images' bytes as they came, and `metadata.json` with a row per caption.
+"""Read `metadata.json`, which every source writes beside the images: a row per caption.
 
 Rows are `{"image": "images/x.jpg", "text": "…", "split": "train" | "val"}`, with the address of the image's "licence" where
 the source knows it, and where the image is "stored" if that is not under its own name; several may share an image.
@@ -11,9 +11,12 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dit.dataset.filters import inside
 from dit.errors import UserError
+
+AGAIN = "run `dvc repro download`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,7 @@ class Entry:
 
 
 def read_metadata(folder: Path) -> list[Entry]:
-    """The rows of `folder`'s metadata.json.
+    """Read the rows of `folder`'s metadata.json.
 
     Raises:
         UserError: it is missing or is not what `DatasetWriter` writes; one line that names the row.
@@ -37,25 +40,26 @@ def read_metadata(folder: Path) -> list[Entry]:
         # Each row becomes an Entry as soon as it is read: 590,000 rows of COCO would be several times as large as dicts.
         rows = json.loads(path.read_text(encoding="utf-8"), object_hook=_entry)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run `dvc repro download`") from None
+        raise UserError(f"{path}: no such file; {AGAIN}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); run `dvc repro download`") from None
+        raise UserError(f"{path}: not readable as JSON ({error}); {AGAIN}") from None
     if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path}: expected a list of captions; run `dvc repro download`")
+        raise UserError(f"{path}: expected a list of captions; {AGAIN}")
     for k, row in enumerate(rows):
         if not isinstance(row, Entry):
-            raise UserError(f"{path}: row {k}: expected image, text and split; run `dvc repro download`")
+            raise UserError(f"{path}: row {k}: expected image, text and split; {AGAIN}")
         if not inside(row.image) or not inside(row.stored) or row.split not in ("train", "val"):
             raise UserError(f"{path}: row {k}: image must lie in the folder and split be train or val, not {row}")
     return rows
 
 
-def _entry(row: dict) -> Entry | dict:
-    """The row as an Entry; as it is if it cannot be one."""
-    image, text, split = row.get("image"), row.get("text"), row.get("split")
-    stored = row.get("stored", image)
-    if not all(isinstance(value, str) for value in (image, text, split, stored)):
+def _entry(row: dict[str, Any]) -> Entry | dict[str, Any]:
+    """Return the row as an Entry; as it is if it cannot be one."""
+    values = row.get("image"), row.get("text"), row.get("split"), row.get("stored", row.get("image"))
+    texts = [value for value in values if isinstance(value, str)]
+    if len(texts) < len(values):
         return row
+    image, text, split, stored = texts
     return Entry(sys.intern(image), text, sys.intern(split), sys.intern(stored))
 
 

@@ -1,4 +1,4 @@
-"""Where a data set's images lie: as loose files, or in WebDataset tar shards, read by the same code.
+"""Store a data set's images as loose files or in WebDataset tar shards, and read both in the same way.
 
 A shard holds, for each image, its bytes as they came and a .json with its name, captions and licence under the same
 number, as the WebDataset library reads them. So `dvc push` moves tens of files, not a hundred thousand.
@@ -11,6 +11,7 @@ import json
 import tarfile
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from dit.errors import UserError
 from dit.utils.files import link_or_copy
@@ -20,33 +21,33 @@ SHARD_BYTES = 256 * 2**20
 
 
 def choose_layout(layout: str, count: int) -> str:
-    """ "files" or "shards", where `layout` may leave that to the number of images."""
+    """Return "files" or "shards", where `layout` may leave that to the number of images."""
     if layout == "auto":
         return "shards" if count >= SHARDS_FROM else "files"
     return layout
 
 
 class LooseFiles:
-    """Writes each image under its own name."""
+    """Write each image under its own name."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def add(self, name: str, content: bytes, about: dict, kept: Path | None = None) -> str:
-        """Store an image; returns where. With `kept`, a file with the same bytes, without a second copy on disk."""
-        if kept:
-            link_or_copy(kept, self.folder / name)
+    def add(self, name: str, content: bytes, about: dict[str, Any], cached: Path | None = None) -> str:
+        """Store an image; return where. A `cached` file with the same bytes is linked: no second copy on disk."""
+        if cached:
+            link_or_copy(cached, self.folder / name)
         else:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / name).write_bytes(content)
         return name
 
     def close(self) -> None:
-        pass
+        """Do nothing: every file is complete."""
 
 
 class TarShards:
-    """Writes images one after the other into `shards/00000.tar` …, of at most `SHARD_BYTES` each."""
+    """Write images one after the other into `shards/00000.tar` …, of at most `SHARD_BYTES` each."""
 
     def __init__(self, folder: Path):
         self.folder = folder / "shards"
@@ -54,14 +55,14 @@ class TarShards:
         self.images = self.shards = self.size = 0
         self._tar: tarfile.TarFile | None = None
 
-    def add(self, name: str, content: bytes, about: dict, kept: Path | None = None) -> str:
-        """Store an image and, as JSON, what there is to say `about` it; returns where: shard/member."""
+    def add(self, name: str, content: bytes, about: dict[str, Any], cached: Path | None = None) -> str:
+        """Store an image and, as JSON, what there is to say `about` it; return where: shard/member."""
         text = json.dumps({"file_name": name} | about, ensure_ascii=False).encode()
         needed = sum(tarfile.BLOCKSIZE * (1 + -(-len(part) // tarfile.BLOCKSIZE)) for part in (content, text))
         if self._tar and self.size + needed > SHARD_BYTES:
             self.close()
         if not self._tar:
-            self._tar = tarfile.open(self._path(".part"), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (closed by close)
+            self._tar = tarfile.TarFile(self._path(".part"), "w", format=tarfile.USTAR_FORMAT)
         key = f"{self.images:08d}"
         member = key + Path(name).suffix.lower()
         for file, part in ((member, content), (f"{key}.json", text)):
@@ -76,7 +77,7 @@ class TarShards:
         return self.folder / f"{self.shards:05d}.tar{end}"
 
     def close(self) -> None:
-        """Finish the shard at hand; its name is its own only now."""
+        """Complete the current shard; only now it gets its final name."""
         if self._tar:
             self._tar.close()
             self._path(".part").replace(self._path())
@@ -85,17 +86,17 @@ class TarShards:
 
 
 class StoredImages:
-    """The bytes of the images in a data set's folder."""
+    """Read the bytes of the images in a data set's folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._members = lru_cache(maxsize=4)(self._open)  # images are read in the order of their shards
+        self._members = lru_cache(maxsize=4)(_index)  # images are read in the order of their shards
 
-    def __reduce__(self):
-        return StoredImages, (self.folder,)  # a worker process opens the shards for itself
+    def __reduce__(self) -> tuple[type[StoredImages], tuple[Path]]:
+        return StoredImages, (self.folder,)  # a worker process reads the shards' headers for itself
 
     def read(self, stored: str) -> bytes:
-        """The image that lies at `stored`, as a writer's `add` returned it.
+        """Read the image that lies at `stored`, as a writer's `add` returned it.
 
         Raises:
             UserError: it is not there.
@@ -104,12 +105,20 @@ class StoredImages:
         try:
             if not ending:
                 return (self.folder / stored).read_bytes()
-            archive, members = self._members(f"{shard}.tar")
-            return archive.extractfile(members[member]).read()
-        except (OSError, KeyError, tarfile.TarError):
+            path = self.folder / f"{shard}.tar"
+            start, size = self._members(path)[member]
+            with path.open("rb") as file:
+                file.seek(start)
+                content = file.read(size)
+            if len(content) < size:
+                raise EOFError
+            return content
+        except (OSError, EOFError, KeyError, tarfile.TarError):
             where = self.folder / stored
             raise UserError(f"{where}: missing or not readable; `dvc checkout` brings it back, if DVC has it") from None
 
-    def _open(self, shard: str) -> tuple[tarfile.TarFile, dict[str, tarfile.TarInfo]]:
-        archive = tarfile.open(self.folder / shard, "r:")  # noqa: SIM115 (open as long as it is among the last few)
-        return archive, {member.name: member for member in archive if member.isfile()}
+
+def _index(shard: Path) -> dict[str, tuple[int, int]]:
+    """Return where in `shard` each member's content begins, and its size in bytes."""
+    with tarfile.open(shard, "r:") as archive:
+        return {member.name: (member.offset_data, member.size) for member in archive if member.isfile()}

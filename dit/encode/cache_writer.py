@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from dit.latents.cache import CAPTIONS, FORMAT, INDEX, TEXT
+from dit.latents.cache import CAPTIONS, INDEX, TEXT
+from dit.latents.index import FORMAT
 from dit.utils.files import link_or_copy, sha256_file, write_json
 
 BLOCK = 8192  # rows of text that are summed at once, in float64

@@ -39,8 +39,8 @@ def accuracy_by_number(groups: dict[str, list[PromptScore]], confidence: float) 
     """
     rows = []
     for group, judged in groups.items():
-        for things in sorted({judgement.things for judgement in judged}):
-            right = [not judgement.problem for judgement in judged if judgement.things == things]
+        for things in sorted({judgement.num_objects for judgement in judged}):
+            right = [not judgement.problem for judgement in judged if judgement.num_objects == things]
             share = _share(sum(right) / len(right), len(right), confidence)
             rows.append({"group": group, "things": things} | share | {"count": len(right)})
     return rows

@@ -1,0 +1,1 @@
+"""The latent cache in data/latents: its format and its reader."""

@@ -1,4 +1,10 @@
-"""index.json of a latent cache: what made it and what it consists of, checked when it is read."""
+"""The latent cache: the encoders' output for every image and caption, computed once, read at random.
+
+A cache folder holds `shard-00000.safetensors` … (see dit/latents/shards.py), `captions.jsonl` with a row per caption, and
+`index.json`: what made it, the sizes, and the SHA-256 of every shard. `text.safetensors` holds `empty_tokens` (L, E) fp16
+and `empty_pooled` (P,) fp16 of the caption "", and over all captions the mean and standard deviation of every channel of
+the tokens and of the pooled vectors, float32: `tokens_mean`, `tokens_std` (E,), `pooled_mean`, `pooled_std` (P,).
+"""
 
 from __future__ import annotations
 
@@ -6,89 +12,17 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
-from typing_extensions import TypedDict
 
-from dit.errors import UserError
+from dit.errors import UserError, one_line
+from dit.latents.index import ShardEntry, read_index
 from dit.latents.shards import Shard
 from dit.utils.files import sha256_file
-
-FORMAT = 3  # 2 called `no_flip` and `fingerprint` otherwise
-Count = Annotated[int, Field(strict=True, ge=1)]
-Length = Annotated[int, Field(strict=True, ge=1, le=4096)]  # of a caption, in tokens; a CLIP reads 77
-Text = Annotated[str, Field(strict=True)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class ShardEntry(TypedDict):
-    """One shard: its file, what is in it, its size in bytes and its SHA-256."""
-
-    file: Annotated[str, Field(pattern=r"^shard-\d{5}\.safetensors$")]
-    images: Count
-    captions: Count
-    tokens: Count
-    longest_caption: Length
-    bytes: Count
-    sha256: Text
-
-
-class EncoderEntry(TypedDict):
-    """An encoder, as `EncoderSource` has it."""
-
-    name: Text
-    revision: Text | None
-    resolved: Text | None
-
-
-class Index(TypedDict):
-    """The whole of index.json. `fingerprint` is a digest of the encoders and settings and stands in every shard, too."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # what a person may want to know, and no program needs
-
-    format: Literal[3]
-    fingerprint: Text
-    image_size: Count
-    vae: EncoderEntry
-    clip: EncoderEntry
-    vae_scaling: Number
-    vae_shift: Number
-    images: Count
-    captions: Count
-    tokens: Count
-    longest_caption: Length
-    captions_sha256: Text
-    text_sha256: Text
-    shards: Annotated[list[ShardEntry], Field(min_length=1)]
-
-
-def read_index(path: Path) -> Index:
-    """Read and check an index.json.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is not the index of a latent cache of this format; one line that says what is wrong.
-    """
-    try:
-        index = TypeAdapter(Index).validate_python(json.loads(path.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{path.name}: {where}: {first['msg']}" if where else f"{path.name}: {first['msg']}") from None
-    except RecursionError as error:
-        raise ValueError(f"{path.name}: {error}") from None
-    for name in ("images", "captions", "tokens"):
-        held = sum(shard[name] for shard in index["shards"])
-        if held != index[name]:
-            raise ValueError(f"{path.name}: the shards hold {held} {name}, not {index[name]}")
-    return index
-
 
 TEXT, CAPTIONS, INDEX = "text.safetensors", "captions.jsonl", "index.json"
 CLIP_TOKENS = 77
@@ -97,7 +31,7 @@ AGAIN = "run `dvc repro encode`"
 
 @dataclass(frozen=True)
 class Batch:
-    """What the encoders say about B (image, caption) pairs; text is padded to the cache's longest caption.
+    """The encoders' output for B (image, caption) pairs; text is padded to the cache's longest caption.
 
     moments (B, 2C, H, W) fp16, tokens (B, L, E) fp16, mask (B, L) bool, pooled (B, P) fp16.
     """
@@ -108,10 +42,11 @@ class Batch:
     pooled: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
+        """Move all tensors to `device`."""
         return Batch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
 
     def pin_memory(self) -> Batch:
-        """In memory that a GPU reads by itself; torch's DataLoader calls this."""
+        """Copy to memory that a GPU reads by itself; torch's DataLoader calls this."""
         return Batch(*(value.pin_memory() for value in vars(self).values()))
 
 
@@ -151,8 +86,7 @@ class LatentCache:
             missing = error.filename or self.folder / TEXT  # safetensors does not say which
             raise UserError(f"{self.folder}: not a whole latent cache, {missing} is missing; {AGAIN}") from None
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{self.folder}: not a readable latent cache ({reason}); {AGAIN}") from None
+            raise UserError(f"{self.folder}: not a readable latent cache ({one_line(error)}); {AGAIN}") from None
         self.text_statistics = text
         self._first = np.cumsum([0] + [len(shard.val) for shard in self._shards])
         self._first_caption = np.cumsum([0] + [len(shard.no_flip) for shard in self._shards])
@@ -170,7 +104,7 @@ class LatentCache:
         try:
             shard = Shard(path)
         except (ValueError, SafetensorError) as error:
-            raise UserError(f"{path}: not a readable shard ({' '.join(str(error).split())}); {AGAIN}") from None
+            raise UserError(f"{path}: not a readable shard ({one_line(error)}); {AGAIN}") from None
         if shard.fingerprint != self.index["fingerprint"]:
             raise UserError(f"{path}: made by other encoders or settings than {INDEX} names; {AGAIN}")
         if len(shard.val) != entry["images"] or len(shard.no_flip) != entry["captions"]:
@@ -267,7 +201,7 @@ class LatentCache:
     def locate(
         self, images: np.ndarray, caption_choice: np.ndarray, mirrored: np.ndarray, crop_choice: np.ndarray | None = None
     ) -> Rows:
-        """The rows that `read` reads for the same arguments."""
+        """Return the rows that `read` reads for the same arguments."""
         starts, ends = self._captions[images], self._captions[images + 1]
         captions = starts + (caption_choice * (ends - starts)).astype(np.int64)
         crops = (np.zeros(len(images)) if crop_choice is None else crop_choice * (1 + self.crops)).astype(np.int64)
@@ -295,16 +229,17 @@ class LatentCache:
 
 
 def _join(starts: list[np.ndarray], first: np.ndarray) -> np.ndarray:
-    """The starts of all shards' rows as one array: each shard's, shifted by the rows before it, and the end."""
+    """Join the starts of all shards' rows to one array: each shard's, shifted by the rows before it, and the end."""
     return np.concatenate([part[:-1] + before for part, before in zip(starts, first[:-1], strict=True)] + [first[-1:]])
 
 
 def bytes_per_image(cache: LatentCache) -> tuple[float, float]:
-    """What an image takes on disk, and what it would take as float32 with every caption padded to 77 tokens."""
+    """Return what an image takes on disk, and what it would take as float32 with every caption padded to 77 tokens."""
     channels, height, width = cache.latent_shape
     views = 2 * (1 + cache.crops)
     captions = cache.index["captions"] / len(cache)
-    naive = 4 * (views * 2 * channels * height * width + captions * (CLIP_TOKENS * cache.cross_attention_dim + cache.pooled_projection_dim))
+    text = captions * (CLIP_TOKENS * cache.cross_attention_dim + cache.pooled_projection_dim)
+    naive = 4 * (views * 2 * channels * height * width + text)
     return sum(shard["bytes"] for shard in cache.index["shards"]) / len(cache), naive
 
 

@@ -67,5 +67,5 @@ class Shard:
             if self._owner != os.getpid():
                 self._file, self._owner = self.path.open("rb", buffering=0), os.getpid()
             self._file.seek(self._starts[name] + first * self._row_bytes[name])
-            if self._file.readinto(target.view(np.uint8).reshape(-1)) != target.nbytes:
+            if self._file.readinto(target.data.cast("B")) != target.nbytes:
                 raise UserError(f"{self.path}: ends early; has it been changed while it was read?")

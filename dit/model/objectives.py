@@ -97,7 +97,8 @@ class DDPM:
         t = torch.sigmoid(self.logit_mean + torch.special.ndtri(quantiles))
         alpha_bar = (1 - t) ** 2 / ((1 - t) ** 2 + t**2)  # a flow's image and noise at t, scaled to variance 1
         alphas_cumprod = self.scheduler.alphas_cumprod.to(t.device)
-        return (TRAINING_STEPS - torch.searchsorted(alphas_cumprod.flip(0), alpha_bar)).clamp(0, TRAINING_STEPS - 1) / TRAINING_STEPS
+        index = TRAINING_STEPS - torch.searchsorted(alphas_cumprod.flip(0), alpha_bar)
+        return index.clamp(0, TRAINING_STEPS - 1) / TRAINING_STEPS
 
     def alpha_sigma(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return alpha_t and sigma_t, the weights of image and noise at `t` (N,): each (N, 1, 1, 1)."""

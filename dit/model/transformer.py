@@ -7,6 +7,7 @@ size d, L text tokens of width E, P the width of the pooled text vector.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ NUM_FREQUENCIES = 4  # of the position embedding: wavelengths from twice the ima
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`x` (N, T, D) scaled by 1 + `scale` and shifted, each (N, D)."""
+    """Scale `x` (N, T, D) by 1 + `scale` and add `shift`, each (N, D)."""
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
@@ -54,7 +55,7 @@ def sincos_pos_embed(height: int, width: int, device: torch.device | None = None
 
 
 def rope_freqs(height: int, width: int, head_size: int, device: torch.device | None = None) -> torch.Tensor:
-    """Angles' (cos, sin) for every patch of a `height` x `width` grid: (2, T, head_size / 2) float32.
+    """Return the angles' (cos, sin) for every patch of a `height` x `width` grid: (2, T, head_size / 2) float32.
 
     The first half of the channel pairs turns with the row, the second with the column (Su et al. 2021, in two dimensions
     as in Heo et al. 2024, arXiv:2403.13298). Positions are counted from the grid's centre, so that another height or
@@ -82,7 +83,7 @@ def apply_rotary_emb(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Attention of `q` (N, h, T, d) to `k` and `v` (N, h, L, d), fused on a GPU.
+    """Attend from `q` (N, h, T, d) to `k` and `v` (N, h, L, d), fused on a GPU.
 
     On a CPU the fused backward pass took 2.4 times as long as the plain one (96 x 16 tokens, width 192, bf16, 2 cores); and
     the plain one, unless told otherwise, computes bf16 in fp32, which adds 10 % to a whole step.
@@ -106,6 +107,7 @@ class QKNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise `x` (N, h, T, d) over d."""
         with torch.autocast(x.device.type, enabled=False):
             return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
 
@@ -122,6 +124,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+        """Attend among the image tokens `x` (N, T, D); `rotary` as `rope_freqs` returns it."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (N, h, T, d)
         q = apply_rotary_emb(self.norm_q(q), rotary)
         k = apply_rotary_emb(self.norm_k(k), rotary)
@@ -142,10 +145,12 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(hidden_size, hidden_size)
 
     def keys_values(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values (N, h, L, d) of `text` (N, L, E)."""
         k, v = self.kv(text).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (N, h, L, d)
         return self.norm_k(k), v
 
     def forward(self, x: torch.Tensor, keys_values: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+        """Attend from `x` (N, T, D) to the text; `mask` (N, L) is True where there is a token."""
         k, v = keys_values
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, h, T, d)
         x = attend(self.norm_q(q), k, v, mask[:, None, None])  # (N, h, T, d)
@@ -168,6 +173,7 @@ class MLP(nn.Sequential):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Transform each token of `x` (N, T, D)."""
         x = self[0](x)  # (N, T, 4 D)
         if should_checkpoint_activations(x):
             return checkpoint(self._second_half, x, use_reentrant=False, preserve_rng_state=False)
@@ -178,7 +184,7 @@ class MLP(nn.Sequential):
 
 
 def should_checkpoint_activations(x: torch.Tensor) -> bool:
-    """Whether memory counts for more than time where `x` is."""
+    """Return whether memory counts for more than time where `x` is."""
     return x.is_cuda and torch.is_grad_enabled()
 
 
@@ -200,6 +206,7 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Linear(hidden_size, 9 * hidden_size)
 
     def forward(self, x, condition, keys_values, mask, rotary) -> torch.Tensor:
+        """Apply the block to `x` (N, T, D) under `condition` (N, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = self.adaLN_modulation(condition).chunk(9, dim=-1)
         x = torch.addcmul(x, gate1[:, None], self.attn(modulate(self.norm1(x), shift1, scale1), rotary))  # (N, T, D)
         x = torch.addcmul(x, gate2[:, None], self.cross_attn(modulate(self.norm2(x), shift2, scale2), keys_values, mask))
@@ -216,6 +223,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_channels)
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """Project tokens `x` (N, T, D) to patches (N, T, p * p * C) under `condition` (N, D)."""
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, p * p * C)
 
@@ -264,26 +272,25 @@ class DiT(ModelMixin, ConfigMixin):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Xavier for every matrix; zero for every adaLN and for what leaves the network, so that blocks start as identity."""
+        """Initialise: Xavier for every matrix; zero for every adaLN and for the last layer, so that blocks start as identity."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for embedding in (self.t_embedder[0], self.t_embedder[2], self.pooled_embedder):
-            nn.init.normal_(embedding.weight, std=0.02)
-        for block in self.blocks:
-            nn.init.zeros_(block.adaLN_modulation.weight)
-        nn.init.zeros_(self.final_layer.adaLN_modulation.weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
+        for name, parameter in self.named_parameters():
+            if name in ("t_embedder.0.weight", "t_embedder.2.weight", "pooled_embedder.weight"):
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("adaLN_modulation.weight") or name == "final_layer.linear.weight":
+                nn.init.zeros_(parameter)
 
     @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple:
         """Read a config.json, also one of version 0.1 (see `OLD_CONFIG`)."""
         config_dict = {OLD_CONFIG.get(name, name): value for name, value in config_dict.items()}
         return super().extract_init_dict(config_dict, **kwargs)
 
-    def _fix_state_dict_keys_on_load(self, state_dict) -> None:
+    def _fix_state_dict_keys_on_load(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Rename the weights of version 0.1; diffusers calls this on everything that it loads."""
         for name in list(state_dict):
             state_dict[current_name(name)] = state_dict.pop(name)
@@ -291,10 +298,10 @@ class DiT(ModelMixin, ConfigMixin):
     def set_text_statistics(
         self, tokens_mean: torch.Tensor, tokens_std: torch.Tensor, pooled_mean: torch.Tensor, pooled_std: torch.Tensor
     ) -> None:
-        """Mean and standard deviation of every channel of the text, (E,) and (P,), by which it is standardised from now on.
+        """Set mean and standard deviation of every channel of the text, (E,) and (P,), by which it is standardised from now on.
 
-        They are saved with the weights. What all tokens of a CLIP have in common is most of their length, 95 % in the small
-        one in the box: as they are, all keys look alike, and cross-attention does not learn to choose among them.
+        They are saved with the weights. What all tokens of a CLIP have in common is most of their length, 95 % in the
+        bundled one: as they are, all keys look alike, and cross-attention does not learn to choose among them.
         """
         for name, value in (
             ("tokens_mean", tokens_mean),
@@ -305,9 +312,9 @@ class DiT(ModelMixin, ConfigMixin):
             getattr(self, name).copy_(value)
 
     def text_keys_values(self, text: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Every block's keys and values of `text` (N, L, E): compute once per prompt, reuse over all sampling steps."""
+        """Return every block's keys and values of `text` (N, L, E): compute once per prompt, reuse over all sampling steps."""
         text = ((text - self.tokens_mean) / self.tokens_std).to(self.x_embedder.weight.dtype)
-        return [block.cross_attn.keys_values(text) for block in self.blocks]
+        return [block.cross_attn.keys_values(text) for block in self.blocks if isinstance(block, Block)]
 
     def forward(
         self,
@@ -337,6 +344,8 @@ class DiT(ModelMixin, ConfigMixin):
             raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {p} x {p}")
         height, width = height // p, width // p
         if keys_values is None:
+            if text is None:
+                raise ValueError("text: needed where keys_values is not given")
             keys_values = self.text_keys_values(text)
         x = self.x_embedder(latents.to(dtype)).flatten(2).transpose(1, 2)  # (N, T, D)
         x = x + self.pos_embed(sincos_pos_embed(height, width, x.device).to(dtype))
@@ -365,7 +374,7 @@ def current_name(name: str) -> str:
 
 
 def timestep_embedding(timesteps: torch.Tensor) -> torch.Tensor:
-    """Sines and cosines of `timesteps` (N,) in [0, 1]: (N, TIMESTEP_FREQUENCIES) (Vaswani et al. 2017, section 3.5, of 1000 t)."""
+    """Return sines and cosines of 1000 `timesteps` (N,): (N, TIMESTEP_FREQUENCIES) (Vaswani et al. 2017, section 3.5)."""
     half = TIMESTEP_FREQUENCIES // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=timesteps.device) / half)
     angles = 1000 * timesteps[:, None].float() * frequencies
@@ -373,7 +382,7 @@ def timestep_embedding(timesteps: torch.Tensor) -> torch.Tensor:
 
 
 def forward_flops(model: DiT, latent_size: tuple[int, int], text_tokens: int) -> int:
-    """Floating-point operations of one image's forward pass, matrix products only (a multiply-add counts as two).
+    """Count the floating-point operations of one image's forward pass, matrix products only (a multiply-add counts as two).
 
     A training step costs three times as much: once forward, twice backward.
     """

@@ -1,8 +1,9 @@
-"""Plain English about scenes, both ways: `describe` writes a caption, `parse` reads back what a caption claims."""
+"""Captions of scenes in plain English: `describe` writes one, `parse` reads back what one claims."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -21,32 +22,32 @@ _SIZE_OF = {word: size for size, words in SIZE_WORDS.items() for word in words}
 _RELATION_OF = {phrase: relation for relation, phrases in RELATION_PHRASES.items() for phrase in phrases}
 
 
-def _any(words) -> str:
+def _any(words: Iterable[str]) -> str:
     return "|".join(sorted(map(re.escape, words), key=len, reverse=True))
 
 
-_THING = re.compile(rf"\ban? (?:({_any(_SIZE_OF)}) )?({_any(COLOURS)}) ({_any(SHAPES)})\b")
+_OBJECT = re.compile(rf"\ban? (?:({_any(_SIZE_OF)}) )?({_any(COLOURS)}) ({_any(SHAPES)})\b")
 _RELATION = re.compile(rf"({_any(_RELATION_OF)})")
 _BACKGROUND = re.compile(rf"\b(?:on|against) (?:an? )?({_any(BACKGROUNDS)})(?: background)?$")
 
 
 def describe(description: Description, rng: np.random.Generator) -> str:
-    """Put `description` into words; `rng` chooses among synonyms only, so what is said does not depend on it."""
+    """Put `description` into words; `rng` chooses among synonyms only, so the meaning does not depend on it."""
 
-    def pick(options):
+    def pick(options: Sequence[str]) -> str:
         return options[int(rng.integers(len(options)))]
 
     size_words = {size: pick(words) for size, words in SIZE_WORDS.items()}
-    if len(description.things) < 3:
+    if len(description.objects) < 3:
         opening = pick(OPENINGS)
         relation_words = {relation: pick(phrases) for relation, phrases in RELATION_PHRASES.items()}
         background_phrase = pick(BACKGROUND_PHRASES)
-    else:  # put briefly, so that no caption is much longer than the others: every batch is padded to the longest
+    else:  # brief, so that no caption is much longer than the others: every batch is padded to the longest
         opening = ""
         relation_words = {relation: phrases[-1] for relation, phrases in RELATION_PHRASES.items()}
         background_phrase = BACKGROUND_PHRASES[-1]
 
-    names = [_name(thing, size_words) for thing in description.things]
+    names = [_name(named, size_words) for named in description.objects]
     relations = {(i, j): relation for i, relation, j in description.relations}
     text = names[0]
     if len(names) > 1:
@@ -61,19 +62,19 @@ def describe(description: Description, rng: np.random.Generator) -> str:
     return opening + text
 
 
-def _name(thing: Object, size_words: dict[str, str]) -> str:
-    words = [size_words[thing.size]] if thing.size else []
-    words += [thing.colour, thing.shape]
+def _name(named: Object, size_words: dict[str, str]) -> str:
+    words = [size_words[named.size]] if named.size else []
+    words += [named.colour, named.shape]
     return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
 
 
 def parse(caption: str) -> Description | None:
-    """What `caption` claims, or None if it names no coloured shape of ours. The inverse of `describe`."""
+    """Return what `caption` claims, None if it names no coloured shape of ours; the inverse of `describe`."""
     caption = " ".join(caption.lower().split()).rstrip(".")
-    matches = list(_THING.finditer(caption))
+    matches = list(_OBJECT.finditer(caption))
     if not matches:
         return None
-    things = tuple(Object(m[2], m[3], _SIZE_OF.get(m[1])) for m in matches)
+    objects = tuple(Object(m[2], m[3], _SIZE_OF.get(m[1])) for m in matches)
     relations: list[tuple[int, str, int]] = []
     for k in range(1, len(matches)):
         between = caption[matches[k - 1].end() : matches[k].start()]
@@ -85,4 +86,4 @@ def parse(caption: str) -> Description | None:
             else:
                 relations.append((k - 1, relation, k))
     background = _BACKGROUND.search(caption)
-    return Description(things, tuple(relations), background[1] if background else None)
+    return Description(objects, tuple(relations), background[1] if background else None)

@@ -1,4 +1,4 @@
-"""Source `shapes`: drawn scenes with captions in plain English, as many as you like, the same on every machine."""
+"""Prompts of colour and shape pairs that training never shows, and the random streams of the sets of scenes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import numpy as np
 from dit.shapes.captions import describe
 from dit.shapes.scene import UNSEEN_PAIRS, sample_description
 
-# One number per set of scenes, so that none shares a scene with another: these two here, two more in encoders/fit.py.
+# One number per set of scenes, so that none shares a scene with another; tools/fit_encoders/fit.py has more.
 TRAIN_STREAM, UNSEEN_STREAM = 1, 2
 
 
 def unseen_prompts(count: int, seed: int) -> list[str]:
-    """`count` different captions, each of which names exactly one colour and shape that were never seen together."""
+    """Return `count` different captions, each of which names exactly one colour and shape that were never seen together."""
     prompts: dict[str, None] = {}
     k = 0
     while len(prompts) < count:

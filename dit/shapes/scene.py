@@ -1,4 +1,4 @@
-"""Scenes of one to three coloured shapes: their vocabulary, their layout and how they are drawn.
+"""Scenes of one to three coloured shapes: their vocabulary, their random layout, and how they are rendered.
 
 Everything here is a pure function of a `numpy.random.Generator`, so a seed fixes every pixel.
 """
@@ -6,11 +6,16 @@ Everything here is a pure function of a `numpy.random.Generator`, so a seed fixe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+Pair = tuple[str, str]  # a colour and a shape
+Point = tuple[float, float]  # x, y
+Relations = tuple[tuple[int, str, int], ...]
 
 COLOURS = {
     "red": (214, 48, 49),
@@ -34,7 +39,7 @@ SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 RADII = {"small": 0.1425, "large": 0.2025}  # half the bounding box, as a fraction of the image's width
 RELATIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}  # where the first is, seen from the second
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-# Never drawn and never named in training, nor in what the encoders in the box were fitted on. Every colour but two and
+# Never rendered and never named in training, nor in what the bundled encoders were fitted on. Every colour but two and
 # every shape is in exactly one pair, so each is well known by itself and only the combination is new.
 UNSEEN_PAIRS = frozenset(
     {
@@ -48,7 +53,7 @@ UNSEEN_PAIRS = frozenset(
 )
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 SEEN_PAIRS = tuple(pair for pair in PAIRS if pair not in UNSEEN_PAIRS)
-# Things stand in the middle of the cells of a 2 x 2 board, so that a small model learns in minutes where things may be. With
+# Objects stand in the middle of the cells of a 2 x 2 grid, so that a small model learns in minutes where objects may be. With
 # centres on sixteenths of the width, prompt accuracy was 0.10 after ten minutes; on quarters (3 x 3 places, which overlap), 0.35.
 CELLS = 2
 MARGIN = 0.03  # at least this much background between a bounding box and its cell's border
@@ -65,46 +70,49 @@ class Object:
     size: str | None = None
 
     @property
-    def pair(self) -> tuple[str, str]:
+    def pair(self) -> Pair:
+        """Return colour and shape."""
         return self.colour, self.shape
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a caption says: the things in the order it names them, relations between them, perhaps the background.
+    """What a caption states: the objects in the order it names them, relations between them, perhaps the background.
 
-    `relations` holds `(i, relation, j)`: thing `i` is left of, right of, above or below thing `j`.
+    `relations` holds `(i, relation, j)`: object `i` is left of, right of, above or below object `j`.
     """
 
-    things: tuple[Object, ...]
-    relations: tuple[tuple[int, str, int], ...] = ()
+    objects: tuple[Object, ...]
+    relations: Relations = ()
     background: str | None = None
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture's content, every detail decided. Positions are centres, as fractions of the width, y downwards."""
+    """An image's content, every detail decided. Positions are centres, as fractions of the width, y downwards."""
 
-    things: tuple[Object, ...]
-    positions: tuple[tuple[float, float], ...]
+    objects: tuple[Object, ...]
+    positions: tuple[Point, ...]
     radii: tuple[float, ...]
     background: str
 
 
-def sample_description(rng: np.random.Generator, pairs=SEEN_PAIRS, must_have=()) -> Description:
-    """Draw a description of one to three different things; three of them differ in shape.
+def sample_description(
+    rng: np.random.Generator, pairs: Sequence[Pair] = SEEN_PAIRS, must_have: Sequence[Pair] = ()
+) -> Description:
+    """Sample a description of one to three different objects; three of them differ in shape.
 
     Args:
-        rng: source of chance.
+        rng: source of random numbers.
         pairs: (colour, shape) pairs to choose from.
-        must_have: pairs of which exactly one is among the things; empty for no such wish.
+        must_have: pairs of which exactly one is among the objects; empty for no such wish.
     """
     count = int(rng.choice([1, 2, 3], p=[0.42, 0.50, 0.08]))
     chosen = _choose_pairs(count, rng, pairs, must_have)
     while count == 3 and len({shape for _, shape in chosen}) < 3:
         chosen = _choose_pairs(count, rng, pairs, must_have)
-    things = tuple(Object(colour, shape, str(rng.choice(list(RADII))) if rng.random() < 0.5 else None) for colour, shape in chosen)
-    relations: tuple[tuple[int, str, int], ...] = ()
+    objects = tuple(Object(*pair, str(rng.choice(list(RADII))) if rng.random() < 0.5 else None) for pair in chosen)
+    relations: Relations = ()
     if count > 1 and rng.random() < 0.6:
         relation = str(rng.choice(list(RELATIONS)))
         relations = ((0, relation, 1),)
@@ -113,10 +121,10 @@ def sample_description(rng: np.random.Generator, pairs=SEEN_PAIRS, must_have=())
             both = str(rng.choice(across))
             relations += ((0, both, 2), (1, both, 2))
     background = str(rng.choice(list(BACKGROUNDS))) if rng.random() < 0.5 else None
-    return Description(things, relations, background)
+    return Description(objects, relations, background)
 
 
-def _choose_pairs(count: int, rng: np.random.Generator, pairs, must_have) -> list[tuple[str, str]]:
+def _choose_pairs(count: int, rng: np.random.Generator, pairs: Sequence[Pair], must_have: Sequence[Pair]) -> list[Pair]:
     candidates = [pair for pair in pairs if pair not in must_have]
     chosen = [candidates[k] for k in rng.choice(len(candidates), size=count, replace=False)]
     if must_have:
@@ -125,18 +133,18 @@ def _choose_pairs(count: int, rng: np.random.Generator, pairs, must_have) -> lis
 
 
 def sample_scene(description: Description, rng: np.random.Generator) -> Scene:
-    """Decide what `description` leaves open (sizes, background, positions) by chance."""
-    things = tuple(Object(t.colour, t.shape, t.size or str(rng.choice(list(RADII)))) for t in description.things)
+    """Sample a scene that `description` fits: what it leaves open (sizes, background, positions) is random."""
+    sizes = [wanted.size or str(rng.choice(list(RADII))) for wanted in description.objects]
     background = description.background or str(rng.choice(list(BACKGROUNDS)))
-    radii = tuple(RADII[thing.size] for thing in things)
-    positions = _place(len(things), description.relations, rng)
-    return Scene(things, positions, radii, background)
+    positions = _sample_positions(len(sizes), description.relations, rng)
+    objects = tuple(replace(wanted, size=size) for wanted, size in zip(description.objects, sizes, strict=True))
+    return Scene(objects, positions, tuple(RADII[size] for size in sizes), background)
 
 
-def _place(count: int, relations, rng: np.random.Generator) -> tuple[tuple[float, float], ...]:
-    """Centres of `count` cells of the board for which every relation holds, each such choice as likely as any other.
+def _sample_positions(count: int, relations: Relations, rng: np.random.Generator) -> tuple[Point, ...]:
+    """Sample the centres of `count` cells of the grid for which every relation holds, uniformly.
 
-    Where no relation is stated, things are named from top to bottom; if none at all is, the first is higher than the others.
+    Where no relation is stated, objects are named from top to bottom; if none at all is, the first is higher than the others.
     A mirror image keeps that.
     """
     stated = {(i, j) for i, _, j in relations}
@@ -152,10 +160,10 @@ def _place(count: int, relations, rng: np.random.Generator) -> tuple[tuple[float
     return fitting[int(rng.integers(len(fitting)))]
 
 
-def _holds(first: tuple[float, float], relation: str, second: tuple[float, float], diagonally: bool) -> bool:
-    """Whether a thing at `first` is `relation` ("left" …) of one at `second`.
+def _holds(first: Point, relation: str, second: Point, diagonally: bool) -> bool:
+    """Return whether an object at `first` is `relation` ("left" …) of one at `second`.
 
-    Two things are straight beside or above each other, so that only one relation is true of them; where both are left of
+    Two objects are straight beside or above each other, so that only one relation is true of them; where both are left of
     a third, one of them may be so diagonally.
     """
     dx, dy = RELATIONS[relation]
@@ -164,8 +172,8 @@ def _holds(first: tuple[float, float], relation: str, second: tuple[float, float
     return along > 0 and (diagonally or across == 0)
 
 
-def outline(shape: str) -> list[tuple[float, float]]:
-    """The polygon of `shape` in the box from -1 to 1, y downwards."""
+def outline(shape: str) -> list[Point]:
+    """Return the polygon of `shape` in the box from -1 to 1, y downwards."""
     if shape == "circle":
         return [(math.cos(a), math.sin(a)) for a in np.linspace(0, 2 * math.pi, 64, endpoint=False)]
     if shape == "square":
@@ -189,8 +197,8 @@ def outline(shape: str) -> list[tuple[float, float]]:
     raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
 
 
-def render_mask(shape: str, centre: tuple[float, float], radius: float, image_size: int) -> np.ndarray:
-    """How much of each pixel `shape` covers: (image_size, image_size) float32 in [0, 1], antialiased."""
+def render_mask(shape: str, centre: Point, radius: float, image_size: int) -> np.ndarray:
+    """Render how much of each pixel `shape` covers: (image_size, image_size) float32 in [0, 1], antialiased."""
     big = image_size * SUPERSAMPLING
     canvas = Image.new("L", (big, big))
     points = [((centre[0] + x * radius) * big, (centre[1] + y * radius) * big) for x, y in outline(shape)]
@@ -199,12 +207,13 @@ def render_mask(shape: str, centre: tuple[float, float], radius: float, image_si
 
 
 def render(scene: Scene, image_size: int = 64) -> Image.Image:
-    """Draw `scene` as an RGB image of `image_size` pixels square."""
+    """Render `scene` as an RGB image of `image_size` pixels square."""
     slope = np.linspace(1 + SHADING, 1 - SHADING, image_size, dtype=np.float32)[:, None, None]  # (H, 1, 1)
-    picture = np.broadcast_to(slope * np.float32(BACKGROUNDS[scene.background]), (image_size, image_size, 3)).copy()
+    background = slope * np.array(BACKGROUNDS[scene.background], np.float32)
+    pixels = np.broadcast_to(background, (image_size, image_size, 3)).copy()
     rows = (np.arange(image_size, dtype=np.float32) + 0.5)[:, None, None] / image_size
-    for thing, centre, radius in zip(scene.things, scene.positions, scene.radii, strict=True):
-        cover = render_mask(thing.shape, centre, radius, image_size)[:, :, None]
+    for shown, centre, radius in zip(scene.objects, scene.positions, scene.radii, strict=True):
+        cover = render_mask(shown.shape, centre, radius, image_size)[:, :, None]
         shade = 1 - SHADING * np.clip((rows - centre[1]) / radius, -1, 1)
-        picture += cover * (shade * np.float32(COLOURS[thing.colour]) - picture)
-    return Image.fromarray(np.clip(np.rint(picture), 0, 255).astype(np.uint8))
+        pixels += cover * (shade * np.array(COLOURS[shown.colour], np.float32) - pixels)
+    return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))

@@ -1,7 +1,11 @@
-"""Does a picture show what its caption says, all of it and nothing else? And if not, which of its attributes are right?"""
+"""Score an image by its caption: whether it shows all of it and nothing else, and which attributes are right.
+
+The idea is GenEval's (Ghosh et al. 2023, arXiv:2310.11513): detect the objects, then check what the caption states.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -9,119 +13,124 @@ import numpy as np
 from PIL import Image
 
 from dit.shapes.captions import parse
-from dit.shapes.detector import Detection, Found, detect
+from dit.shapes.detector import DetectedObject, Detection, detect
 from dit.shapes.scene import RELATIONS, Description, Object
 
-SIDE = 0.06  # of the width: how far left means left; drawings keep 0.2
+MIN_OFFSET = 0.06  # of the width: how far left means left; rendered scenes keep 0.2
 ATTRIBUTES = ("colour", "shape", "size", "relation", "count")
-PARTNERS = 6  # of the things found, that the wanted ones are looked for among: a picture of noise shows dozens
+MAX_CANDIDATES = 6  # detected objects that partners are looked for among, the largest ones: an image of noise shows dozens
 
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """Whether everything is right, and if not the first problem in words."""
+    """The first problem of an image in words, "" if everything is right."""
 
-    correct: bool
-    problem: str | None = None
+    problem: str = ""
 
-
-def judge(picture: Image.Image | np.ndarray, description: Description) -> ScoreResult:
-    """Compare what is found in `picture` with `description`; see `compare`."""
-    return compare(detect(picture), description)
-
-
-def compare(detection: Detection, description: Description) -> ScoreResult:
-    """The verdict on what was found in a picture.
-
-    Every thing must be there in its colour, shape and, where stated, size; every stated relation must hold; a stated
-    background must be there; and nothing else may be.
-    """
-    found, wanted = detection.things, description.things
-    shown = ", ".join(f"{thing.size} {thing.colour} {thing.shape}" for thing in found) or "nothing"
-    if len(found) != len(wanted):
-        number = "1 thing" if len(found) == 1 else f"{len(found)} things"
-        return ScoreResult(False, f"{number} instead of {len(wanted)}: {shown}")
-    if description.background and detection.background != description.background:
-        return ScoreResult(False, f"background {detection.background}, not {description.background}")
-    matches = [order for order in permutations(found) if all(map(_fits, wanted, order))]
-    if not matches:
-        return ScoreResult(False, f"shows {shown}")
-    if not any(_related(order, description) for order in matches):
-        return ScoreResult(False, "right things, wrong places")
-    return ScoreResult(True)
-
-
-def attributes(detection: Detection, description: Description) -> dict[str, tuple[int, int]]:
-    """Of each of `ATTRIBUTES` that the description states, how many are right and how many there are.
-
-    Each wanted thing has at most one of the found ones as its partner, which shares its colour or its shape; partners are
-    chosen so that as much as possible is right. What has no partner is wrong in everything. `count` is one: whether there
-    are as many things as wanted. The background is no attribute: it is of the picture, not of the things.
-    """
-    largest = sorted(detection.things, key=lambda thing: -thing.radius)[:PARTNERS]
-    largest += [None] * (len(description.things) - len(largest))
-    orders = permutations(largest, len(description.things))
-    right = max((_right(order, description) for order in orders), key=lambda counts: sum(counts.values()))
-    right["count"] = len(detection.things) == len(description.things)
-    stated = {
-        "colour": len(description.things),
-        "shape": len(description.things),
-        "size": sum(thing.size is not None for thing in description.things),
-        "relation": len(description.relations),
-        "count": 1,
-    }
-    return {name: (int(right[name]), stated[name]) for name in ATTRIBUTES if stated[name]}
-
-
-def _right(order: tuple[Found | None, ...], description: Description) -> dict[str, int]:
-    """How many colours, shapes, sizes and relations are right where `order` are the partners of the wanted things."""
-    pairs = list(zip(description.things, order, strict=True))
-    pairs = [(thing, other) if other and _akin(thing, other) else (thing, None) for thing, other in pairs]
-    partners = [other for _, other in pairs]
-    return {
-        "colour": sum(other is not None and thing.colour == other.colour for thing, other in pairs),
-        "shape": sum(other is not None and thing.shape == other.shape for thing, other in pairs),
-        "size": sum(other is not None and thing.size == other.size for thing, other in pairs),
-        "relation": sum(
-            partners[i] is not None and partners[j] is not None and _beside(partners[i], relation, partners[j])
-            for i, relation, j in description.relations
-        ),
-    }
-
-
-def _akin(wanted: Object, found: Found) -> bool:
-    return wanted.colour == found.colour or wanted.shape == found.shape
-
-
-def _fits(wanted: Object, found: Found) -> bool:
-    return wanted.pair == (found.colour, found.shape) and wanted.size in (None, found.size)
-
-
-def _related(order: tuple[Found, ...], description: Description) -> bool:
-    return all(_beside(order[i], relation, order[j]) for i, relation, j in description.relations)
-
-
-def _beside(first: Found, relation: str, second: Found) -> bool:
-    """Whether `first` is left of, right of, above or below `second`."""
-    dx, dy = RELATIONS[relation]
-    return (first.x - second.x) * dx + (first.y - second.y) * dy >= SIDE
+    @property
+    def correct(self) -> bool:
+        """Return whether everything is right."""
+        return not self.problem
 
 
 @dataclass(frozen=True)
 class PromptScore:
-    """What is wrong with a picture, "" if nothing is; of how many `things` its caption speaks; and by attribute how many are
-    right and how many are stated."""
+    """The score of one image by its prompt.
+
+    Attributes:
+        problem: what is wrong with the image, "" if nothing is.
+        num_objects: how many objects the prompt names.
+        attributes: by attribute, how many are right and how many are stated.
+    """
 
     problem: str
-    things: int
+    num_objects: int
     attributes: dict[str, tuple[int, int]]
 
 
-def score_image(picture: Image.Image, text: str) -> PromptScore | None:
-    """Judge `picture` by its caption; None where the caption is not about our shapes."""
-    description = parse(text)
+def score_image(image: Image.Image | np.ndarray, prompt: str) -> PromptScore | None:
+    """Score `image` by `prompt`; None where the prompt is not about our shapes."""
+    description = parse(prompt)
     if description is None:
         return None
-    detection = detect(picture)
-    problem = compare(detection, description).problem or ""
-    return PromptScore(problem, len(description.things), attributes(detection, description))
+    detection = detect(image)
+    problem = match_objects(detection, description).problem
+    return PromptScore(problem, len(description.objects), attribute_scores(detection, description))
+
+
+def score_objects(image: Image.Image | np.ndarray, description: Description) -> ScoreResult:
+    """Detect the objects in `image` and match them with `description`; see `match_objects`."""
+    return match_objects(detect(image), description)
+
+
+def match_objects(detection: Detection, description: Description) -> ScoreResult:
+    """Match the detected objects with those of `description`.
+
+    Every object must be there in its colour, shape and, where stated, size; every stated relation must hold; a stated
+    background must be there; and nothing else may be.
+    """
+    found, wanted = detection.objects, description.objects
+    shown = ", ".join(f"{other.size} {other.colour} {other.shape}" for other in found) or "nothing"
+    if len(found) != len(wanted):
+        number = "1 thing" if len(found) == 1 else f"{len(found)} things"
+        return ScoreResult(f"{number} instead of {len(wanted)}: {shown}")
+    if description.background and detection.background != description.background:
+        return ScoreResult(f"background {detection.background}, not {description.background}")
+    matches = [order for order in permutations(found) if all(map(_fits, wanted, order))]
+    if not matches:
+        return ScoreResult(f"shows {shown}")
+    if not any(_count_relations(order, description) == len(description.relations) for order in matches):
+        return ScoreResult("right things, wrong places")
+    return ScoreResult()
+
+
+def attribute_scores(detection: Detection, description: Description) -> dict[str, tuple[int, int]]:
+    """Count, for each of `ATTRIBUTES` that the description states, how many are right and how many are stated.
+
+    Each wanted object has at most one of the detected ones as its partner, which shares its colour or its shape; partners are
+    chosen so that as much as possible is right. What has no partner is wrong in everything. `count` is one: whether there
+    are as many objects as wanted. The background is no attribute: it is of the image, not of the objects.
+    """
+    wanted = description.objects
+    candidates: list[DetectedObject | None] = []
+    candidates += sorted(detection.objects, key=lambda found: -found.radius)[:MAX_CANDIDATES]
+    candidates += [None] * (len(wanted) - len(candidates))
+    counts = (_count_right(order, description) for order in permutations(candidates, len(wanted)))
+    right = max(counts, key=lambda count: sum(count.values())) | {"count": int(len(detection.objects) == len(wanted))}
+    stated = {
+        "colour": len(wanted),
+        "shape": len(wanted),
+        "size": sum(each.size is not None for each in wanted),
+        "relation": len(description.relations),
+        "count": 1,
+    }
+    return {name: (right[name], stated[name]) for name in ATTRIBUTES if stated[name]}
+
+
+def _count_right(order: Sequence[DetectedObject | None], description: Description) -> dict[str, int]:
+    """Count the colours, shapes, sizes and relations that are right where `order` are the partners of the wanted objects."""
+    pairs = [
+        (wanted, found) if found and (wanted.colour == found.colour or wanted.shape == found.shape) else (wanted, None)
+        for wanted, found in zip(description.objects, order, strict=True)
+    ]
+    return {
+        "colour": sum(found is not None and wanted.colour == found.colour for wanted, found in pairs),
+        "shape": sum(found is not None and wanted.shape == found.shape for wanted, found in pairs),
+        "size": sum(found is not None and wanted.size == found.size for wanted, found in pairs),
+        "relation": _count_relations([found for _, found in pairs], description),
+    }
+
+
+def _fits(wanted: Object, found: DetectedObject) -> bool:
+    return wanted.pair == (found.colour, found.shape) and wanted.size in (None, found.size)
+
+
+def _count_relations(partners: Sequence[DetectedObject | None], description: Description) -> int:
+    """Count the stated relations that hold between the partners of the wanted objects; None is missing."""
+    count = 0
+    for i, relation, j in description.relations:
+        first, second = partners[i], partners[j]
+        if first and second:
+            dx, dy = RELATIONS[relation]
+            count += (first.x - second.x) * dx + (first.y - second.y) * dy >= MIN_OFFSET
+    return count

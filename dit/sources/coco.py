@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from dit.config import CocoData, Runtime
 from dit.dataset.filters import check_captions, check_image, clean_caption, inside
-from dit.errors import UserError
+from dit.errors import UserError, one_line, without_password
 from dit.sources.http import Downloader
-from dit.sources.writer import DatasetWriter, Report, refuse_too_many_bad
+from dit.sources.writer import DatasetWriter, FetchResult
 
 ANNOTATIONS = "annotations/annotations_trainval2017.zip"
 KEY = "coco.data.base_url"
@@ -31,44 +31,44 @@ def check_host(base_url: str) -> None:
     Downloader(KEY).check(f"{base_url.rstrip('/')}/{ANNOTATIONS}")
 
 
-def fetch(data: CocoData, folder: Path, runtime: Runtime) -> Report:
+def fetch(data: CocoData, folder: Path, runtime: Runtime) -> FetchResult:
     """Download `data.num_samples` images, chosen by `data.seed`, and their captions into `folder`."""
     base = data.base_url.rstrip("/")
     downloader = Downloader(KEY)
     archive, problem = downloader.cached(f"{base}/{ANNOTATIONS}", progress=True)
     if problem:
-        raise UserError(f"{KEY}: {base}/{ANNOTATIONS}: {problem}")
+        raise UserError(f"{KEY}: {without_password(base)}/{ANNOTATIONS}: {problem}")
     chosen = choose_images(read_captions(archive, SPLITS[data.split]), data)
-    report = Report()
+    result = FetchResult()
     writer = DatasetWriter(folder, data, len(chosen))
     received = 0
 
-    def download(photo: CocoImage) -> tuple[Path | None, str | None]:
-        if photo.problem or (problem := check_captions(photo.captions)):
-            return None, photo.problem or problem
-        kept, problem = downloader.cached(f"{base}/{photo.split}/{photo.name}")
-        if problem is None and (problem := check_image(kept.read_bytes())):
-            kept.unlink()  # so that the next run asks for it again
-        return kept, problem
+    def download(image: CocoImage) -> tuple[Path, str | None]:
+        problem = image.problem or check_captions(image.captions)
+        if problem:
+            return Path(), problem
+        cached, problem = downloader.cached(f"{base}/{image.split}/{image.name}")
+        if problem is None and (problem := check_image(cached.read_bytes())):
+            cached.unlink()  # so that the next run asks for it again
+        return cached, problem
 
     with ThreadPoolExecutor(runtime.download_connections) as pool:
         results = zip(chosen, pool.map(download, chosen), strict=True)
         progress = tqdm(results, total=len(chosen), desc="download", unit="image")
         try:
-            for photo, (kept, problem) in progress:
+            for image, (cached, problem) in progress:
                 if problem:
-                    report.reject(photo.name, problem)
+                    result.reject(image.name, problem)
                     continue
-                content = kept.read_bytes()
-                writer.add(f"images/{photo.name}", content, photo.captions[: data.captions_per_image], photo.licence, kept)
+                content = cached.read_bytes()
+                writer.add(f"images/{image.name}", content, image.captions[: data.captions_per_image], image.licence, cached)
                 received += len(content)
                 seconds = progress.format_dict["elapsed"] or 1
                 progress.set_postfix_str(f"{received / 1e6 / seconds:.1f} MB/s")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    refuse_too_many_bad(report, len(chosen), data.max_bad_fraction, "coco.data.max_bad_fraction")
-    return writer.close(report)
+    return writer.close(result)
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,15 @@ class CocoImage:
 
 
 def read_captions(archive: Path, splits: tuple[str, ...]) -> list[CocoImage]:
-    """All images that have captions, read straight from the zip, in the order of their ids, split by split.
+    """Read all images that have captions straight from the zip, in the order of their ids, split by split.
 
-    Nothing else of the archive is looked at, and nothing of it is unpacked. Of images whose name or id comes twice the
+    Nothing else of the archive is read, and nothing of it is unpacked. Of images whose name or id comes twice the
     first is kept; the others, and those whose name would leave the folder, have a `problem`.
 
     Raises:
         UserError: the archive is damaged, or what it holds is not COCO's.
     """
-    photos: list[CocoImage] = []
+    found: list[CocoImage] = []
     names: set[str] = set()
     for split in splits:
         licences, images, captions = _read_annotations(archive, f"annotations/captions_{split}.json")
@@ -116,12 +116,12 @@ def read_captions(archive: Path, splits: tuple[str, ...]) -> list[CocoImage]:
                 problem = "its name comes twice in the annotations"
             names.add(name)
             numbers.add(number)
-            photos.append(CocoImage(name, split, captions[number], licences.get(licence, ""), problem))
-    return photos
+            found.append(CocoImage(name, split, captions[number], licences.get(licence, ""), problem))
+    return found
 
 
-def _read_annotations(archive: Path, member: str) -> tuple[dict, list[tuple[int, str, int]], dict[int, list[str]]]:
-    """Licences' addresses by id, (id, name, licence) of each image, captions by image."""
+def _read_annotations(archive: Path, member: str) -> tuple[dict[int, str], list[tuple[int, str, int]], dict[int, list[str]]]:
+    """Return licences' addresses by id, (id, name, licence) of each image, captions by image."""
     try:
         with zipfile.ZipFile(archive) as files, files.open(member) as file:
             content = json.load(file)
@@ -129,8 +129,7 @@ def _read_annotations(archive: Path, member: str) -> tuple[dict, list[tuple[int,
         images = [(int(row["id"]), str(row["file_name"]), int(row.get("license", -1))) for row in content["images"]]
         rows = sorted((int(row["id"]), int(row["image_id"]), str(row["caption"])) for row in content["annotations"])
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"{archive}: no readable {member} ({problem}); delete the file to download it again") from None
+        raise UserError(f"{archive}: no readable {member} ({one_line(error)}); delete the file to download it again") from None
     captions: dict[int, list[str]] = {}
     for _, image, text in rows:
         if clean_caption(text):
@@ -138,12 +137,12 @@ def _read_annotations(archive: Path, member: str) -> tuple[dict, list[tuple[int,
     return licences, images, captions
 
 
-def choose_images(photos: list[CocoImage], data: CocoData) -> list[CocoImage]:
-    """`data.num_samples` images, by `data.seed`; the same on every machine.
+def choose_images(images: list[CocoImage], data: CocoData) -> list[CocoImage]:
+    """Choose `data.num_samples` images at random, by `data.seed`; the same on every machine.
 
     Raises:
         UserError: there are fewer.
     """
-    if len(photos) < data.num_samples:
-        raise UserError(f"coco.data.num_samples: {data.num_samples} images wanted, {data.split} has {len(photos)} with captions")
-    return [photos[k] for k in np.random.default_rng(data.seed).permutation(len(photos))[: data.num_samples]]
+    if len(images) < data.num_samples:
+        raise UserError(f"coco.data.num_samples: {data.num_samples} images wanted, {data.split} has {len(images)} with captions")
+    return [images[k] for k in np.random.default_rng(data.seed).permutation(len(images))[: data.num_samples]]

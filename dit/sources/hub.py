@@ -16,40 +16,39 @@ from tqdm import tqdm
 
 from dit.config import HubData, Runtime
 from dit.dataset.filters import check_captions, check_image, clean_caption
-from dit.errors import UserError
-from dit.sources.writer import DatasetWriter, Report, refuse_too_many_bad
+from dit.errors import UserError, one_line
+from dit.sources.writer import DatasetWriter, FetchResult
 
 LOGIN = "if it is private or gated, accept its conditions and log in with `hf auth login`, or set HF_TOKEN"
 
 
-def fetch(data: HubData, folder: Path, runtime: Runtime) -> Report:
+def fetch(data: HubData, folder: Path, runtime: Runtime) -> FetchResult:
     """Stream `data.num_samples` images and their captions into `folder`, the bytes as they come."""
-    report = Report()
+    result = FetchResult()
     writer = DatasetWriter(folder, data, data.num_samples)
     rows = 0
     for number, row in enumerate(tqdm(_rows(data), total=data.num_samples, desc="download", unit="image")):
         rows += 1
-        name = f"row {number}"
         content = _read_image(row[data.image_column])
         captions, problem = _read_captions(row, data)
         problem = check_image(content) or problem or check_captions(captions)
         if problem:
-            report.reject(name, problem)
+            result.reject(f"row {number}", problem)
             continue
         with Image.open(io.BytesIO(content)) as image:
-            suffix = {"JPEG": "jpg", "MPO": "jpg"}.get(image.format, image.format.lower())
+            kind = (image.format or "").lower()
+        suffix = "jpg" if kind in ("jpeg", "mpo") else kind
         writer.add(f"images/{number:08d}.{suffix}", content, captions)
     if rows < data.num_samples:
         raise UserError(f"hub.data.num_samples: {data.num_samples} images wanted, split {data.split!r} has {rows}")
-    refuse_too_many_bad(report, rows, data.max_bad_fraction, "hub.data.max_bad_fraction")
-    return writer.close(report)
+    return writer.close(result)
 
 
-def open_stream(data: HubData):
-    """The split as an iterable data set, of which nothing has been read yet.
+def open_stream(data: HubData) -> Any:
+    """Open the split as a `datasets.IterableDataset`, of which nothing has been read yet.
 
     Raises:
-        UserError: it is not to be had, or has no such configuration, split or column; one line that says which there are.
+        UserError: it is not to be had, or has no such configuration, split or column; one line that lists which there are.
     """
     try:
         import datasets
@@ -60,18 +59,20 @@ def open_stream(data: HubData):
         stream = datasets.load_dataset(data.dataset, name=data.config, revision=data.revision, split=data.split, streaming=True)
         columns = stream.column_names or list(next(iter(stream), {}))
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise UserError(f"{known} is not to be had ({_reason(error)}); check the id and the revision; {LOGIN}") from None
+        raise UserError(
+            f"{known} is not to be had ({one_line(error, with_type=True)}); check the id and the revision; {LOGIN}"
+        ) from None
     except datasets.exceptions.DataFilesNotFoundError:
         raise UserError(f"{known} holds no files of a known format; Parquet or a folder of images would be right") from None
     except (ConnectionError, TimeoutError) as error:
         raise UserError(
-            f"{known} cannot be reached ({_reason(error)}); check your network, HF_ENDPOINT and HF_HUB_OFFLINE"
+            f"{known} cannot be reached ({one_line(error, with_type=True)}); check your network, HF_ENDPOINT and HF_HUB_OFFLINE"
         ) from None
     except ValueError as error:
         key = "config" if "config" in str(error).lower() else "split"
-        raise UserError(f"hub.data.{key}: {getattr(data, key)!r}: {_reason(error)}") from None
+        raise UserError(f"hub.data.{key}: {getattr(data, key)!r}: {one_line(error, with_type=True)}") from None
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError) as error:
-        raise UserError(f"{known} cannot be read ({_reason(error)}); check the id and your network") from None
+        raise UserError(f"{known} cannot be read ({one_line(error, with_type=True)}); check the id and your network") from None
     for key, column in (("image_column", data.image_column), *(("caption_columns", name) for name in data.caption_columns)):
         if column not in columns:
             raise UserError(f"hub.data.{key}: {column!r}: no such column; {data.dataset} has {', '.join(columns)}")
@@ -82,21 +83,22 @@ def open_stream(data: HubData):
 
 
 def _rows(data: HubData) -> Iterator[dict[str, Any]]:
-    number = 0
+    count = 0
     try:
-        for number, row in enumerate(islice(open_stream(data), data.num_samples)):  # noqa: B007 (the error names it)
+        for row in islice(open_stream(data), data.num_samples):
             yield row
+            count += 1
     except UserError:
         raise
     except Exception as error:  # whatever a reader of a foreign format raises
         raise UserError(
-            f"hub.data.dataset: {data.dataset!r} breaks off after row {number} ({_reason(error)}); "
+            f"hub.data.dataset: {data.dataset!r} breaks off after {count} rows ({one_line(error, with_type=True)}); "
             "run again, or lower hub.data.num_samples"
         ) from None
 
 
 def _read_image(value: Any) -> bytes:
-    """The bytes of a picture, which stand in the row or in a file that it names; none if it holds neither."""
+    """Return the bytes of an image, which are in the row or in a file that it names; none if it holds neither."""
     if not isinstance(value, dict):
         return b""
     if value.get("bytes") is not None:
@@ -110,7 +112,7 @@ def _read_image(value: Any) -> bytes:
 
 
 def _read_captions(row: dict[str, Any], data: HubData) -> tuple[list[str], str | None]:
-    """All captions of a row, and what is wrong with them, if anything."""
+    """Return all captions of a row, and what is wrong with them, if anything."""
     captions = []
     for column in data.caption_columns:
         texts = row[column] if isinstance(row[column], list) else [row[column]]
@@ -118,7 +120,3 @@ def _read_captions(row: dict[str, Any], data: HubData) -> tuple[list[str], str |
             return [], f"column {column!r} holds no text"
         captions += [clean_caption(text) for text in texts if text and clean_caption(text)]
     return captions, None
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,4 +1,4 @@
-"""Source `shapes`: drawn scenes with captions in plain English, as many as you like, the same on every machine."""
+"""Source `shapes`: rendered scenes with captions in plain English, as many as you like, the same on every machine."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dit.config import Runtime, ShapesData
 from dit.shapes.captions import describe
 from dit.shapes.prompts import TRAIN_STREAM
 from dit.shapes.scene import render, sample_description, sample_scene
-from dit.sources.writer import DatasetWriter, Report
+from dit.sources.writer import DatasetWriter, FetchResult
 
 
-def fetch(data: ShapesData, folder: Path, runtime: Runtime) -> Report:
-    """Draw `data.num_samples` scenes into `folder`, none of which shows or names an unseen pair."""
+def fetch(data: ShapesData, folder: Path, runtime: Runtime) -> FetchResult:
+    """Render `data.num_samples` scenes into `folder`, none of which shows or names an unseen pair."""
     writer = DatasetWriter(folder, data, data.num_samples)
-    for k in tqdm(range(data.num_samples), desc="draw", unit="image"):
+    for k in tqdm(range(data.num_samples), desc="render", unit="image"):
         rng = np.random.default_rng([data.seed, TRAIN_STREAM, k])
         description = sample_description(rng)
         text = describe(description, rng)
         content = io.BytesIO()
         render(sample_scene(description, rng), data.image_size).save(content, "PNG")
         writer.add(f"images/{k:06d}.png", content.getvalue(), [text])
-    return writer.close(Report())
+    return writer.close(FetchResult())

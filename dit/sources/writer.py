@@ -1,9 +1,4 @@
-"""What all sources write: the images' bytes as they came, and `metadata.json` with a row per caption.
-
-Rows are `{"image": "images/x.jpg", "text": "…", "split": "train" | "val"}`, with the address of the image's "licence" where
-the source knows it, and where the image is "stored" if that is not under its own name; several may share an image.
-`source.json` holds the settings that the folder was made from.
-"""
+"""Write a data set: the images' bytes as they came, metadata.json and source.json; see dataset/reader.py for the format."""
 
 from __future__ import annotations
 
@@ -19,25 +14,34 @@ from dit.utils.files import write_json
 
 
 @dataclass
-class Report:
-    """What a source found; becomes metrics/download.json. `bad` and `unpaired` say which files were set aside, and why."""
+class FetchResult:
+    """What a source has fetched; becomes metrics/download.json.
+
+    Attributes:
+        images, captions, train_images, val_images: how many were written.
+        rejected: names of the images that cannot be used, and why.
+        unpaired: images without a caption, and .txt files without an image.
+    """
 
     images: int = 0
     captions: int = 0
     train_images: int = 0
     val_images: int = 0
-    bad: list[dict[str, str]] = field(default_factory=list)
+    rejected: list[dict[str, str]] = field(default_factory=list)
     unpaired: list[str] = field(default_factory=list)
 
     def reject(self, image: str, reason: str) -> None:
-        self.bad.append({"image": image, "reason": reason})
+        """Note that `image` cannot be used, and why."""
+        self.rejected.append({"image": image, "reason": reason})
 
     def metrics(self) -> dict[str, Any]:
-        return asdict(self) | {"bad_images": len(self.bad)}
+        """Return the content of metrics/download.json."""
+        counts = {key: getattr(self, key) for key in ("images", "captions", "train_images", "val_images")}
+        return counts | {"bad": self.rejected, "unpaired": self.unpaired, "bad_images": len(self.rejected)}
 
 
 def split_by_image(images: list[str], val_fraction: float, seed: int) -> dict[str, str]:
-    """ "train" or "val" for each image name; the same on every machine, at least one image in each split.
+    """Assign "train" or "val" to each image name, the same on every machine, at least one image to each split.
 
     Raises:
         UserError: there are fewer than two images.
@@ -54,7 +58,7 @@ class DatasetWriter:
 
     Args:
         folder: where it goes.
-        data: the source's settings.
+        data: the source's block of params.yaml.
         count: how many images there will be at most; decides the layout where the settings leave that open.
     """
 
@@ -63,21 +67,27 @@ class DatasetWriter:
         self._images = (TarShards if choose_layout(data.layout, count) == "shards" else LooseFiles)(folder)
         self._rows: dict[str, tuple[str, list[str], str]] = {}
 
-    def add(self, name: str, content: bytes, captions: list[str], licence: str = "", kept: Path | None = None) -> None:
+    def add(self, name: str, content: bytes, captions: list[str], licence: str = "", cached: Path | None = None) -> None:
         """Store one image.
 
         Args:
             name: like images/x.jpg; each only once.
-            content: the picture file's bytes.
+            content: the image file's bytes.
             captions: at least one.
             licence: its address, if known.
-            kept: a file with these bytes that need not be copied.
+            cached: a file with these bytes that need not be copied.
         """
         about = {"captions": captions} | ({"licence": licence} if licence else {})
-        self._rows[name] = (self._images.add(name, content, about, kept), captions, licence)
+        self._rows[name] = (self._images.add(name, content, about, cached), captions, licence)
 
-    def close(self, report: Report) -> Report:
-        """Write metadata.json and source.json; completes and returns `report`."""
+    def close(self, result: FetchResult) -> FetchResult:
+        """Write metadata.json and source.json; complete and return `result`.
+
+        Raises:
+            UserError: of all images, more than `data.max_bad_fraction` were rejected, or fewer than two are left.
+        """
+        if result.rejected:
+            self._check_rejected(result.rejected)
         self._images.close()
         splits = split_by_image(list(self._rows), self.data.val_fraction, self.data.seed)
         rows = []
@@ -86,17 +96,15 @@ class DatasetWriter:
             rows += [{"image": image, "text": text, "split": splits[image]} | more for text in captions]
         write_json(self.folder / "metadata.json", rows)
         write_json(self.folder / "source.json", asdict(self.data))
-        report.images, report.captions = len(self._rows), len(rows)
-        report.val_images = sum(split == "val" for split in splits.values())
-        report.train_images = report.images - report.val_images
-        return report
+        result.images, result.captions = len(self._rows), len(rows)
+        result.val_images = sum(split == "val" for split in splits.values())
+        result.train_images = result.images - result.val_images
+        return result
 
-
-def refuse_too_many_bad(report: Report, total: int, limit: float, key: str) -> None:
-    """Raise a `UserError` if more than the share `limit` of `total` images were set aside; `key` is the limit's name."""
-    if len(report.bad) > limit * total:
-        first = report.bad[0]
-        raise UserError(
-            f"{key}: {len(report.bad)} of {total} images are unusable, more than {limit:.1%}; "
-            f"the first is {first['image']}: {first['reason']}"
-        )
+    def _check_rejected(self, rejected: list[dict[str, str]]) -> None:
+        total, limit, first = len(self._rows) + len(rejected), self.data.max_bad_fraction, rejected[0]
+        if len(rejected) > limit * total:
+            raise UserError(
+                f"{self.data.source}.data.max_bad_fraction: {len(rejected)} of {total} images are unusable, more than "
+                f"{limit:.1%}; the first is {first['image']}: {first['reason']}"
+            )

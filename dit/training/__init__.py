@@ -1,0 +1,1 @@
+"""The training: loop, data, checkpoints, logs, and the model folder that it writes."""

@@ -162,7 +162,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Wait until what was saved last is on the disk."""
         if self._pending:
-            self._pending, pending = None, self._pending
+            pending, self._pending = self._pending, None
             pending.result()
 
     def _write(self, step: int, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:

@@ -48,9 +48,7 @@ def global_batch(images: np.ndarray, seed: int, step: int, batch_size: int) -> n
     return chosen
 
 
-def read_batch(
-    cache: LatentCache | DeviceLatentCache, seed: int, step: int, batch_size: int, flip: bool, rows: slice
-) -> Batch:
+def read_batch(cache: LatentCache | DeviceLatentCache, seed: int, step: int, batch_size: int, flip: bool, rows: slice) -> Batch:
     """Read rows `rows` of the global batch of step `step`: training images, each with one of its captions and crops."""
     random = np.random.default_rng([seed, CHOICES, step]).random((3, batch_size))
     images = global_batch(cache.train, seed, step, batch_size)
@@ -107,10 +105,10 @@ class StepBatches(Dataset):
 def load_batches(batches: StepBatches, first: int, last: int, device: torch.device, runtime: Runtime) -> Iterator[Batch]:
     """Yield the micro-batches of steps `first` to `last` - 1, in order, on `device`."""
     numbers = range(first * len(batches.slices), last * len(batches.slices))
-    wanted = runtime.data_on_device
-    if wanted is True or (wanted == "auto" and fits_on_device(batches.cache, device)):
-        cache = DeviceLatentCache(batches.cache, device)
-        batches = StepBatches(cache, batches.seed, batches.batch_size, batches.flip, batches.slices)
+    wanted, cache = runtime.data_on_device, batches.cache
+    if isinstance(cache, LatentCache) and (wanted is True or (wanted == "auto" and fits_on_device(cache, device))):
+        on_device = DeviceLatentCache(cache, device)
+        batches = StepBatches(on_device, batches.seed, batches.batch_size, batches.flip, batches.slices)
         return (batches[number] for number in numbers)
     if device.type == "cpu" or runtime.num_workers == 0:  # workers would take the cores that train
         return (batches[number].to(device) for number in numbers)

@@ -75,9 +75,7 @@ class RunningMetrics:
         if not accelerator.is_main_process:
             self.totals[PER_PROCESS] = 0
 
-    def compute_and_reset(
-        self, accelerator: Accelerator, batch_size: int, seconds_per_image_at_peak: float
-    ) -> dict[str, float]:
+    def compute_and_reset(self, accelerator: Accelerator, batch_size: int, seconds_per_image_at_peak: float) -> dict[str, float]:
         """Return the means since the last call, under the names they are logged by. Waits for the device."""
         totals = self.reduced(accelerator).cpu()
         seconds = self._seconds + time.perf_counter() - self._started

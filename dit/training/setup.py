@@ -7,7 +7,6 @@ import gc
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable
 
 import torch
@@ -71,7 +70,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 def compile_network(
     network: torch.nn.Module, wanted: bool | str, device: torch.device, log: Callable[[str], None]
-) -> torch.nn.Module:
+) -> Callable[..., torch.Tensor]:
     """Compile the network as a whole, for the one shape that training has; with "auto" on a GPU alone.
 
     On a CPU it takes minutes. Compiled code needs a C++ compiler; without one, training runs uncompiled and logs so.
@@ -104,10 +103,12 @@ def keep_freed_memory() -> None:
     page: a step of the 768 wide transformer took 1.2 to 1.35 times as long (batches of 8). With another C library nothing
     changes.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)  # never
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except OSError:  # there is no glibc here
+        return
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def largest_batch_that_fits(attempt: Callable[[int], None], size: int) -> int:

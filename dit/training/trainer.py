@@ -106,9 +106,7 @@ class Trainer:
         network, self.optimizer = self.accelerator.prepare(self.transformer, optimizer)
         ema.to(self.device)
         self.network = compile_network(network, optim.compile_model, self.device, logger.log_line)
-        self.state = TrainingState(
-            self.accelerator, self.transformer, ema, self.optimizer.optimizer, RunningMetrics(self.device)
-        )
+        self.state = TrainingState(self.accelerator, self.transformer, ema, self.optimizer.optimizer, RunningMetrics(self.device))
         self.empty = cache.read_empty(1).to(self.device)
         self.val_loss, self.seconds_before = float("nan"), 0.0
         self.last_metrics: dict[str, float] = {}
@@ -175,7 +173,8 @@ class Trainer:
             losses.append(self.forward_backward(batch, noise, sync_grads=rows is self.slices[-1]))
             timesteps.append(noise.timesteps)
         norm = self.accelerator.clip_grad_norm_(self.transformer.parameters(), self.settings.max_grad_norm)
-        self.state.optimizer.found_inf = (~torch.isfinite(norm)).float()  # fused AdamW skips the update if it is set
+        # Fused AdamW skips the update if `found_inf` is set.
+        vars(self.state.optimizer)["found_inf"] = (~torch.isfinite(norm)).float()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.ema.step(self.transformer.parameters())
@@ -305,7 +304,9 @@ class Trainer:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         if checkpoint.step >= self.total_steps:
-            raise UserError(f"{checkpoint.path}: of step {checkpoint.step}, but the settings ask for {self.total_steps} steps only")
+            raise UserError(
+                f"{checkpoint.path}: of step {checkpoint.step}, but the settings ask for {self.total_steps} steps only"
+            )
         self.state.load(checkpoint)
         self.seconds_before = checkpoint.record["seconds"]
         self.logger.restore(checkpoint.record["logger"], checkpoint.step)

@@ -134,7 +134,8 @@ def sample_preview(
     def predict(latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         with autocast():
             both = model(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), None, mask, pooled, keys_values)
-        return apply_cfg(*both.chunk(2), PREVIEW_GUIDANCE)
+        conditional, unconditional = both.chunk(2)
+        return apply_cfg(conditional, unconditional, PREVIEW_GUIDANCE)
 
     source = seeded_generator(torch.device("cpu"), PREVIEW_SEED, VALIDATION)
     noise = torch.randn(count, *cache.latent_shape, generator=source).to(device)

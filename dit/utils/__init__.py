@@ -1,0 +1,1 @@
+"""Files, images, hardware and random numbers: what every room may need."""

@@ -1,4 +1,4 @@
-"""Writing files so that nothing half-written is ever seen under its final name; hashing them."""
+"""Writing files so that nothing incomplete is ever seen under its final name; hashing them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -40,7 +40,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def warn_stale_state(stage: str, own: Path) -> None:
-    """Say what the unfinished work of other settings, in the neighbours of the folder `own`, takes on the disk."""
+    """Print what the unfinished work of other settings, in the neighbours of the folder `own`, takes on the disk."""
     others = [path for path in own.parent.glob("*") if path != own]
     size = sum(file.stat().st_size for path in others for file in path.rglob("*") if file.is_file())
     if others:

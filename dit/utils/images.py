@@ -1,4 +1,4 @@
-"""Between pictures and tensors; grids of pictures."""
+"""Between images and tensors; grids of images."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-WIDEST = 1200  # pixels of a sheet of large pictures: the report shows no more, and labels in a wider one could not be read
+WIDEST = 1200  # pixels of a sheet of large images: the report shows no more, and labels in a wider one could not be read
 
 
 def to_tensor(pixels: torch.Tensor) -> torch.Tensor:
-    """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in [-1, 1]."""
+    """Convert (N, H, W, 3) uint8 to (N, 3, H, W) float32 in [-1, 1]."""
     return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 
 def to_images(tensor: torch.Tensor) -> list[Image.Image]:
-    """(N, 3, H, W) in [-1, 1] to RGB pictures; values outside are clipped."""
+    """Convert (N, 3, H, W) in [-1, 1] to RGB images; values outside are clipped."""
     pixels = ((tensor.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array) for array in pixels]
 
 
 def grid(images: list[Image.Image], columns: int, gap: int = 4, scale: int = 1) -> Image.Image:
-    """Lay pictures of one size out in rows of `columns`, `gap` pixels apart, each enlarged `scale` times."""
+    """Lay images of one size out in rows of `columns`, `gap` pixels apart, each enlarged `scale` times."""
     width, height = images[0].width * scale, images[0].height * scale
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
@@ -34,17 +34,14 @@ def grid(images: list[Image.Image], columns: int, gap: int = 4, scale: int = 1) 
 
 
 def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], columns: int, cell: int = 190) -> Image.Image:
-    """Like `grid`, with each picture's label in small print below it.
+    """Like `grid`, with each image's label in small print below it.
 
-    Pictures of up to `cell` pixels are enlarged a whole number of times, as far as `cell`. Wider ones are reduced to `cell`, or
+    Images of up to `cell` pixels are enlarged a whole number of times, as far as `cell`. Wider ones are reduced to `cell`, or
     further, so that the sheet is not wider than `WIDEST`.
     """
     font, gap = ImageFont.load_default(size=12), 8
     width, height = images[0].size
-    if width <= cell:
-        factor = cell // width
-    else:
-        factor = min(cell, (WIDEST - gap) // columns - gap) / width
+    factor: float = cell // width if width <= cell else min(cell, (WIDEST - gap) // columns - gap) / width
     width, height = round(width * factor), round(height * factor)
     texts = [wrap(label, font, width) for label in labels]
     below = 16 * max(len(lines) for lines in texts) + 4

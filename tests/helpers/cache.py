@@ -14,7 +14,15 @@ FINGERPRINT = "the tests"
 
 
 def write_cache(
-    folder: Path, images: int = 24, val: int = 6, shards: int = 2, size: int = 8, captions: int = 2, views: int = 2
+    folder: Path,
+    images: int = 24,
+    val: int = 6,
+    shards: int = 2,
+    size: int = 8,
+    captions: int = 2,
+    views: int = 2,
+    channels: int = 4,
+    fingerprint: str = FINGERPRINT,
 ) -> LatentCache:
     """A cache of random moments and text: `images` images of `views` views, with `captions` captions each, of 3 to 9 tokens."""
     source = torch.Generator().manual_seed(0)
@@ -22,7 +30,7 @@ def write_cache(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=source)
 
-    mean, log_variance = random(images, views, 4, size, size), torch.full((images, views, 4, size, size), -9.0)
+    mean, log_variance = random(images, views, channels, size, size), torch.full((images, views, channels, size, size), -9.0)
     moments = torch.cat([mean, log_variance], dim=2)  # hardly any variance
     tokens = [random(3 + k % 7, 32) for k in range(images * captions)]
     pooled = random(images * captions, 16)
@@ -42,10 +50,10 @@ def write_cache(
         lengths, no_flip = [len(row) for row in tokens[own]], [side == "left" for side in sides[own]]
         buffer = ShardBuffer([i < val for i in range(start, end)], [captions] * (end - start), lengths, no_flip)
         buffer.add(moments[start:end], tokens[own], pooled[own])
-        buffer.write(folder / "parts", number, rows[own], FINGERPRINT)
+        buffer.write(folder / "parts", number, rows[own], fingerprint)
     source_record = {"name": "builtin", "revision": None, "resolved": None}
     about = {
-        "fingerprint": FINGERPRINT,
+        "fingerprint": fingerprint,
         "image_size": 8 * size,
         "vae_scaling": 0.5,
         "vae_shift": 0.0,

@@ -1,4 +1,4 @@
-"""Drawings that no training has seen, their captions, and what the CLIP in the box says of them."""
+"""Rendered scenes that no training has seen, their captions, and the features that the bundled CLIP gives them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def clip() -> ClipFeatures:
     return ClipFeatures(EncoderSource("builtin"))
 
 
-def features(pictures: Sequence[Image.Image], mirrored: bool = False) -> torch.Tensor:
-    pictures = [ImageOps.mirror(picture) for picture in pictures] if mirrored else pictures
-    return clip().of_images(pictures, len(pictures), "CLIP")
+def features(images: Sequence[Image.Image], mirrored: bool = False) -> torch.Tensor:
+    images = [ImageOps.mirror(image) for image in images] if mirrored else images
+    return clip().of_images(images, len(images), "CLIP")
 
 
 def descriptions(seed: int, count: int, wanted: Callable[[Description], bool] = lambda _: True) -> list[Description]:
@@ -36,15 +36,15 @@ def descriptions(seed: int, count: int, wanted: Callable[[Description], bool] = 
 
 
 def several(description: Description) -> bool:
-    return len(description.things) > 1
-
-
-def drawn(described: Sequence[Description], seed: int) -> list[Image.Image]:
-    return [render(scene) for scene in scenes(described, seed)]
+    return len(description.objects) > 1
 
 
 def scenes(described: Sequence[Description], seed: int) -> list[Scene]:
     return [sample_scene(description, np.random.default_rng([9001, seed, k])) for k, description in enumerate(described)]
+
+
+def rendered(described: Sequence[Description], seed: int) -> list[Image.Image]:
+    return [render(scene) for scene in scenes(described, seed)]
 
 
 def captions(described: Sequence[Description]) -> list[str]:

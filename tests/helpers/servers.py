@@ -1,10 +1,9 @@
-"""A file server on loopback as bad as a bad line: it drops, delays and truncates some of its answers. What it may serve."""
+"""A file server on loopback that drops, delays and truncates some of its answers, and a COCO mirror to serve."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
 import random
 import re
@@ -16,10 +15,8 @@ from dataclasses import dataclass, field
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from dit.dataset.filters import inside
+from helpers.sources import noise_file
 
 DELAY = 0.3  # seconds
 
@@ -80,7 +77,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 @contextmanager
 def serve(folder: Path, choose=lambda name: None):
-    """Serve `folder`; yields its address and a `Log`. `choose(name)` says which trick, if any, is played on a request."""
+    """Serve `folder`; yields its address and a `Log`. `choose(name)` returns which trick, if any, is played on a request."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
     server.log, server.lock, server.choose = Log(), threading.Lock(), choose
     server.handle_error = lambda *_: None  # a client that was killed is no news
@@ -92,10 +89,10 @@ def serve(folder: Path, choose=lambda name: None):
         server.server_close()
 
 
-def bad_line(share: float, seed: int = 0):
-    """A `choose` that plays some trick on `share` of the requests."""
-    chance = random.Random(seed)
-    return lambda name: chance.choice(["drop", "delay", "truncate"]) if chance.random() < share else None
+def bad_connection(share: float, seed: int = 0):
+    """A `choose` that plays some trick on the share `share` of the requests."""
+    rng = random.Random(seed)
+    return lambda name: rng.choice(["drop", "delay", "truncate"]) if rng.random() < share else None
 
 
 def once(trick: str, names):
@@ -109,13 +106,6 @@ def once(trick: str, names):
         return None
 
     return choose
-
-
-def picture(seed: int, size: tuple[int, int] = (48, 32), kind: str = "JPEG") -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, kind)
-    return stream.getvalue()
 
 
 def make_mirror(folder: Path, names: list[str], split: str = "val2017") -> None:
@@ -132,4 +122,4 @@ def make_mirror(folder: Path, names: list[str], split: str = "val2017") -> None:
         archive.writestr(f"annotations/captions_{split}.json", json.dumps(content))
     for k, name in enumerate(names):
         if inside(name) and "/" not in name:
-            (folder / split / name).write_bytes(picture(k, (320, 240)))
+            (folder / split / name).write_bytes(noise_file(k, (320, 240)))

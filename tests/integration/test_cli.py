@@ -56,7 +56,7 @@ def test_the_default_settings_pass_the_check(project, capsys):
             {"recipe": "coco", "coco": {"data": {"base_url": "http://127.0.0.1:9"}}},
             "coco.data.base_url: cannot reach http://127.0.0.1:9",
         ),
-        ({"recipe": "folder", "folder": {"data": {"paths": ["."]}}}, "folder.data.paths: no picture with a .txt beside it in ."),
+        ({"recipe": "folder", "folder": {"data": {"paths": ["."]}}}, "folder.data.paths: no image with a .txt beside it in ."),
         ({"recipe": "folder", "folder": {"data": {"paths": ["nowhere"]}}}, "folder.data.paths: nowhere is not a folder"),
         ({"shapes": {"data": {"num_samples": 10**12}}}, "disk: about"),
         ({"shapes": {"encode": {"vae": "."}}}, "encode.vae: '.' has no config.json"),

@@ -1,4 +1,4 @@
-"""COCO over a good line, a bad line and none; annotations that lie."""
+"""COCO over a good connection, a bad one and none; annotations that lie."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from dit.errors import UserError
 from dit.sources import coco, fetch
 from dit.sources.http import CHUNK, Downloader
 from helpers import SHARED
-from helpers.servers import bad_line, make_mirror, once, serve
+from helpers.servers import bad_connection, make_mirror, once, serve
 from helpers.sources import RUNTIME, captions_of, coco_data
 
 
 @pytest.fixture
-def kept_downloads(monkeypatch, tmp_path):
-    """What is kept between runs, in a place of its own."""
+def own_downloads(monkeypatch, tmp_path):
+    """Keep downloads between runs in a folder of the test's own."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "root"))
 
 
 NAMES = [f"{k:012d}.jpg" for k in range(8)]
 
 
-@pytest.mark.usefixtures("kept_downloads")
-def test_coco_images_arrive_byte_for_byte_and_a_body_that_ends_early_is_gone_on_with(tmp_path):
+@pytest.mark.usefixtures("own_downloads")
+def test_fetch_resumes_truncated_bodies(tmp_path):
     make_mirror(tmp_path / "mirror", NAMES)
     with serve(tmp_path / "mirror", once("truncate", NAMES[:3])) as (url, log):
-        report = fetch(coco_data(url, 8), tmp_path / "out", RUNTIME)
-    assert report.images == 8 and report.captions == 16 and not report.bad
+        result = fetch(coco_data(url, 8), tmp_path / "out", RUNTIME)
+    assert result.images == 8 and result.captions == 16 and not result.rejected
     for name in NAMES:
         content = (tmp_path / "mirror" / "val2017" / name).read_bytes()
         assert (tmp_path / "out" / "images" / name).read_bytes() == content
@@ -42,8 +42,8 @@ def test_coco_images_arrive_byte_for_byte_and_a_body_that_ends_early_is_gone_on_
     assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("*.version"))
 
 
-@pytest.mark.usefixtures("kept_downloads")
-def test_more_images_fetch_only_those_that_are_missing(tmp_path):
+@pytest.mark.usefixtures("own_downloads")
+def test_fetch_only_missing_images(tmp_path):
     make_mirror(tmp_path / "mirror", NAMES)
     with serve(tmp_path / "mirror") as (url, log):
         for folder, seed, count in (("a", 0, 4), ("b", 0, 4), ("c", 1, 4), ("d", 0, 6)):
@@ -56,8 +56,8 @@ def test_more_images_fetch_only_those_that_are_missing(tmp_path):
     assert a == b != c and a < d
 
 
-@pytest.mark.usefixtures("kept_downloads")
-def test_a_download_goes_on_after_a_kill_unless_the_file_has_changed(tmp_path):
+@pytest.mark.usefixtures("own_downloads")
+def test_save_resumes_unless_the_file_has_changed(tmp_path):
     (tmp_path / "mirror").mkdir()
     for name, content in (("same", b"0123456789" * 1000), ("changed", b"abcdefghij" * 1000)):
         (tmp_path / "mirror" / name).write_bytes(content)
@@ -71,8 +71,8 @@ def test_a_download_goes_on_after_a_kill_unless_the_file_has_changed(tmp_path):
     assert log.asked == [("same", 4000), ("changed", 4000)]
 
 
-@pytest.mark.usefixtures("kept_downloads")
-def test_a_beginning_longer_than_the_whole_is_thrown_away(tmp_path):
+@pytest.mark.usefixtures("own_downloads")
+def test_save_discards_a_beginning_longer_than_the_file(tmp_path):
     (tmp_path / "mirror").mkdir()
     (tmp_path / "mirror" / "file").write_bytes(b"short")
     (tmp_path / "file.part").write_bytes(b"longer than that")
@@ -82,59 +82,59 @@ def test_a_beginning_longer_than_the_whole_is_thrown_away(tmp_path):
     assert (tmp_path / "file").read_bytes() == b"short"
 
 
-@pytest.mark.usefixtures("kept_downloads")
-def test_both_splits_and_licences(tmp_path):
+@pytest.mark.usefixtures("own_downloads")
+def test_fetch_both_splits_and_licences(tmp_path):
     make_mirror(tmp_path / "mirror", NAMES[:4])
     make_mirror(tmp_path / "mirror", [f"9{name[1:]}" for name in NAMES[:3]], split="train2017")
     with serve(tmp_path / "mirror") as (url, log):
-        report = fetch(coco_data(url, 7, split="both"), tmp_path / "out", RUNTIME)
-    assert report.images == 7 and sum(name.startswith("9") for name in log.names()) == 3
+        result = fetch(coco_data(url, 7, split="both"), tmp_path / "out", RUNTIME)
+    assert result.images == 7 and sum(name.startswith("9") for name in log.names()) == 3
     rows = json.loads((tmp_path / "out" / "metadata.json").read_text())
     licences = {row["image"]: row.get("licence") for row in rows}
     assert licences["images/000000000000.jpg"] == "https://example.org/0" and licences["images/000000000003.jpg"] is None
 
 
-@pytest.mark.usefixtures("kept_downloads")
-def test_a_missing_coco_image_is_set_aside(tmp_path):
+@pytest.mark.usefixtures("own_downloads")
+def test_fetch_rejects_a_missing_image(tmp_path):
     make_mirror(tmp_path / "mirror", NAMES)
     (tmp_path / "mirror" / "val2017" / NAMES[5]).unlink()
     with serve(tmp_path / "mirror") as (url, _):
-        report = fetch(coco_data(url, 8, max_bad_fraction=0.2), tmp_path / "out", RUNTIME)
-    assert report.bad == [{"image": NAMES[5], "reason": "the server answers 404 Not Found"}]
-    assert report.images == 7
+        result = fetch(coco_data(url, 8, max_bad_fraction=0.2), tmp_path / "out", RUNTIME)
+    assert result.rejected == [{"image": NAMES[5], "reason": "the server answers 404 Not Found"}]
+    assert result.images == 7
 
 
-@pytest.mark.usefixtures("kept_downloads")
-def test_a_damaged_coco_image_is_asked_for_again_the_next_time(tmp_path):
+@pytest.mark.usefixtures("own_downloads")
+def test_fetch_asks_again_for_a_damaged_image(tmp_path):
     make_mirror(tmp_path / "mirror", NAMES)
     good = (tmp_path / "mirror" / "val2017" / NAMES[5]).read_bytes()
     (tmp_path / "mirror" / "val2017" / NAMES[5]).write_bytes(good[:500])
     with serve(tmp_path / "mirror") as (url, _):
-        report = fetch(coco_data(url, 8, max_bad_fraction=0.2), tmp_path / "out", RUNTIME)
-        assert [row["image"] for row in report.bad] == [NAMES[5]] and "damaged" in report.bad[0]["reason"]
+        result = fetch(coco_data(url, 8, max_bad_fraction=0.2), tmp_path / "out", RUNTIME)
+        assert [row["image"] for row in result.rejected] == [NAMES[5]] and "damaged" in result.rejected[0]["reason"]
         (tmp_path / "mirror" / "val2017" / NAMES[5]).write_bytes(good)
         assert fetch(coco_data(url, 8), tmp_path / "again", RUNTIME).images == 8
 
 
 @pytest.mark.parametrize("name", ["../evil.jpg", "/etc/evil.jpg", "sub/evil.jpg", "C:evil.jpg", "ev\x00il.jpg", ""])
-@pytest.mark.usefixtures("kept_downloads")
-def test_a_name_that_leaves_the_folder_is_set_aside_and_not_asked_for(tmp_path, name):
+@pytest.mark.usefixtures("own_downloads")
+def test_fetch_rejects_a_name_outside_the_folder(tmp_path, name):
     make_mirror(tmp_path / "mirror", ["1.jpg", "2.jpg", name])
     with serve(tmp_path / "mirror") as (url, log):
-        report = fetch(coco_data(url, 3, max_bad_fraction=0.4), tmp_path / "out", RUNTIME)
-        assert report.bad == [{"image": name, "reason": "its name does not stay in its folder"}]
-        assert report.images == 2 and len(log.asked) == 3
+        result = fetch(coco_data(url, 3, max_bad_fraction=0.4), tmp_path / "out", RUNTIME)
+        assert result.rejected == [{"image": name, "reason": "its name does not stay in its folder"}]
+        assert result.images == 2 and len(log.asked) == 3
         with pytest.raises(UserError, match="coco.data.max_bad_fraction: 1 of 3 images are unusable"):
             fetch(coco_data(url, 3), tmp_path / "out", RUNTIME)
 
 
-@pytest.mark.usefixtures("kept_downloads")
-def test_an_image_that_comes_twice_is_used_once(tmp_path):
+@pytest.mark.usefixtures("own_downloads")
+def test_fetch_uses_a_repeated_name_once(tmp_path):
     make_mirror(tmp_path / "mirror", ["1.jpg", "2.jpg", "1.jpg"])
     with serve(tmp_path / "mirror") as (url, log):
-        report = fetch(coco_data(url, 3, max_bad_fraction=0.4), tmp_path / "out", RUNTIME)
-    assert report.bad == [{"image": "1.jpg", "reason": "its name comes twice in the annotations"}]
-    assert report.images == 2 and log.names().count("1.jpg") == 1
+        result = fetch(coco_data(url, 3, max_bad_fraction=0.4), tmp_path / "out", RUNTIME)
+    assert result.rejected == [{"image": "1.jpg", "reason": "its name comes twice in the annotations"}]
+    assert result.images == 2 and log.names().count("1.jpg") == 1
 
 
 def write_annotations(path: Path, content: object, member: str = "annotations/captions_val2017.json") -> Path:
@@ -143,18 +143,18 @@ def write_annotations(path: Path, content: object, member: str = "annotations/ca
     return path
 
 
-def test_an_id_that_comes_twice_is_used_once(tmp_path):
+def test_read_captions_uses_a_repeated_id_once(tmp_path):
     images = [{"id": 5, "file_name": "a.jpg"}, {"id": 5, "file_name": "b.jpg"}, {"id": 6, "file_name": "c.jpg"}]
     rows = [{"id": k, "image_id": image, "caption": "x"} for k, image in enumerate((5, 5, 6))]
-    photos = coco.read_captions(write_annotations(tmp_path / "a.zip", {"images": images, "annotations": rows}), ("val2017",))
-    assert [(photo.name, photo.problem) for photo in photos] == [
+    found = coco.read_captions(write_annotations(tmp_path / "a.zip", {"images": images, "annotations": rows}), ("val2017",))
+    assert [(image.name, image.problem) for image in found] == [
         ("a.jpg", None),
         ("b.jpg", "image id 5 comes twice in the annotations"),
         ("c.jpg", None),
     ]
 
 
-def test_of_a_zip_with_absolute_paths_nothing_is_unpacked(tmp_path):
+def test_read_captions_unpacks_nothing(tmp_path):
     outside = tmp_path / "outside.json"
     content = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 1, "image_id": 1, "caption": "a cat"}]}
     archive = write_annotations(tmp_path / "a.zip", content)
@@ -162,43 +162,44 @@ def test_of_a_zip_with_absolute_paths_nothing_is_unpacked(tmp_path):
         more.writestr(str(outside), "{}")
         more.writestr("../outside.json", "{}")
     before = sorted(tmp_path.rglob("*"))
-    assert [photo.captions for photo in coco.read_captions(archive, ("val2017",))] == [["a cat"]]
+    assert [image.captions for image in coco.read_captions(archive, ("val2017",))] == [["a cat"]]
     assert sorted(tmp_path.rglob("*")) == before
-    absolute = write_annotations(tmp_path / "b.zip", content, "/annotations/captions_val2017.json")
+
+
+def test_read_captions_without_the_member(tmp_path):
+    archive = write_annotations(tmp_path / "a.zip", {}, "/annotations/captions_val2017.json")
     with pytest.raises(UserError, match="no readable annotations/captions_val2017.json"):
-        coco.read_captions(absolute, ("val2017",))
+        coco.read_captions(archive, ("val2017",))
 
 
-@pytest.mark.usefixtures("kept_downloads")
-def test_too_many_coco_images_wanted_is_one_clear_line(tmp_path):
+@pytest.mark.usefixtures("own_downloads")
+def test_fetch_more_images_than_there_are(tmp_path):
     make_mirror(tmp_path / "mirror", ["1.jpg", "2.jpg"])
     with serve(tmp_path / "mirror") as (url, _), pytest.raises(UserError, match="3 images wanted, val2017 has 2"):
         fetch(coco_data(url, 3), tmp_path / "out", RUNTIME)
 
 
-def test_an_unreachable_host_is_one_clear_line(monkeypatch, tmp_path):
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    for attempt in (
-        lambda: coco.check_host("http://127.0.0.1:9"),
-        lambda: fetch(coco_data("http://127.0.0.1:9", 2), tmp_path, RUNTIME),
-    ):
-        with pytest.raises(UserError, match=r"coco.data.base_url: cannot reach http://127.0.0.1:9 \(refused\)"):
-            attempt()
+@pytest.mark.usefixtures("own_downloads")
+@pytest.mark.parametrize("user", ["", "me:secret@"])
+@pytest.mark.parametrize("attempt", [coco.check_host, lambda url: fetch(coco_data(url, 2), Path("nowhere"), RUNTIME)])
+def test_unreachable_host(attempt, user):
+    with pytest.raises(UserError, match=r"coco.data.base_url: cannot reach http://127.0.0.1:9 \(refused\)"):
+        attempt(f"http://{user}127.0.0.1:9")
 
 
 @pytest.mark.skipif(not (SHARED / "coco-mirror").is_dir(), reason="the folder of real COCO images is not beside this repository")
-@pytest.mark.usefixtures("kept_downloads")
-def test_all_real_coco_files_arrive_over_a_bad_line_and_are_asked_for_once(tmp_path):
+@pytest.mark.usefixtures("own_downloads")
+def test_fetch_real_files_over_a_bad_connection(tmp_path):
     mirror = SHARED / "coco-mirror"
     files = {path.name: path for split in ("val2017", "train2017") for path in (mirror / split).glob("*.jpg")}
-    with serve(mirror, bad_line(0.2)) as (url, log):
+    with serve(mirror, bad_connection(0.2)) as (url, log):
         data = coco_data(url, len(files), split="both", captions_per_image=5)
-        report = fetch(data, tmp_path / "out", RUNTIME)
+        result = fetch(data, tmp_path / "out", RUNTIME)
         assert min(log.tricks.values()) >= 5, log.tricks
         asked = len(log.asked)
         fetch(data, tmp_path / "again", RUNTIME)
         assert len(log.asked) == asked
-    assert report.images == len(files) == 250 and not report.bad
+    assert result.images == len(files) == 250 and not result.rejected
     for folder in ("out", "again"):
         arrived = {path.name: path.read_bytes() for path in (tmp_path / folder / "images").iterdir()}
         assert arrived == {name: path.read_bytes() for name, path in files.items()}

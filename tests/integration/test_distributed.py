@@ -1,4 +1,4 @@
-"""Two gloo processes train what one does, and each says and writes what it should."""
+"""Two gloo processes train as one does, and each prints and writes what it should."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from dit.training.data import rank_slices
 from helpers import REPO
 from helpers.cache import write_cache
-from helpers.training import settings
 
 SCRIPT = """
 import sys
@@ -42,7 +41,7 @@ losses = [values["train_loss"] for values in notes.curves.values() if "train_los
 
 
 def train_with(processes: int, cache, out, train: dict, epochs: int, resumes: bool = False) -> dict[str, torch.Tensor]:
-    """Weights of the first process; a second call with the same `out` goes on from the last checkpoint there."""
+    """Weights of the first process; a second call with the same `out` resumes from the last checkpoint there."""
     out.mkdir(exist_ok=resumes)
     code = SCRIPT.format(
         repo=str(REPO),
@@ -67,7 +66,7 @@ def train_with(processes: int, cache, out, train: dict, epochs: int, resumes: bo
         {"batch_size": 3, "gradient_accumulation_steps": 2, "objective": "ddpm"},
     ],
 )
-def test_two_processes_come_to_one_processs_weights(tmp_path, train):
+def test_two_processes_train_as_one(tmp_path, train):
     cache = write_cache(tmp_path / "cache")
     epochs = -(-50 * train["batch_size"] * train.get("gradient_accumulation_steps", 1) // len(cache.train))  # 50 steps
     one = train_with(1, cache, tmp_path / "one", train, epochs)
@@ -86,7 +85,7 @@ def test_two_processes_come_to_one_processs_weights(tmp_path, train):
     ("key", "step", "says"),
     [("'same'", "5", None), ("str(rank)", "5", "`dvc pull`"), ("'same'", "5 * rank", "from steps 0, 5; put .state on a disk")],
 )
-def test_machines_that_would_train_different_things_say_so(key, step, says):
+def test_check_ranks_agree(key, step, says):
     code = f"""
 import os, sys
 sys.path.insert(0, {str(REPO)!r})
@@ -109,8 +108,7 @@ finally:
     assert (says or "alike") in done.stdout + done.stderr
 
 
-def test_rows_are_shared_out_without_gap_or_overlap():
-    train = settings({"batch_size": 7, "gradient_accumulation_steps": 2})[1]
-    shares = [rank_slices(train, 3, number) for number in range(3)]
-    rows = [row for parts in shares for part in parts for row in range(part.start, part.stop)]
-    assert sorted(rows) == list(range(14)) and {len(parts) for parts in shares} == {2}
+def test_rank_slices_cover_the_global_batch():
+    shares = [rank_slices(7, 2, 3, rank) for rank in range(3)]
+    rows = [row for slices in shares for part in slices for row in range(part.start, part.stop)]
+    assert sorted(rows) == list(range(14)) and {len(slices) for slices in shares} == {2}

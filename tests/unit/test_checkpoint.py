@@ -1,4 +1,4 @@
-"""A training that was stopped or killed goes on to the same bits, and never from another one's state."""
+"""A training that was stopped or killed resumes to the same bits, and never from another one's state."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from dit.errors import UserError
-from dit.training import trainer as loop
+from dit.training import setup
 from dit.training.checkpoint import Checkpoints, open_checkpoint, run_fingerprint
 from dit.training.stop import Stopped
 from helpers.training import PARAMS, Notes, run, same
 
 
 def stop_at(step: int, number: int = signal.SIGTERM):
-    """A journal that sends this process a signal when `step` is logged."""
+    """A logger that sends this process a signal when `step` is logged."""
     return Notes(lambda line: os.kill(os.getpid(), number) if line.startswith(f"step {step}/9 loss") else None)
 
 
@@ -29,16 +29,16 @@ def curves(journal: Notes) -> dict:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", [2, 6])
-def test_a_signal_saves_and_the_training_goes_on_to_the_same_bits(cache, tmp_path, number, step):
+def test_signal_saves_and_training_resumes_bit_identically(cache, tmp_path, number, step):
     before = signal.getsignal(number)
     whole, notes = run(cache, tmp_path / "whole", journal=(undisturbed := Notes()))[0], Notes()
-    says = f"stopped by {signal.Signals(number).name} after step {step} of 9; the same command goes on"
+    says = f"stopped by {signal.Signals(number).name} after step {step} of 9; the same command resumes there"
     with pytest.raises(Stopped, match=says):
         run(cache, tmp_path / "halves", journal=stop_at(step, number))
     assert signal.getsignal(number) == before
     checkpoint = Checkpoints(tmp_path / "halves", 2).newest(pytest.fail)
     assert checkpoint.step == step
-    torch.manual_seed(99)  # chance that is in no counter would show
+    torch.manual_seed(99)  # randomness that is in no counter would show
     assert same(run(cache, tmp_path / "halves", journal=notes, resume=checkpoint)[0], whole)
     assert curves(notes) == curves(undisturbed)
 
@@ -51,7 +51,7 @@ def test_a_signal_saves_and_the_training_goes_on_to_the_same_bits(cache, tmp_pat
         {"gradient_checkpointing": True, "lr_scheduler": "linear"},
     ],
 )
-def test_other_settings_go_on_to_the_same_bits_too(cache, tmp_path, train):
+def test_resume_is_bit_identical_with_other_settings(cache, tmp_path, train):
     whole = run(cache, tmp_path / "whole", train)[0]
     with pytest.raises(Stopped):
         run(cache, tmp_path / "halves", train, journal=stop_at(6))
@@ -59,26 +59,26 @@ def test_other_settings_go_on_to_the_same_bits_too(cache, tmp_path, train):
     assert same(run(cache, tmp_path / "halves", train, resume=checkpoint)[0], whole)
 
 
-def test_it_goes_on_in_the_precision_that_it_began_in(cache, tmp_path, monkeypatch):
-    """Whether bf16 is faster here is measured, and may come out otherwise after a kill."""
-    monkeypatch.setattr(loop, "has_fast_bf16", lambda device: True)
+def test_resume_keeps_precision(cache, tmp_path, monkeypatch):
+    """Another machine may decide otherwise."""
+    monkeypatch.setattr(setup, "has_fast_bf16", lambda device: True)
     whole = run(cache, tmp_path / "whole", {"mixed_precision": "bf16"})[0]
     with pytest.raises(Stopped):
         run(cache, tmp_path / "halves", {"mixed_precision": "bf16"}, journal=stop_at(6))
-    monkeypatch.setattr(loop, "has_fast_bf16", lambda device: False)
+    monkeypatch.setattr(setup, "has_fast_bf16", lambda device: False)
     checkpoint = Checkpoints(tmp_path / "halves", 2).newest(pytest.fail)
     assert same(run(cache, tmp_path / "halves", {"mixed_precision": "bf16"}, resume=checkpoint)[0], whole)
     assert not same(run(cache, tmp_path / "fp32", {"mixed_precision": "bf16"})[0], whole)
 
 
-def test_the_last_checkpoints_are_kept_and_nothing_half_written(cache, tmp_path):
+def test_checkpoints_keep_the_last_and_nothing_incomplete(cache, tmp_path):
     run(cache, tmp_path, runtime={"checkpoint_every": 2})
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"step-{step:08d}.{kind}" for step in (6, 8) for kind in ("json", "safetensors")
     ]
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(cache, tmp_path):
+def test_newest_skips_damaged_checkpoint(cache, tmp_path):
     run(cache, tmp_path, runtime={"checkpoint_every": 2})
     newest = tmp_path / "step-00000008.safetensors"
     content = bytearray(newest.read_bytes())
@@ -93,14 +93,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(cache, tmp_pa
     assert Checkpoints(tmp_path, 2).newest(lines.append) is None and "not the record" in lines[-1]
 
 
-def test_a_checkpoint_without_its_record_is_none(tmp_path):
+def test_checkpoint_without_record_is_none(tmp_path):
     (tmp_path / "step-00000002.safetensors").write_bytes(b"half")
     assert Checkpoints(tmp_path, 2).newest(pytest.fail) is None
     with pytest.raises(UserError, match=r"step-00000002\.json: cannot be read"):
         open_checkpoint(tmp_path / "step-00000002.safetensors")
 
 
-def test_what_the_writer_runs_into_reaches_the_training(tmp_path):
+def test_checkpoint_write_error_reaches_training(tmp_path):
     (tmp_path / "folder").write_text("a file is in the way")
     checkpoints = Checkpoints(tmp_path / "folder", 2)
     checkpoints.save(1, {"a": torch.zeros(2)}, {})
@@ -108,7 +108,7 @@ def test_what_the_writer_runs_into_reaches_the_training(tmp_path):
         checkpoints.wait()
 
 
-def test_a_checkpoint_is_what_it_was_when_it_was_saved(tmp_path):
+def test_checkpoint_is_a_copy(tmp_path):
     checkpoints, tensor = Checkpoints(tmp_path, 2), torch.zeros(1000, 1000)
     checkpoints.save(1, {"a": tensor}, {"b": 1})
     tensor += 1  # training goes on while it is written
@@ -117,16 +117,16 @@ def test_a_checkpoint_is_what_it_was_when_it_was_saved(tmp_path):
     assert not found.tensors()["a"].any() and found.record == {"b": 1} and found.step == 1
 
 
-def test_a_checkpoint_of_another_size_or_beyond_the_end_is_refused_in_one_line(cache, tmp_path):
+def test_resume_beyond_the_end_is_refused(cache, tmp_path):
     run(cache, tmp_path, runtime={"checkpoint_every": 8})
     checkpoint = open_checkpoint(tmp_path / "step-00000008.json")
     with pytest.raises(UserError, match="of step 8, but the settings ask for 6 steps only"):
         run(cache, tmp_path, resume=checkpoint, num_epochs=2)
     content = json.loads((tmp_path / "step-00000008.json").read_text())
-    assert content["record"]["journal"]["curves"][0][0] == 2
+    assert content["record"]["logger"]["curves"][0][0] == 2
 
 
-def test_the_key_changes_with_settings_and_data(monkeypatch, tmp_path):
+def test_run_fingerprint_depends_on_settings_and_data(monkeypatch, tmp_path):
     keys = {run_fingerprint("data", {"seed": 0}), run_fingerprint("data", {"seed": 1}), run_fingerprint("other", {"seed": 0})}
     assert len(keys) == 3 and run_fingerprint("data", {"seed": 0}) in keys
     assert PARAMS.runtime.keep_checkpoints >= 2  # one that is damaged leaves another

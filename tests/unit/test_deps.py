@@ -29,8 +29,8 @@ NEUTRAL = {
 # What a stage imports and does not use for its result, and why.
 UNUSED = {("train", "dit/encoders/builtin"): "data/latents names the hash of the weights, so it changes with them"}
 READ = {"dit/encoders/loading.py": "dit/encoders/builtin"}  # files that are no modules
-# Files in a room that a stage depends on as a whole and of which it uses less: editing them runs the stage again once, with the same
-# result. The train stage has none.
+# Files in a room that a stage depends on as a whole and of which it uses less: editing them runs the stage once more, with the
+# same result. The train stage has none.
 SPARE = {
     "download": {"dit/dataset/image_io.py", "dit/dataset/reader.py", "dit/shapes/detector.py", "dit/shapes/scoring.py"},
     "encode": {"dit/encoders/vae.py", "dit/latents/device_cache.py", "dit/utils/hardware.py", "dit/utils/random.py"},

@@ -25,7 +25,7 @@ from dit.evaluation.distribution import (
     precision_recall,
 )
 from helpers import REPO
-from helpers.scenes import captions, clip, descriptions, drawn, features
+from helpers.scenes import captions, clip, descriptions, features, rendered
 
 SETTINGS = replace(load_config(REPO / "params.yaml").evaluate, resamples=20)
 COUNT = 500
@@ -114,7 +114,7 @@ def test_the_mean_distance_is_over_all_pairs():
 @functools.cache
 def references() -> tuple[torch.Tensor, ...]:
     """What is held out, three times over."""
-    return tuple(features(drawn(descriptions(seed, COUNT), seed)) for seed in (1, 101, 102))
+    return tuple(features(rendered(descriptions(seed, COUNT), seed)) for seed in (1, 101, 102))
 
 
 def held_out() -> torch.Tensor:
@@ -124,7 +124,7 @@ def held_out() -> torch.Tensor:
 @functools.cache
 def fresh() -> tuple[list[Image.Image], list[str], torch.Tensor]:
     described = descriptions(2, COUNT)
-    pictures = drawn(described, 2)
+    pictures = rendered(described, 2)
     return pictures, captions(described), features(pictures)
 
 
@@ -182,8 +182,8 @@ def test_blur_and_noise_lower_precision_in_the_mean_over_references(spoil):
 
 
 def test_missing_modes_lower_recall_and_leave_precision():
-    described = descriptions(3, COUNT, lambda d: all(thing.shape in ("circle", "square") for thing in d.things))
-    few = compare_sets(held_out(), features(drawn(described, 3)), SETTINGS)
+    described = descriptions(3, COUNT, lambda d: all(thing.shape in ("circle", "square") for thing in d.objects))
+    few = compare_sets(held_out(), features(rendered(described, 3)), SETTINGS)
     good = compare_sets(held_out(), fresh()[2], SETTINGS)
     n = f"_clip_n{COUNT}"
     assert few[f"recall{n}"] < 0.6 < 0.8 < good[f"recall{n}"]
@@ -213,7 +213,7 @@ def test_diversity_is_of_pictures_of_one_prompt():
     repeated = [text for text in of for _ in range(4)]
     assert measure_diversity(same, repeated, SETTINGS)["diversity_clip"] == pytest.approx(0, abs=1e-4)
     described = [description for description in descriptions(4, 10) for _ in range(4)]
-    several = features(drawn(described, 4))
+    several = features(rendered(described, 4))
     metrics = measure_diversity(several, [f"prompt {k // 4}" for k in range(40)], SETTINGS)
     assert 0.02 < metrics["diversity_clip_low"] < metrics["diversity_clip"] < mean_distance(several)
     assert measure_diversity(found, [f"prompt {k}" for k in range(COUNT)], SETTINGS) == {}

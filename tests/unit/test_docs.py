@@ -156,7 +156,7 @@ def test_refresh_reports_places_that_it_cannot_fill(place, tmp_path):
     (tmp_path / "train.json").write_text('{"seconds": 1}')
     (tmp_path / "table.csv").write_text("group,things,accuracy\nval,1,1.0\n")
     refreshed, problems = refresh(place, tmp_path)
-    assert refreshed == place and [line for line, _ in problems] == [1]
+    assert refreshed == place and {line for line, _ in problems} == {1}
 
 
 def test_check_names_file_and_line_and_fails(tmp_path, capsys):
@@ -178,6 +178,9 @@ def project(folder: Path) -> None:
     (folder / "README.md").write_text("# T\n\nsteps: <!-- metric: train.steps ,d -->12<!-- /metric -->\n")
 
 
-@pytest.mark.parametrize(("value", "spec", "written"), [(0.978, ".3f", "0.978"), (4030, ",d", "4,030"), (59.6, "duration", "1 min 0 s")])
+WRITTEN = [(0.978, ".3f", "0.978"), (4030, ",d", "4,030"), (59.6, "duration", "1 min 0 s")]
+
+
+@pytest.mark.parametrize(("value", "spec", "written"), WRITTEN)
 def test_values_are_written_as_asked(value, spec, written):
     assert write_value(value, spec) == written

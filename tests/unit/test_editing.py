@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_diffusion import DEVIATION, MEAN, ideal
 from test_schedulers import PAIRS
 
 from dit.config import Scheduler
@@ -16,6 +15,7 @@ from dit.pipeline.img2img import add_noise, get_timesteps, latent_mask
 from dit.pipeline.pipeline import DiTTextToImagePipeline
 from dit.pipeline.schedulers import make_scheduler, set_timesteps, timesteps_to_sigmas
 from dit.shapes.scene import Object, Scene, render
+from helpers.gaussian import DEVIATION, MEAN, ideal
 
 SCENE = Scene((Object("red", "circle", "large"),), ((0.25, 0.75),), (0.2025,), "cream")
 STRENGTH = 0.6
@@ -45,7 +45,7 @@ def test_every_solver_goes_on_from_a_noisy_picture(name, prediction_type):
         timestep = scheduler.timesteps[k]
         seen = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(ideal(objective)(seen, times[k][None]), timestep, x, return_dict=False)[0]
-    kept, added = objective.path(times[first][None])
+    kept, added = objective.alpha_sigma(times[first][None])
     expected = MEAN + DEVIATION * (added * noise + kept * (image - MEAN)) / (kept**2 * DEVIATION**2 + added**2).sqrt()
     assert (x - expected).abs().max() < 0.12
     assert torch.equal(add_noise(scheduler, image, noise, len(times)), image)

@@ -20,7 +20,7 @@ from dit.shapes.scene import UNSEEN_PAIRS
 from helpers import REPO
 from tools.fit_encoders.alternatives import alternatives
 from tools.fit_encoders.clip import choice_accuracy, embed_images, embed_texts
-from tools.fit_encoders.fit import CLIP_STREAM, MEASURE_STREAM, VAE_STREAM, draw_scenes
+from tools.fit_encoders.fit import CLIP_STREAM, MEASURE_STREAM, VAE_STREAM, render_scenes
 from tools.fit_encoders.vae import reconstruction_psnr
 
 FRESH = 300
@@ -28,7 +28,7 @@ FRESH = 300
 
 @pytest.fixture(scope="module")
 def fresh():
-    return draw_scenes(FRESH, 4242)
+    return render_scenes(FRESH, 4242)
 
 
 def test_the_vae_in_the_box_is_a_plain_one_and_reconstructs_unseen_drawings(fresh):
@@ -40,7 +40,7 @@ def test_the_vae_in_the_box_is_a_plain_one_and_reconstructs_unseen_drawings(fres
 
 
 def test_the_clip_in_the_box_picks_the_right_caption_among_32_that_differ_in_one_attribute():
-    images, descriptions, _ = draw_scenes(1700, 4343)
+    images, descriptions, _ = render_scenes(1700, 4343)
     clip, processor = load_clip(EncoderSource("builtin"))
     share, count = choice_accuracy(clip, processor.tokenizer, images, descriptions)
     assert count >= 150 and share >= 0.85
@@ -48,7 +48,7 @@ def test_the_clip_in_the_box_picks_the_right_caption_among_32_that_differ_in_one
 
 @torch.no_grad()
 def test_the_clip_in_the_box_knows_every_attribute():
-    images, descriptions, _ = draw_scenes(200, 4343)
+    images, descriptions, _ = render_scenes(200, 4343)
     clip, processor = load_clip(EncoderSource("builtin"))
     right: dict[str, list[float]] = {}
     for image, description in zip(images, descriptions, strict=True):
@@ -64,9 +64,9 @@ def test_the_clip_in_the_box_knows_every_attribute():
 def test_nothing_unseen_is_in_what_the_encoders_were_fitted_on():
     assert len({TRAIN_STREAM, UNSEEN_STREAM, CLIP_STREAM, VAE_STREAM, MEASURE_STREAM}) == 5
     for stream in (CLIP_STREAM, VAE_STREAM):
-        _, descriptions, scenes = draw_scenes(1000, stream)
+        _, descriptions, scenes = render_scenes(1000, stream)
         for description, scene in zip(descriptions, scenes, strict=True):
-            assert not {thing.pair for thing in (*description.things, *scene.things)} & UNSEEN_PAIRS
+            assert not {thing.pair for thing in (*description.objects, *scene.objects)} & UNSEEN_PAIRS
 
 
 def test_any_text_can_be_tokenised():

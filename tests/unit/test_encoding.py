@@ -22,7 +22,7 @@ from dit.encode.cache_writer import ShardBuffer
 from dit.encoders.loading import EncoderSource, load_vae
 from dit.errors import UserError
 from dit.latents.cache import LatentCache
-from dit.sources.writer import DatasetWriter, Report
+from dit.sources.writer import DatasetWriter, FetchResult
 from helpers import REPO, SHARED
 from stages.processes import ProcessFailed, run_processes
 
@@ -46,7 +46,7 @@ def raw(tmp_path_factory) -> Path:
         Image.fromarray(pixels).resize((180, 120)).save(content, "JPEG")
         captions = [f"a red circle left of number {k}", "a blue star", "a small green heart on white"][: 1 + k % 3]
         writer.add(f"images/{k}.jpg", content.getvalue(), captions)
-    writer.close(Report())
+    writer.close(FetchResult())
     return folder
 
 
@@ -145,7 +145,7 @@ def test_workers_and_layout_change_nothing(raw, tmp_path):
         captions.setdefault(entry.image, []).append(entry.text)
     for image, texts in captions.items():
         writer.add(image, (raw / image).read_bytes(), texts)
-    writer.close(Report())
+    writer.close(FetchResult())
     encode(raw, tmp_path / "a")
     encode(tmp_path / "shards", tmp_path / "b", replace(RUNTIME, num_workers=2, prefetch_factor=2))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")

@@ -78,7 +78,7 @@ ROWS.append(ROWS[0] | {"stored": "shards/00000.tar/00000000.jpg"})
 
 @EXAMPLES
 @given(content=content_of(ROWS))
-def test_any_metadata_is_read_or_refused_in_one_line(tmp_path, content):
+def test_read_metadata_any_input(tmp_path, content):
     (tmp_path / "metadata.json").write_bytes(content)
     for entry in only_user_errors(lambda: read_metadata(tmp_path)) or []:
         assert isinstance(entry, Entry) and inside(entry.image) and inside(entry.stored) and entry.split in ("train", "val")
@@ -93,7 +93,7 @@ ANNOTATIONS = {
 
 @EXAMPLES
 @given(content=content_of(ANNOTATIONS))
-def test_any_coco_annotations_are_read_or_refused_in_one_line(tmp_path, content):
+def test_coco_annotations_any_input(tmp_path, content):
     archive = tmp_path / "annotations.zip"
     with zipfile.ZipFile(archive, "w") as files:
         files.writestr("annotations/captions_val2017.json", content)
@@ -106,7 +106,7 @@ def test_any_coco_annotations_are_read_or_refused_in_one_line(tmp_path, content)
 
 @EXAMPLES
 @given(content=st.binary(max_size=200))
-def test_any_bytes_instead_of_a_zip_are_refused_in_one_line(tmp_path, content):
+def test_coco_archive_any_bytes(tmp_path, content):
     (tmp_path / "annotations.zip").write_bytes(content)
     assert only_user_errors(lambda: coco.read_captions(tmp_path / "annotations.zip", ("val2017",))) is None
 
@@ -120,7 +120,7 @@ def whole(tmp_path_factory) -> Path:
 
 @settings(EXAMPLES, max_examples=400)
 @given(data=st.data())
-def test_any_index_is_read_or_refused_in_one_line(whole, data):
+def test_read_index_any_input(whole, data):
     index = whole / "index.json"
     good = whole / "index.good"
     if not good.exists():
@@ -136,7 +136,7 @@ def test_any_index_is_read_or_refused_in_one_line(whole, data):
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv"])
 @EXAMPLES
 @given(data=st.data())
-def test_any_list_of_captions_is_read_or_refused_in_one_line(tmp_path, kind, data):
+def test_read_list_any_input(tmp_path, kind, data):
     good = [{"file_name": "a.jpg", "text": "a"}, {"file_name": "b.jpg", "text": ["b", "c"]}]
     content = data.draw(content_of(good) | nearly(good).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()))
     path = tmp_path / f"metadata.{kind}"
@@ -147,7 +147,7 @@ def test_any_list_of_captions_is_read_or_refused_in_one_line(tmp_path, kind, dat
 
 @EXAMPLES
 @given(text=st.text() | WEIRD, name=st.text() | WEIRD)
-def test_a_caption_or_a_name_that_passes_can_be_written(tmp_path, text, name):
+def test_filters_passed_text_can_be_written(tmp_path, text, name):
     caption = clean_caption(text)
     if check_captions([caption]) is None:
         json.dumps(caption, ensure_ascii=False).encode()

@@ -11,14 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import conftest
 from dit.encode.cache_writer import channel_sums, mean_std
 from dit.errors import UserError
 from dit.latents.cache import LatentCache, sample_posterior
 from helpers.cache import write_cache
 
 
-def test_images_are_numbered_through_all_shards_and_split(cache):
+def test_cache_numbers_images_through_shards(cache):
     assert len(cache) == 24
     assert cache.val.tolist() == [0, 1, 2, 3, 4, 5]
     assert cache.train.tolist() == list(range(6, 24))
@@ -26,7 +25,7 @@ def test_images_are_numbered_through_all_shards_and_split(cache):
     assert cache.max_tokens == 16  # the longest has 9
 
 
-def test_text_is_ragged_on_disk_and_padded_only_when_read(cache):
+def test_cache_pads_text_when_read(cache):
     assert cache.index["tokens"] == sum(3 + k % 7 for k in range(48))
     batch = cache.read(np.array([6, 20]), np.array([0.0, 0.99]), np.array([False, False]))
     assert batch.mask.sum(1).tolist() == [3 + 12 % 7, 3 + 41 % 7]
@@ -34,7 +33,7 @@ def test_text_is_ragged_on_disk_and_padded_only_when_read(cache):
     assert cache.captions(np.array([20, 3]))[0][1]["text"] == "caption 1 of image 20, top"
 
 
-def test_a_mirrored_image_has_other_moments_unless_its_caption_has_a_side(cache):
+def test_cache_never_mirrors_no_flip_captions(cache):
     images, captions = np.array([9, 8]), np.array([0.0, 0.0])  # image 8's first caption says left
     plain = cache.read(images, captions, np.array([False, False])).moments
     mirrored = cache.read(images, captions, np.array([True, True])).moments
@@ -42,7 +41,7 @@ def test_a_mirrored_image_has_other_moments_unless_its_caption_has_a_side(cache)
     assert torch.equal(plain[1], mirrored[1])
 
 
-def test_reading_is_the_same_however_images_are_sharded(tmp_path):
+def test_cache_read_does_not_depend_on_sharding(tmp_path):
     one, three = write_cache(tmp_path / "one", shards=1), write_cache(tmp_path / "three", shards=3)
     for a, b in zip(
         vars(one.read(np.arange(24), np.full(24, 0.6), np.arange(24) % 2 == 0)).values(),
@@ -52,19 +51,19 @@ def test_reading_is_the_same_however_images_are_sharded(tmp_path):
         assert torch.equal(a, b)
 
 
-def test_the_texts_statistics_are_those_of_all_captions_in_all_shards(cache):
+def test_cache_text_statistics(cache):
     for name in ("tokens", "pooled"):
         rows = torch.cat([load_file(path)[name] for path in sorted(cache.folder.glob("shard-*"))]).float()
         assert torch.allclose(cache.text_statistics[f"{name}_mean"], rows.mean(0), atol=1e-5)
         assert torch.allclose(cache.text_statistics[f"{name}_std"], rows.std(0, correction=0), atol=1e-5)
 
 
-def test_a_channel_that_never_changes_is_not_divided_by_nothing():
+def test_mean_std_of_constant_channel():
     mean, std = mean_std([channel_sums(torch.full((5, 2), 3.0)), channel_sums(torch.full((7, 2), 3.0))])
     assert mean.tolist() == [3, 3] and std.tolist() == [1, 1]
 
 
-def test_the_posterior_is_sampled_scaled_and_shifted():
+def test_sample_posterior():
     moments = torch.cat([torch.full((1, 4, 2, 2), 3.0), torch.full((1, 4, 2, 2), 2 * float(np.log(0.5)))], dim=1)
     latents = sample_posterior(moments, torch.ones(1, 4, 2, 2), scaling=2.0, shift=1.0)
     assert torch.allclose(latents, torch.full((1, 4, 2, 2), (3 + 0.5 - 1) * 2.0))
@@ -78,7 +77,7 @@ def damage_index(folder, **changes) -> None:
 DAMAGE = {
     "no index": (lambda folder: (folder / "index.json").unlink(), "index.json is missing"),
     "no JSON": (lambda folder: (folder / "index.json").write_text("{"), "not a readable latent cache"),
-    "another format": (lambda folder: damage_index(folder, format=1), "index.json: format: Input should be 2"),
+    "another format": (lambda folder: damage_index(folder, format=1), "index.json: format: Input should be 3"),
     "a wrong sum": (lambda folder: damage_index(folder, images=25), "index.json: the shards hold 24 images, not 25"),
     "no shard": (lambda folder: (folder / "shard-00001.safetensors").unlink(), "shard-00001.safetensors is missing"),
     "half a shard": (lambda folder: os.truncate(folder / "shard-00001.safetensors", 1000), "1000 bytes, not"),
@@ -89,7 +88,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_cache_is_named_when_it_is_opened(tmp_path, name):
+def test_cache_names_damage(tmp_path, name):
     write_cache(tmp_path)
     damage, says = DAMAGE[name]
     damage(tmp_path)
@@ -99,10 +98,9 @@ def test_a_damaged_cache_is_named_when_it_is_opened(tmp_path, name):
     assert says in message and str(tmp_path) in message and "dvc repro encode" in message and "\n" not in message
 
 
-def test_a_shard_of_another_cache_is_named_when_it_is_opened(tmp_path, monkeypatch):
+def test_cache_names_foreign_shard(tmp_path):
     write_cache(tmp_path / "mine")
-    monkeypatch.setattr(conftest, "FINGERPRINT", "other tests")
-    write_cache(tmp_path / "other")
+    write_cache(tmp_path / "other", fingerprint="his tests")
     name = "shard-00001.safetensors"
     shutil.copy(tmp_path / "other" / name, tmp_path / "mine" / name)
     damage_index(tmp_path / "mine", shards=json.loads((tmp_path / "other" / "index.json").read_text())["shards"])
@@ -111,7 +109,7 @@ def test_a_shard_of_another_cache_is_named_when_it_is_opened(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("name", ["shard-00000.safetensors", "shard-00001.safetensors", "captions.jsonl", "text.safetensors"])
-def test_a_single_flipped_bit_is_found_by_verifying(tmp_path, name):
+def test_verify_finds_flipped_bit(tmp_path, name):
     cache = write_cache(tmp_path)
     cache.verify()
     content = bytearray((tmp_path / name).read_bytes())
@@ -121,7 +119,7 @@ def test_a_single_flipped_bit_is_found_by_verifying(tmp_path, name):
         LatentCache(tmp_path).verify()
 
 
-def test_what_is_read_is_what_was_written(tmp_path):
+def test_shard_read_equals_written(tmp_path):
     cache = write_cache(tmp_path, views=4)
     tensors = [load_file(path) for path in sorted(tmp_path.glob("shard-*"))]
     moments = torch.cat([tensor["moments"] for tensor in tensors])
@@ -136,7 +134,7 @@ def test_what_is_read_is_what_was_written(tmp_path):
         assert torch.equal(second.tokens[k][second.mask[k]], rows[starts[caption] : starts[caption + 1]])
 
 
-def test_the_index_comes_last_and_nothing_half_written_stays(tmp_path):
+def test_assemble_cache_writes_index_last(tmp_path):
     write_cache(tmp_path)
     assert json.loads((tmp_path / "index.json").read_text())["captions"] == 48
     assert not list(tmp_path.glob("*.part"))

@@ -15,7 +15,7 @@ from dit.encoders.loading import EncoderSource, load_vae
 from dit.evaluation.figures import plot_nearest
 from dit.evaluation.memorization import SAME, Nearest, find_nearest, memorization, near
 from dit.utils.images import labelled_grid, to_images, to_tensor
-from helpers.scenes import descriptions, drawn, features, several
+from helpers.scenes import descriptions, features, rendered, several
 
 TRAINING, OTHERS = 600, 400
 
@@ -34,14 +34,14 @@ def through_the_vae(pictures: list[Image.Image]) -> list[Image.Image]:
 @functools.cache
 def crowded() -> tuple[list[Image.Image], torch.Tensor, np.ndarray]:
     """Drawings of two and three things: some 250,000 are possible, so that a fresh one is new among 600; and what is held out."""
-    training = drawn(descriptions(11, TRAINING, several), 11)
+    training = rendered(descriptions(11, TRAINING, several), 11)
     known = features(training)
-    return training, known, nearest(drawn(descriptions(12, OTHERS, several), 12), known)
+    return training, known, nearest(rendered(descriptions(12, OTHERS, several), 12), known)
 
 
 @functools.cache
 def fresh() -> np.ndarray:
-    return nearest(drawn(descriptions(13, OTHERS, several), 13), crowded()[1])
+    return nearest(rendered(descriptions(13, OTHERS, several), 13), crowded()[1])
 
 
 @pytest.mark.parametrize("how", [list, through_the_vae, lambda copies: [ImageOps.mirror(copy) for copy in copies]])
@@ -63,14 +63,14 @@ def test_the_share_that_was_planted_comes_out():
 @functools.cache
 def usual() -> tuple[list[Image.Image], torch.Tensor, np.ndarray, list]:
     """The mixture of the default recipe, in which many drawings of one thing are there twice."""
-    training = drawn(descriptions(14, 1000), 14)
+    training = rendered(descriptions(14, 1000), 14)
     known, described = features(training), descriptions(15, OTHERS)
-    return training, known, nearest(drawn(described, 15), known), described
+    return training, known, nearest(rendered(described, 15), known), described
 
 
 def test_where_the_data_repeat_themselves_fresh_drawings_do_not_count_as_memorised():
     training, known, held_out, described = usual()
-    fresh = memorization(nearest(drawn(described, 16), known), held_out, 0.95)
+    fresh = memorization(nearest(rendered(described, 16), known), held_out, 0.95)
     assert fresh["held_out_repeats"] > 0.1 and fresh["nearer_than_held_out"] > 0.1  # flagged, but no more often than real ones
     assert fresh["memorised"] <= 0.02 and fresh["memorised_low"] == 0
     copies = memorization(nearest(through_the_vae(training[:150]), known), held_out, 0.95)
@@ -79,7 +79,7 @@ def test_where_the_data_repeat_themselves_fresh_drawings_do_not_count_as_memoris
 
 def test_the_nearest_is_that_of_a_search_one_by_one():
     training, known, _ = crowded()
-    pictures = drawn(descriptions(17, 20, several), 17)
+    pictures = rendered(descriptions(17, 20, several), 17)
     as_is, turned = features(pictures), features(pictures, mirrored=True)
     found = find_nearest(as_is, turned, known)
     for k in range(20):
@@ -128,7 +128,7 @@ def test_where_there_is_nothing_to_measure_by_nothing_is_reported(held_out):
 @pytest.fixture
 def shown(tmp_path: Path, monkeypatch):
     """Draws the pairs of samples of these distances, and returns their labels, in which "caption k" is that of sample k."""
-    training = drawn(descriptions(18, 3, several), 18)
+    training = rendered(descriptions(18, 3, several), 18)
     for k, picture in enumerate(training):
         picture.save(tmp_path / f"{k}.png")
     entries = [Entry(f"{k}.png", "trained", "train", f"{k}.png") for k in range(3)]
@@ -176,7 +176,7 @@ def test_where_every_held_out_image_is_a_repeat_the_nearest_pairs_are_shown(show
 
 
 def test_the_picture_shows_the_nearest_pairs_first(tmp_path: Path):
-    training = drawn(descriptions(18, 3, several), 18)
+    training = rendered(descriptions(18, 3, several), 18)
     for k, picture in enumerate(training):
         picture.save(tmp_path / f"{k}.png")
     entries = [Entry(f"{k}.png", f"caption {k}", "train", f"{k}.png") for k in range(3)]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import AdaLayerNormZero
+from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit.model import transformer as model_file
 from dit.model.transformer import (
+    OLD_BLOCK_MODULES,
+    OLD_CONFIG,
+    OLD_MODULES,
     Block,
     CrossAttention,
     DiT,
@@ -27,7 +33,13 @@ from dit.model.transformer import (
 
 def make(patch_size: int = 2, random: bool = True, **changes) -> DiT:
     torch.manual_seed(0)
-    settings = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "cross_attention_dim": 32, "pooled_projection_dim": 16} | changes
+    settings = {
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "cross_attention_dim": 32,
+        "pooled_projection_dim": 16,
+    } | changes
     model = DiT(patch_size=patch_size, **settings).eval()
     if random:  # adaLN-Zero starts as nothing at all, which would hide what depends on what
         for parameter in model.parameters():
@@ -44,20 +56,20 @@ def inputs(height: int = 8, width: int = 8, count: int = 2):
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("size", [(8, 8), (16, 8)])
-def test_the_output_has_the_shape_of_the_latents(patch_size, size):
+def test_dit_output_has_shape_of_latents(patch_size, size):
     assert make(patch_size)(*inputs(*size)).shape == (2, 4, *size)
 
 
-def test_latents_that_the_patches_do_not_divide_are_refused():
+def test_dit_refuses_latents_that_patches_do_not_divide():
     with pytest.raises(ValueError, match="6 x 8"):
         make(4)(*inputs(6, 8))
 
 
-def test_a_new_model_predicts_nothing():
+def test_dit_new_model_predicts_zero():
     assert not make(random=False)(*inputs()).any()
 
 
-def test_the_output_depends_on_time_text_and_pooled_text_but_not_on_padding():
+def test_dit_depends_on_conditions_but_not_on_padding():
     model, (latents, timesteps, text, mask, pooled) = make(), inputs()
     with torch.no_grad():
         base = model(latents, timesteps, text, mask, pooled)
@@ -68,7 +80,7 @@ def test_the_output_depends_on_time_text_and_pooled_text_but_not_on_padding():
         assert torch.allclose(base, model(latents, timesteps, noisy, mask, pooled), atol=1e-5)
 
 
-def test_text_is_standardised_by_the_statistics_that_are_saved_with_the_weights(tmp_path):
+def test_text_statistics_standardise_and_are_saved(tmp_path):
     model, (latents, timesteps, text, mask, pooled) = make(), inputs()
     with torch.no_grad():
         plain = model(latents, timesteps, text, mask, pooled)
@@ -78,18 +90,18 @@ def test_text_is_standardised_by_the_statistics_that_are_saved_with_the_weights(
         assert torch.allclose(plain, again(latents, timesteps, 3 * text + 2, mask, 5 * pooled + 4), atol=1e-4)
 
 
-def test_text_statistics_stay_exact_in_a_bf16_model(tmp_path):
+def test_text_statistics_stay_fp32_in_bf16_model(tmp_path):
     model = make()
     model.tokens_mean.fill_(30.01)
     model.save_pretrained(tmp_path)
     half = DiT.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    assert half.patch.weight.dtype == torch.bfloat16
+    assert half.x_embedder.weight.dtype == torch.bfloat16
     assert half.tokens_mean.dtype == torch.float32 and torch.equal(half.tokens_mean, model.tokens_mean)
     with torch.no_grad():
         assert torch.isfinite(half(*inputs())).all()
 
 
-def test_where_a_patch_is_does_matter():
+def test_pos_embed_tells_corners_apart():
     """Rotary positions alone cannot tell the corners of a picture that is the same everywhere apart."""
     model, (_, timesteps, text, mask, pooled) = make(), inputs()
     with torch.no_grad():
@@ -99,7 +111,7 @@ def test_where_a_patch_is_does_matter():
     assert torch.allclose(sincos_pos_embed(3, 5)[7, [0, 8]], torch.zeros(2), atol=1e-6)  # sin of the middle patch of both sides
 
 
-def test_kept_keys_and_values_change_nothing():
+def test_text_keys_values_can_be_reused():
     model, (latents, timesteps, text, mask, pooled) = make(), inputs()
     with torch.no_grad():
         kept = model.text_keys_values(text)
@@ -117,7 +129,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
-def test_self_attention_agrees_with_torchs_own():
+def test_self_attention_equals_torch():
     """At positions that do not turn and with norms that only rescale, it is torch's multi-head attention of normed q and k."""
     torch.manual_seed(0)
     ours = SelfAttention(32, 4)
@@ -130,7 +142,7 @@ def test_self_attention_agrees_with_torchs_own():
     assert torch.allclose(ours(x, still), expected, atol=1e-5)
 
 
-def test_an_activation_that_is_recomputed_is_not_kept_and_changes_no_gradient(monkeypatch):
+def test_mlp_recomputed_activation_changes_no_gradient(monkeypatch):
     gradients, kept = [], []
     for recomputed in (False, True):
         monkeypatch.setattr(model_file, "should_checkpoint_activations", lambda x, recomputed=recomputed: recomputed)
@@ -159,7 +171,7 @@ def as_diffusers(ours: SelfAttention | CrossAttention, q, k, v, cross_attention_
     return theirs
 
 
-def test_self_attention_agrees_with_that_of_diffusers_where_positions_do_not_turn():
+def test_self_attention_equals_diffusers_without_rotary():
     torch.manual_seed(0)
     ours, x = SelfAttention(32, 4), torch.randn(2, 9, 32)
     still = torch.stack([torch.ones(9, 4), torch.zeros(9, 4)])
@@ -167,7 +179,7 @@ def test_self_attention_agrees_with_that_of_diffusers_where_positions_do_not_tur
     assert torch.allclose(ours(x, still), theirs(x), atol=1e-5)
 
 
-def test_cross_attention_agrees_with_that_of_diffusers_with_padding_too():
+def test_cross_attention_equals_diffusers():
     torch.manual_seed(0)
     ours, x, text = CrossAttention(32, 4, 24), torch.randn(2, 9, 32), torch.randn(2, 6, 24)
     mask = torch.arange(6)[None] < torch.tensor([[4], [6]])
@@ -177,16 +189,19 @@ def test_cross_attention_agrees_with_that_of_diffusers_with_padding_too():
     assert not torch.allclose(ours(x, ours.keys_values(text), torch.ones_like(mask)), expected, atol=1e-3)
 
 
-def test_adaln_zero_and_mlp_agree_with_those_of_diffusers():
+def test_adaln_and_mlp_equal_diffusers():
     """Theirs has six parts, for self-attention and MLP; ours nine, for cross-attention as well."""
     torch.manual_seed(0)
     block, x, condition = Block(32, 4, 24), torch.randn(2, 9, 32), torch.randn(2, 32)
-    torch.nn.init.normal_(block.modulation.weight)
-    torch.nn.init.normal_(block.modulation.bias)
+    torch.nn.init.normal_(block.adaLN_modulation.weight)
+    torch.nn.init.normal_(block.adaLN_modulation.bias)
     norm, mlp = AdaLayerNormZero(32), FeedForward(32, activation_fn="gelu-approximate")
-    parts = block.modulation(F.silu(condition)).chunk(9, dim=-1)
+    parts = block.adaLN_modulation(F.silu(condition)).chunk(9, dim=-1)
     with torch.no_grad():
-        for theirs, ours in ((norm.linear.weight, block.modulation.weight), (norm.linear.bias, block.modulation.bias)):
+        for theirs, ours in (
+            (norm.linear.weight, block.adaLN_modulation.weight),
+            (norm.linear.bias, block.adaLN_modulation.bias),
+        ):
             theirs.copy_(torch.cat([ours[:96], ours[192:]]))
         for theirs, ours in ((mlp.net[0].proj, block.mlp[0]), (mlp.net[2], block.mlp[2])):
             theirs.load_state_dict(ours.state_dict())
@@ -197,7 +212,7 @@ def test_adaln_zero_and_mlp_agree_with_those_of_diffusers():
     assert torch.allclose(block.mlp(x), mlp(x), atol=1e-6)
 
 
-def test_rotary_products_depend_on_relative_positions_only():
+def test_rotary_depends_on_relative_positions():
     torch.manual_seed(0)
     table = rope_freqs(5, 5, 16)
     q, k = torch.randn(16), torch.randn(16)
@@ -207,7 +222,7 @@ def test_rotary_products_depend_on_relative_positions_only():
     assert not torch.allclose((turned_q[0, 1] * turned_k[2, 2]).sum(), (turned_q[0, 1] * turned_k[1, 2]).sum(), atol=1e-3)
 
 
-def test_flops_by_hand_agree_with_torchs_counter():
+def test_forward_flops_equals_torch_counter():
     model = make()
     # torch's counter does not know the fused attention of CPUs, so it is shown the plain one
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -215,9 +230,33 @@ def test_flops_by_hand_agree_with_torchs_counter():
     assert forward_flops(model, (8, 8), 6) == counter.get_total_flops()
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path):
+def test_dit_save_and_load(tmp_path):
     model = make()
     model.save_pretrained(tmp_path)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
     with torch.no_grad():
         assert torch.equal(model(*inputs()), DiT.from_pretrained(tmp_path)(*inputs()))
+
+
+def test_dit_loads_weights_and_config_of_version_0_1(tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    old_modules = {new: old for old, new in OLD_MODULES.items()} | {new: old for old, new in OLD_BLOCK_MODULES.items()}
+
+    def old_name(name: str) -> str:
+        for new in sorted(old_modules, key=len, reverse=True):
+            if f".{new}." in f".{name}" and (name.startswith("blocks") == (new in OLD_BLOCK_MODULES.values())):
+                return f".{name}".replace(f".{new}.", f".{old_modules[new]}.", 1)[1:]
+        return name
+
+    weights = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    old = {old_name(name): value for name, value in weights.items()}
+    assert {"patch.weight", "unpatch.bias", "blocks.0.modulation.weight", "modulation.bias"} <= set(old)
+    save_file(old, tmp_path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    for before, now in OLD_CONFIG.items():
+        config[before] = config.pop(now)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded, loading = DiT.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())

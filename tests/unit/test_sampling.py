@@ -64,7 +64,7 @@ def test_prompts_are_of_held_out_images_of_unseen_pairs_repeated_and_ones_own(fo
     held_out = [entry.text for entry in read_metadata(folder / "raw") if entry.split == "val"]
     assert groups["val"] == held_out[:4]  # in the data set's order: the evaluation compares the k-th with the k-th
     assert len(groups["unseen"]) == 4
-    assert all(UNSEEN_PAIRS & {thing.pair for thing in parse(text).things} for text in groups["unseen"])
+    assert all(UNSEEN_PAIRS & {thing.pair for thing in parse(text).objects} for text in groups["unseen"])
     assert set(Counter(groups["diversity"]).values()) == {TIMES} and set(groups["diversity"]) == set(held_out)
     assert tuple(groups["own"]) == SETTINGS.prompts
     assert [prompt.seed for prompt in prompts] == [SETTINGS.seed + k for k in range(len(prompts))]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_diffusion import DEVIATION, MEAN, ideal
 
 from dit.errors import UserError
 from dit.model.objectives import make_objective
 from dit.pipeline.schedulers import make_scheduler, scheduler_name, set_timesteps, timesteps_to_sigmas
+from helpers.gaussian import DEVIATION, MEAN, ideal
 
 SOLVERS = ["euler", "heun", "dpm++", "unipc"]
 PAIRS = [(name, "flow_prediction") for name in SOLVERS] + [
@@ -96,11 +96,11 @@ def test_the_stochastic_scheduler_of_ddpm_forgets_the_first_noise_too(prediction
         x = scheduler.step(ideal(objective)(x, t[None]), timestep, x, return_dict=False, generator=generator)[0]
     variance = 1.0
     for t, following in zip(times, [*times[1:], None], strict=True):
-        kept, added = objective.path(t[None])
+        kept, added = objective.alpha_sigma(t[None])
         guess = (kept * DEVIATION**2 / (kept**2 * DEVIATION**2 + added**2)) ** 2 * variance
         variance = guess
         if following is not None:
-            kept, added = objective.path(following[None])
+            kept, added = objective.alpha_sigma(following[None])
             variance = kept**2 * guess + added**2
     assert abs(x.mean() - MEAN) < 0.03 and abs(x.std() / variance.sqrt() - 1) < 0.05
     assert abs(torch.corrcoef(torch.stack([x.flatten(), noise.flatten()]))[0, 1]) < 0.1

@@ -1,47 +1,80 @@
-"""Raw images as loose files or in WebDataset shards."""
+"""Images as loose files or in WebDataset shards, and their loading in worker processes."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import pickle
 import tarfile
 
 import pytest
+import torch
 
 from dit.dataset import storage
+from dit.dataset.image_io import load_crops
 from dit.dataset.reader import read_metadata
 from dit.dataset.storage import StoredImages
 from dit.errors import UserError
 from dit.sources import fetch
-from helpers.servers import picture
-from helpers.sources import RUNTIME, add_pair, folder_data
+from helpers.sources import RUNTIME, add_pair, folder_data, noise_file
+
+LAYOUTS = ("files", "shards")
 
 
-def test_both_layouts_hold_the_same_images_under_the_same_names(tmp_path, monkeypatch):
-    mine = tmp_path / "mine"
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    """The same seven images in both layouts, in several small shards."""
     for k in range(7):
-        add_pair(mine, f"deep/{k}.a.JPG", f"number {k}\nagain {k}", picture(k))
-    monkeypatch.setattr(storage, "SHARD_BYTES", 6 * len(picture(0)))
-    for layout in ("files", "shards"):
-        fetch(folder_data(mine, layout=layout), tmp_path / layout, RUNTIME)
-    rows = {layout: read_metadata(tmp_path / layout) for layout in ("files", "shards")}
-    named = {layout: [(row.image, row.text, row.split) for row in rows[layout]] for layout in rows}
-    assert named["files"] == named["shards"]
-    shards = sorted((tmp_path / "shards").rglob("*.tar"))
-    assert len(shards) > 1 and all(shard.stat().st_size < 6 * len(picture(0)) + 4 * tarfile.RECORDSIZE for shard in shards)
-    for row in rows["shards"]:
-        content = (mine / row.image.removeprefix("images/")).read_bytes()
-        assert StoredImages(tmp_path / "shards").read(row.stored) == content
-        assert StoredImages(tmp_path / "files").read(row.image) == content
-    images = StoredImages(tmp_path / "shards")
-    first = images.read(rows["shards"][0].stored)
-    assert pickle.loads(pickle.dumps(images)).read(rows["shards"][0].stored) == first  # as where workers are not forked
-    assert not list((tmp_path / "shards").rglob("*.part")) and not list((tmp_path / "shards").rglob("*.JPG"))
+        add_pair(tmp_path / "mine", f"deep/{k}.a.JPG", f"number {k}\nagain {k}", noise_file(k))
+    monkeypatch.setattr(storage, "SHARD_BYTES", 6 * len(noise_file(0)))
+    for layout in LAYOUTS:
+        fetch(folder_data(tmp_path / "mine", layout=layout), tmp_path / layout, RUNTIME)
+    return tmp_path
 
 
-def test_a_shard_is_what_webdataset_reads_and_the_same_every_time(tmp_path):
+def test_layouts_have_the_same_metadata(stored):
+    files, shards = ([(row.image, row.text, row.split) for row in read_metadata(stored / layout)] for layout in LAYOUTS)
+    assert files == shards
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stored_images_read_bytes(stored, layout):
+    images = StoredImages(stored / layout)
+    for row in read_metadata(stored / layout):
+        assert images.read(row.stored) == (stored / "mine" / row.image.removeprefix("images/")).read_bytes()
+
+
+def test_shards_are_limited_in_size_and_complete(stored):
+    shards = [path for path in (stored / "shards").rglob("*") if path.is_file() and path.suffix != ".json"]
+    assert len(shards) > 1 and {path.suffix for path in shards} == {".tar"}
+    assert all(path.stat().st_size < 6 * len(noise_file(0)) + 4 * tarfile.RECORDSIZE for path in shards)
+
+
+def test_stored_images_are_pickled(stored):
+    images = StoredImages(stored / "shards")
+    where = read_metadata(stored / "shards")[0].stored
+    first = images.read(where)
+    assert pickle.loads(pickle.dumps(images)).read(where) == first
+
+
+def test_load_crops_spawn(stored):
+    """Spawned workers, as on Windows and macOS, get all that they need by pickling."""
+    names = list(dict.fromkeys((row.image, row.stored) for row in read_metadata(stored / "shards")))
+    batches = [names[:3], names[3:]]
+    here = list(load_crops(stored / "shards", batches, 16, crops=1))
+    usual = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        spawned = list(load_crops(stored / "shards", [*batches, batches[0]], 16, crops=1, workers=2))
+    finally:
+        multiprocessing.set_start_method(usual, force=True)
+    for (pixels, digests), (others, other_digests) in zip(here, spawned, strict=False):
+        assert torch.equal(pixels, others) and digests == other_digests
+
+
+def test_shards_are_deterministic_webdataset(tmp_path):
     for k in range(3):
-        add_pair(tmp_path / "mine", f"{k}.jpg", f"number {k}", picture(k))
+        add_pair(tmp_path / "mine", f"{k}.jpg", f"number {k}", noise_file(k))
     for name in "ab":
         fetch(folder_data(tmp_path / "mine", layout="shards"), tmp_path / name, RUNTIME)
     shard = tmp_path / "a" / "shards" / "00000.tar"
@@ -53,15 +86,24 @@ def test_a_shard_is_what_webdataset_reads_and_the_same_every_time(tmp_path):
     assert about == {"file_name": "images/1.jpg", "captions": ["number 1"]}
 
 
-def test_from_20000_images_on_they_are_shards():
-    assert storage.choose_layout("auto", 19_999) == "files" and storage.choose_layout("auto", 20_000) == "shards"
-    assert storage.choose_layout("files", 10**6) == "files" and storage.choose_layout("shards", 1) == "shards"
+@pytest.mark.parametrize(
+    ("layout", "count", "expected"),
+    [("auto", 19_999, "files"), ("auto", 20_000, "shards"), ("files", 10**6, "files"), ("shards", 1, "shards")],
+)
+def test_choose_layout(layout, count, expected):
+    assert storage.choose_layout(layout, count) == expected
 
 
-def test_an_image_that_has_gone_is_one_clear_line(tmp_path):
-    add_pair(tmp_path / "mine", "a.jpg", "a", picture(1))
-    add_pair(tmp_path / "mine", "b.jpg", "b", picture(2))
-    fetch(folder_data(tmp_path / "mine", layout="shards"), tmp_path / "out", RUNTIME)
-    for stored in ("shards/00000.tar/00000009.jpg", "shards/00001.tar/00000000.jpg", "images/gone.jpg"):
-        with pytest.raises(UserError, match=f"{stored}: missing or not readable"):
-            StoredImages(tmp_path / "out").read(stored)
+@pytest.mark.parametrize("where", ["shards/00000.tar/00000009.jpg", "shards/99999.tar/00000000.jpg", "images/gone.jpg"])
+def test_stored_images_missing(stored, where):
+    with pytest.raises(UserError, match=f"{where}: missing or not readable"):
+        StoredImages(stored / "shards").read(where)
+
+
+def test_stored_images_truncated_shard(stored):
+    shard = stored / "shards" / "shards" / "00000.tar"
+    images = StoredImages(stored / "shards")
+    images.read("shards/00000.tar/00000000.jpg")
+    shard.write_bytes(shard.read_bytes()[:600])
+    with pytest.raises(UserError, match="missing or not readable"):
+        images.read("shards/00000.tar/00000000.jpg")

@@ -8,22 +8,22 @@ from dit.shapes.scene import BACKGROUNDS, COLOURS, OPPOSITE, RELATIONS, SHAPES, 
 
 
 def alternatives(description: Description) -> dict[str, list[Description]]:
-    """Every description that differs from `description` in one attribute, listed by attribute.
+    """Return every description that differs from `description` in one attribute, by attribute.
 
     Only what the description states is changed, so each reads differently. Pairs that training never shows are left
-    out, and so is naming the same thing twice.
+    out, and so is naming the same object twice.
     """
     found: dict[str, list[Description]] = {}
-    taken = {thing.pair for thing in description.things} | UNSEEN_PAIRS
-    for k, thing in enumerate(description.things):
-        changed = [("colour", replace(thing, colour=colour)) for colour in COLOURS]
-        changed += [("shape", replace(thing, shape=shape)) for shape in SHAPES]
+    taken = {named.pair for named in description.objects} | UNSEEN_PAIRS
+    for k, named in enumerate(description.objects):
+        changed = [("colour", replace(named, colour=colour)) for colour in COLOURS]
+        changed += [("shape", replace(named, shape=shape)) for shape in SHAPES]
         changed = [(attribute, other) for attribute, other in changed if other.pair not in taken]
-        if thing.size:
-            changed.append(("size", replace(thing, size="small" if thing.size == "large" else "large")))
+        if named.size:
+            changed.append(("size", replace(named, size="small" if named.size == "large" else "large")))
         for attribute, other in changed:
-            things = (*description.things[:k], other, *description.things[k + 1 :])
-            found.setdefault(attribute, []).append(replace(description, things=things))
+            objects = (*description.objects[:k], other, *description.objects[k + 1 :])
+            found.setdefault(attribute, []).append(replace(description, objects=objects))
     if description.relations:
         first, *both = description.relations
         along = (first[1], OPPOSITE[first[1]])

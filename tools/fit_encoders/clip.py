@@ -1,4 +1,4 @@
-"""Fit the small CLIP in the box: byte-level BPE tokenizer, text and image transformer, on drawn scenes and their captions."""
+"""Fit the small bundled CLIP: byte-level BPE tokenizer, text and image transformer, on rendered scenes and their captions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dit.shapes.captions import describe
 from dit.shapes.scene import SHAPES, Description, Scene
 from tools.fit_encoders.alternatives import alternatives
 from tools.fit_encoders.optimizers import muon_and_adamw, one_cycle
-from tools.fit_encoders.scene_labels import SceneHeads, caption_labels, patch_labels, summary_labels, thing_labels
-from tools.fit_encoders.vae import IMAGE_SIZE, to_tensor
+from tools.fit_encoders.scene_labels import SceneHeads, caption_labels, object_labels, patch_labels, summary_labels
+from tools.fit_encoders.vae import IMAGE_SIZE, pixels_to_tensor
 
 SUMMARY_WEIGHT = 10
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -25,7 +25,7 @@ HARD_NEGATIVES = 3  # captions per image that differ from its own in one attribu
 
 
 def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """CLIP's tokenizer with merges learned from `captions`; any other text is spelled in bytes, so nothing is unknown."""
+    """Build CLIP's tokenizer with merges learned from `captions`; any other text is spelled in bytes, so nothing is unknown."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer = normalizers.Lowercase()
@@ -43,7 +43,7 @@ def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """The architecture of OpenAI's CLIP, 1.5 M parameters instead of 428 M."""
+    """Build a CLIP with the architecture of OpenAI's, of 1.5 M parameters instead of 428 M."""
     width = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "projection_dim": 128}
     end = tokenizer.eos_token_id
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end, "pad_token_id": end}
@@ -65,12 +65,12 @@ def fit_clip(
 ) -> tuple[CLIPModel, CLIPTokenizer]:
     """Fit on `images`, (N, H, W, 3) uint8, and what they show, put into other words each time.
 
-    All along, each side learns what a drawing shows or a caption says, see scene_labels.py: of captions also at each
-    thing's last word, what that thing is. (Not what was said before it, too: then only 64 % of the second thing's token
-    followed from that thing, now 95 %; the default recipe's validation loss after 1,200 steps was 0.189, now 0.179.) In
+    In every step, each side learns the labels of scene_labels.py: of captions also at each object's last word, what that
+    object is. (Not what was stated before it, too: then only 64 % of the second object's token followed from that object,
+    now 95 %; the default recipe's validation loss after 1,200 steps was 0.189, now 0.179.) In
     the second half comes CLIP's loss (Radford et al. 2021, figure 3), where each image's candidates are the batch's
     captions and hard negatives of them all: captions that differ in one attribute (as in Yuksekgonul et al. 2023). The
-    other way round, relations stayed at chance.
+    other way round, relations were no better than guessed.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -95,24 +95,25 @@ def fit_clip(
         means, captions = _captions([descriptions[k] for k in chosen], HARD_NEGATIVES if contrast else 1, rng)
         ids = tokenizer(captions, padding=True, return_tensors="pt").input_ids
         caption, word = torch.isin(ids, shape_words).nonzero(as_tuple=True)
-        named_there = torch.from_numpy(np.concatenate([thing_labels(d) for d in means]))
-        said_in_all = torch.from_numpy(np.stack([caption_labels(d) for d in means]))
+        object_targets = torch.from_numpy(np.concatenate([object_labels(d) for d in means]))
+        caption_targets = torch.from_numpy(np.stack([caption_labels(d) for d in means]))
         with torch.autocast(device, torch.bfloat16):
-            seen = clip.vision_model(pixel_values=to_tensor(images[chosen]).to(device))
-            projected = clip.visual_projection(seen.pooler_output)
-            read = clip.text_model(input_ids=ids.to(device))
-            said = clip.text_projection(read.pooler_output)
-            at_thing = read.last_hidden_state[caption, word]
-            loss = heads.patch_loss(seen.last_hidden_state[:, 1:], patch_targets[chosen].to(device))
-            loss = loss + heads.thing_loss(at_thing, named_there.to(device))
-            facts = heads.summary_loss(projected, summaries[chosen].to(device)) + heads.summary_loss(said, said_in_all.to(device))
+            vision = clip.vision_model(pixel_values=pixels_to_tensor(images[chosen]).to(device))
+            image_vectors = clip.visual_projection(vision.pooler_output)
+            text = clip.text_model(input_ids=ids.to(device))
+            text_vectors = clip.text_projection(text.pooler_output)
+            object_tokens = text.last_hidden_state[caption, word]
+            loss = heads.patch_loss(vision.last_hidden_state[:, 1:], patch_targets[chosen].to(device))
+            loss = loss + heads.object_loss(object_tokens, object_targets.to(device))
+            facts = heads.summary_loss(image_vectors, summaries[chosen].to(device))
+            facts = facts + heads.summary_loss(text_vectors, caption_targets.to(device))
         loss = loss + SUMMARY_WEIGHT * facts
-        report = {"scene": f"{facts.item():.4f}"} if step % 20 == 0 else {}
+        shown = {"scene": f"{facts.item():.4f}"} if step % 20 == 0 else {}
         if contrast:
-            image_vectors, text_vectors = F.normalize(projected.float(), dim=-1), F.normalize(said.float(), dim=-1)
-            logits = clip.logit_scale.exp().clamp(max=100) * image_vectors @ text_vectors.T  # (B, B + 3B)
+            images_unit, texts_unit = F.normalize(image_vectors.float(), dim=-1), F.normalize(text_vectors.float(), dim=-1)
+            logits = clip.logit_scale.exp().clamp(max=100) * images_unit @ texts_unit.T  # (B, B + 3B)
             loss = loss + (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :batch_size].T, target)) / 2
-            report["right"] = f"{(logits.argmax(1) == target).float().mean().item():.0%}"
+            shown["right"] = f"{(logits.argmax(1) == target).float().mean().item():.0%}"
         both.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
@@ -120,12 +121,12 @@ def fit_clip(
             optimizer.step()
             schedule.step()
         if step % 20 == 0:
-            progress.set_postfix(report)
+            progress.set_postfix(shown)
     return clip.cpu().eval(), tokenizer
 
 
 def _captions(descriptions: list[Description], negatives: int, rng: np.random.Generator) -> tuple[list[Description], list[str]]:
-    """The descriptions, then `negatives` of each that differ in one attribute, and captions of them all."""
+    """Return the descriptions, then `negatives` of each that differ in one attribute, and captions of them all."""
     hard = []
     words = rng.integers(2**31, size=len(descriptions))
     for description in descriptions:
@@ -134,23 +135,23 @@ def _captions(descriptions: list[Description], negatives: int, rng: np.random.Ge
             same_attribute = others[rng.integers(len(others))]
             hard.append(same_attribute[rng.integers(len(same_attribute))])
     means = [*descriptions, *hard]
-    seeds = [*words, *np.repeat(words, negatives)]  # a negative is put as its original is
+    seeds = [*words, *np.repeat(words, negatives)]  # a negative has the wording of its original
     return means, [describe(d, np.random.default_rng(int(seed))) for d, seed in zip(means, seeds, strict=True)]
 
 
 def embed_images(clip: CLIPModel, images: np.ndarray) -> torch.Tensor:
-    """(N, H, W, 3) uint8 to unit vectors (N, P); pixels run from -1 to 1, as preprocessor_config.json says."""
-    vectors = clip.visual_projection(clip.vision_model(pixel_values=to_tensor(images).to(clip.device)).pooler_output)
+    """Embed (N, H, W, 3) uint8 as unit vectors (N, P); pixels run from -1 to 1, as in preprocessor_config.json."""
+    vectors = clip.visual_projection(clip.vision_model(pixel_values=pixels_to_tensor(images).to(clip.device)).pooler_output)
     return F.normalize(vectors, dim=-1)
 
 
 def embed_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """Captions to unit vectors (N, P)."""
+    """Embed captions as unit vectors (N, P)."""
     return F.normalize(project_texts(clip, tokenizer, captions), dim=-1)
 
 
 def project_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """Captions to vectors (N, P). No mask is needed: attention is causal and the padding comes last."""
+    """Project captions to vectors (N, P). No mask is needed: attention is causal and the padding comes last."""
     tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt").input_ids
     return clip.text_projection(clip.text_model(input_ids=tokens.to(clip.device)).pooler_output)
 
@@ -164,9 +165,9 @@ def choice_accuracy(
     candidates: int = 32,
     seed: int = 0,
 ) -> tuple[float, int]:
-    """How often the right caption wins among `candidates` that differ from it in one attribute, and on how many images.
+    """Return how often the right caption wins among `candidates` that differ from it in one attribute, and on how many images.
 
-    Images whose caption has fewer alternatives (mostly those of a single thing) are left out.
+    Images whose caption has fewer alternatives (mostly those of a single object) are left out.
     """
     rng = np.random.default_rng(seed)
     right = total = 0

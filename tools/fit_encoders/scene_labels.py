@@ -1,6 +1,6 @@
-"""What a drawing shows and what a caption says: the extra supervision that makes the CLIP in the box learn in minutes.
+"""Labels of images and of captions: the extra supervision with which the bundled CLIP learns in minutes.
 
-From pairs of drawing and caption alone, 450 steps of 96 told shapes apart in 70 % of pairs, and left from right not at all.
+From pairs of image and caption alone, 450 steps of 96 told shapes apart in 70 % of pairs, and left from right not at all.
 """
 
 from __future__ import annotations
@@ -12,58 +12,58 @@ from torch import nn
 
 from dit.shapes.scene import BACKGROUNDS, COLOURS, RADII, RELATIONS, SHAPES, Description, Scene
 
-# Classes of a patch: colour, shape and size of the thing on it (0 for none), and the background.
+# Classes of a patch: colour, shape and size of the object on it (0 for none), and the background.
 PATCH_CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1, len(RADII) + 1, len(BACKGROUNDS))
-# Classes of a thing in a caption: colour, shape, size (0 for none stated), whether it is named first, second or third, and
+# Classes of an object in a caption: colour, shape, size (0 for none stated), whether it is named first, second or third, and
 # what relation to it was stated of those before (0 for none).
-THING_CLASSES = (len(COLOURS), len(SHAPES), len(RADII) + 1, 3, len(RELATIONS) + 1)
-# Of each colour and each shape: is it there, where (x, y), is it large. The last three count where exactly one thing has it.
+OBJECT_CLASSES = (len(COLOURS), len(SHAPES), len(RADII) + 1, 3, len(RELATIONS) + 1)
+# Of each colour and each shape: is it there, where (x, y), is it large. The last three count where exactly one object has it.
 ROWS, FACTS = len(COLOURS) + len(SHAPES), 4
 SUMMARY = ROWS * FACTS + len(BACKGROUNDS)  # and of each background: is it this one
-ASIDE = 0.5  # how far from the middle a thing is of which a relation is stated
+ASIDE = 0.5  # how far from the middle an object is of which a relation is stated
 
 
 def patch_labels(scene: Scene, patches: int) -> np.ndarray:
-    """Classes of every patch of a `patches` x `patches` grid: (4, patches, patches) int64, in the order of PATCH_CLASSES."""
+    """Return the classes of all patches: (4, patches, patches) int64, in the order of PATCH_CLASSES."""
     labels = np.zeros((len(PATCH_CLASSES), patches, patches), dtype=np.int64)
     labels[3] = list(BACKGROUNDS).index(scene.background)
     centres = (np.arange(patches) + 0.5) / patches
-    for thing, (x, y), radius in zip(scene.things, scene.positions, scene.radii, strict=True):
+    for shown, (x, y), radius in zip(scene.objects, scene.positions, scene.radii, strict=True):
         covered = (np.abs(centres[:, None] - y) < radius) & (np.abs(centres[None] - x) < radius)
-        for row, (names, name) in enumerate(((COLOURS, thing.colour), (SHAPES, thing.shape), (RADII, thing.size))):
+        for row, (names, name) in enumerate(((COLOURS, shown.colour), (SHAPES, shown.shape), (RADII, shown.size))):
             labels[row, covered] = 1 + list(names).index(name)
     return labels
 
 
-def thing_labels(description: Description) -> np.ndarray:
-    """Classes of every thing that `description` names: (things, 5) int64, in the order of THING_CLASSES."""
+def object_labels(description: Description) -> np.ndarray:
+    """Return the classes of every object that `description` names: (objects, 5) int64, in the order of OBJECT_CLASSES."""
     sizes, relations = [None, *RADII], [None, *RELATIONS]
     stated = {j: relation for _, relation, j in description.relations}
     rows = [
-        (list(COLOURS).index(t.colour), SHAPES.index(t.shape), sizes.index(t.size), k, relations.index(stated.get(k)))
-        for k, t in enumerate(description.things)
+        (list(COLOURS).index(o.colour), SHAPES.index(o.shape), sizes.index(o.size), k, relations.index(stated.get(k)))
+        for k, o in enumerate(description.objects)
     ]
     return np.array(rows, dtype=np.int64)
 
 
 def summary_labels(scene: Scene) -> np.ndarray:
-    """Values and which of them count: (2, SUMMARY) float32; positions run from -1 to 1."""
+    """Return values, and which of them count: (2, SUMMARY) float32; positions run from -1 to 1."""
     facts = [
-        (thing.colour, thing.shape, (1, 2 * x - 1, 2 * y - 1, thing.size == "large"))
-        for thing, (x, y) in zip(scene.things, scene.positions, strict=True)
+        (shown.colour, shown.shape, (1, 2 * x - 1, 2 * y - 1, shown.size == "large"))
+        for shown, (x, y) in zip(scene.objects, scene.positions, strict=True)
     ]
     return _summary(facts, scene.background)
 
 
 def caption_labels(description: Description) -> np.ndarray:
-    """The same of a caption: of the drawings that it fits, about the mean, so these labels are free of chance."""
-    positions = np.zeros((len(description.things), 2))
+    """Return the same of a caption: about the mean over the scenes that it fits, so these labels have no noise."""
+    positions = np.zeros((len(description.objects), 2))
     for i, relation, j in description.relations:
         positions[i] += RELATIONS[relation]
         positions[j] -= RELATIONS[relation]
     positions = ASIDE * positions.clip(-1, 1)
     large = {"large": 1, "small": 0, None: 0.5}
-    facts = [(t.colour, t.shape, (1, x, y, large[t.size])) for t, (x, y) in zip(description.things, positions, strict=True)]
+    facts = [(o.colour, o.shape, (1, x, y, large[o.size])) for o, (x, y) in zip(description.objects, positions, strict=True)]
     return _summary(facts, description.background)
 
 
@@ -83,29 +83,29 @@ def _summary(facts: list[tuple[str, str, tuple[float, ...]]], background: str | 
 
 
 class SceneHeads(nn.Module):
-    """Linear read-outs of patch tokens, text tokens, and image and text vectors; thrown away after the fit.
+    """Linear read-outs of patch tokens, text tokens, and image and text vectors; not kept after the fit.
 
-    Image and text vectors share theirs, so that the two sides come to say the same thing in the same place.
+    Image and text vectors share theirs, so that both sides learn to encode the same fact in the same place.
     """
 
     def __init__(self, width: int, vector_size: int):
         super().__init__()
         self.patches = nn.Linear(width, sum(PATCH_CLASSES))
-        self.things = nn.Linear(width, sum(THING_CLASSES))
+        self.objects = nn.Linear(width, sum(OBJECT_CLASSES))
         self.summary = nn.Linear(vector_size, SUMMARY)
 
     def patch_loss(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropies, summed over the four kinds of class; `tokens` (N, T, D), `labels` (N, 4, T) int64."""
+        """Return the cross-entropies, summed over the four kinds of class; `tokens` (N, T, D), `labels` (N, 4, T) int64."""
         logits = self.patches(tokens).float().split(PATCH_CLASSES, dim=-1)
         return sum(F.cross_entropy(part.transpose(1, 2), labels[:, k]) for k, part in enumerate(logits))
 
-    def thing_loss(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The same of the things in captions; `tokens` (K, D), `labels` (K, 5) int64."""
-        logits = self.things(tokens).float().split(THING_CLASSES, dim=-1)
+    def object_loss(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the same of the objects in captions; `tokens` (K, D), `labels` (K, 5) int64."""
+        logits = self.objects(tokens).float().split(OBJECT_CLASSES, dim=-1)
         return sum(F.cross_entropy(part, labels[:, k]) for k, part in enumerate(logits))
 
     def summary_loss(self, vectors: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean squared error of what `vectors` (N, P) say; `labels` (N, 2, SUMMARY) are values and what counts."""
+        """Return the mean squared error of the summaries read from `vectors` (N, P); see `summary_labels` for `labels`."""
         values, mask = labels.unbind(1)
         errors = (self.summary(vectors).float() - values).square() * mask
         return errors.sum() / mask.sum()

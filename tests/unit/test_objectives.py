@@ -5,27 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit.model import objectives as diffusion
-from dit.model.objectives import DDPM, Flow, make_objective
+from dit.model.loss import diffusion_loss
+from dit.model.objectives import DDPM, Flow, apply_cfg, euler_sample, make_objective
+from helpers.gaussian import DEVIATION, MEAN, ideal
 
 OBJECTIVES = [Flow(), DDPM("epsilon"), DDPM("v_prediction")]
-MEAN, DEVIATION = 2.0, 0.5  # of the pictures of a Gaussian world
-
-
-def ideal(objective):
-    """The best prediction there is where images come from N(MEAN, DEVIATION^2): it follows from E[image | x_t]."""
-
-    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        kept, added = objective.alpha_sigma(t)
-        surprise = (x - kept * MEAN) / (kept**2 * DEVIATION**2 + added**2)
-        image, noise = MEAN + kept * DEVIATION**2 * surprise, added * surprise
-        return {
-            "flow_prediction": noise - image,
-            "epsilon": noise,
-            "v_prediction": kept * noise - added * image,
-        }[objective.prediction_type]
-
-    return predict
 
 
 def some(count: int = 3):
@@ -33,7 +17,7 @@ def some(count: int = 3):
     return (torch.randn(count, 4, 2, 2, generator=source) for _ in range(2))
 
 
-def test_the_flow_runs_from_image_to_noise_at_constant_velocity():
+def test_flow_has_constant_velocity():
     image, noise = some()
     flow = Flow()
     assert torch.equal(flow.add_noise(image, noise, torch.zeros(3)), image)
@@ -43,7 +27,7 @@ def test_the_flow_runs_from_image_to_noise_at_constant_velocity():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES[1:])
-def test_ddpm_keeps_the_variance_and_ends_in_noise(objective):
+def test_ddpm_keeps_variance_and_ends_in_noise(objective):
     image, noise = torch.randn(2, 4000, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     for t in (0.0, 0.3, 0.999):
         assert abs(objective.add_noise(image, noise, torch.full((4000,), t)).var() - 1) < 0.02
@@ -51,17 +35,23 @@ def test_ddpm_keeps_the_variance_and_ends_in_noise(objective):
     assert (objective.add_noise(image, noise, torch.zeros(4000)) - image).abs().max() < 0.06
 
 
+def loss_of(objective, prediction, image, noise, t) -> torch.Tensor:
+    """The loss of a network that predicts `prediction`."""
+    text = torch.zeros(len(t), 1, 1)
+    return diffusion_loss(lambda *_: prediction, objective, image, noise, t, text, text[..., 0] > 0, text[..., 0])
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_loss_is_zero_for_the_right_prediction_alone(objective):
+def test_diffusion_loss_is_zero_for_right_prediction(objective):
     image, noise = some()
     t = torch.tensor([0.2, 0.5, 0.9])
     target = objective.target(image, noise, t)
-    assert not diffusion.loss(objective, target, image, noise, t).any()
-    assert torch.allclose(diffusion.loss(objective, target + 2, image, noise, t), torch.full((3,), 4.0), atol=1e-4)
+    assert not loss_of(objective, target, image, noise, t).any()
+    assert torch.allclose(loss_of(objective, target + 2, image, noise, t), torch.full((3,), 4.0), atol=1e-4)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_right_prediction_splits_into_image_and_noise(objective):
+def test_to_x0_and_noise(objective):
     image, noise = some()
     t = torch.tensor([0.2, 0.5, 0.7])
     found = objective.to_x0_and_noise(objective.target(image, noise, t), objective.add_noise(image, noise, t), t)
@@ -69,7 +59,7 @@ def test_a_right_prediction_splits_into_image_and_noise(objective):
 
 
 @pytest.mark.parametrize("mean", [0.0, 0.8])
-def test_a_flows_timesteps_are_logit_normal(mean):
+def test_flow_timesteps_are_logit_normal(mean):
     t = Flow(mean).timesteps(torch.rand(20_000, generator=torch.Generator().manual_seed(0)))
     logits = torch.logit(t)
     assert t.min() > 0 and t.max() < 1
@@ -77,7 +67,7 @@ def test_a_flows_timesteps_are_logit_normal(mean):
 
 
 @pytest.mark.parametrize("mean", [0.0, 1.1])
-def test_ddpms_noise_levels_come_as_often_as_the_flows(mean):
+def test_ddpm_noise_levels_come_as_often_as_flow(mean):
     """The log signal-to-noise ratio of a flow, 2 log((1 - t) / t), has the mean -2 m and the deviation 2."""
     objective = DDPM("epsilon", logit_mean=mean)
     t = objective.timesteps((torch.arange(5000) + 0.5) / 5000)
@@ -89,7 +79,7 @@ def test_ddpms_noise_levels_come_as_often_as_the_flows(mean):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_min_snr_weighs_the_error_in_the_image_by_the_smaller_of_snr_and_gamma(prediction_type):
+def test_ddpm_min_snr_weight(prediction_type):
     """An error e in the prediction is one of e added / kept (epsilon) or e added (v) in the image."""
     objective = DDPM(prediction_type, snr_gamma=5.0)
     t = torch.tensor([0.01, 0.1, 0.3, 0.8])
@@ -101,14 +91,14 @@ def test_min_snr_weighs_the_error_in_the_image_by_the_smaller_of_snr_and_gamma(p
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_integrator_carries_noise_to_a_gaussian_that_is_known_in_closed_form(objective):
+def test_euler_sample_reaches_known_gaussian(objective):
     """The way from noise z of an ideal prediction ends at MEAN + DEVIATION z."""
     noise = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    result = diffusion.euler_sample(objective, ideal(objective), noise, 500)
+    result = euler_sample(objective, ideal(objective), noise, 500)
     assert torch.allclose(result, MEAN + DEVIATION * noise, atol=0.03)
 
 
-def test_the_flows_loss_in_a_gaussian_world_is_what_the_closed_form_says():
+def test_flow_loss_has_closed_form_for_gaussian():
     """The ideal prediction's error is the variance of noise - image given x_t: s^2 / ((1 - t)^2 s^2 + t^2)."""
     flow, count = Flow(), 40_000
     source = torch.Generator().manual_seed(0)
@@ -116,17 +106,17 @@ def test_the_flows_loss_in_a_gaussian_world_is_what_the_closed_form_says():
     noise = torch.randn(count, 1, 1, 1, generator=source)
     for level in (0.1, 0.5, 0.9):
         t = torch.full((count,), level)
-        loss = diffusion.loss(flow, ideal(flow)(flow.add_noise(image, noise, t), t), image, noise, t).mean()
+        loss = loss_of(flow, ideal(flow)(flow.add_noise(image, noise, t), t), image, noise, t).mean()
         assert loss == pytest.approx(DEVIATION**2 / ((1 - level) ** 2 * DEVIATION**2 + level**2), rel=0.03)
 
 
-def test_settings_name_the_objective():
+def test_make_objective():
     assert make_objective("flow", "epsilon", None, 1.1).logit_mean == 1.1
     assert make_objective("ddpm", "epsilon", 5.0).snr_gamma == 5.0
     assert make_objective("flow", "epsilon").prediction_type == "flow_prediction"
 
 
-def test_guidance_of_one_is_the_conditional_prediction_and_more_goes_beyond():
+def test_apply_cfg():
     conditional, unconditional = torch.tensor(2.0), torch.tensor(1.0)
-    assert diffusion.apply_cfg(conditional, unconditional, 1.0) == 2
-    assert diffusion.apply_cfg(conditional, unconditional, 3.0) == 4
+    assert apply_cfg(conditional, unconditional, 1.0) == 2
+    assert apply_cfg(conditional, unconditional, 3.0) == 4

@@ -1,0 +1,78 @@
+"""index.json of a latent cache: what made it and what it consists of, checked when it is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
+
+FORMAT = 3  # 2 called `no_flip` and `fingerprint` otherwise
+Count = Annotated[int, Field(strict=True, ge=1)]
+Length = Annotated[int, Field(strict=True, ge=1, le=4096)]  # of a caption, in tokens; a CLIP reads 77
+Text = Annotated[str, Field(strict=True)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class ShardEntry(TypedDict):
+    """One shard: its file, what is in it, its size in bytes and its SHA-256."""
+
+    file: Annotated[str, Field(pattern=r"^shard-\d{5}\.safetensors$")]
+    images: Count
+    captions: Count
+    tokens: Count
+    longest_caption: Length
+    bytes: Count
+    sha256: Text
+
+
+class EncoderEntry(TypedDict):
+    """An encoder, as `EncoderSource` has it."""
+
+    name: Text
+    revision: Text | None
+    resolved: Text | None
+
+
+@with_config(ConfigDict(extra="allow"))  # what a person may want to know, and no program needs
+class Index(TypedDict):
+    """The whole of index.json. `fingerprint` is a digest of the encoders and settings and stands in every shard, too."""
+
+    format: Literal[3]
+    fingerprint: Text
+    image_size: Count
+    vae: EncoderEntry
+    clip: EncoderEntry
+    vae_scaling: Number
+    vae_shift: Number
+    images: Count
+    captions: Count
+    tokens: Count
+    longest_caption: Length
+    captions_sha256: Text
+    text_sha256: Text
+    shards: Annotated[list[ShardEntry], Field(min_length=1)]
+
+
+def read_index(path: Path) -> Index:
+    """Read and check an index.json.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is not the index of a latent cache of this format; one line that says what is wrong.
+    """
+    try:
+        index = TypeAdapter(Index).validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{path.name}: {where}: {first['msg']}" if where else f"{path.name}: {first['msg']}") from None
+    except RecursionError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+    for name in ("images", "captions", "tokens"):
+        held = sum(shard[name] for shard in index["shards"])
+        if held != index[name]:
+            raise ValueError(f"{path.name}: the shards hold {held} {name}, not {index[name]}")
+    return index
