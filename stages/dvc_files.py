@@ -20,6 +20,11 @@ def locked_outs(stage: str) -> list[dict]:
     return stages.get(stage, {}).get("outs", [])
 
 
+def locked_digest(stage: str, out: Path) -> str | None:
+    """Return DVC's hash of an out of `stage`; None if dvc.lock does not record it."""
+    return next((known["md5"] for known in locked_outs(stage) if known["path"] == out.as_posix()), None)
+
+
 def lost_outs(stage: str) -> list[str]:
     """Return the outs of `stage` that DVC has deleted and has in its cache."""
     return [out["path"] for out in locked_outs(stage) if not Path(out["path"]).exists() and _cached(out).exists()]

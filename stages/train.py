@@ -23,6 +23,7 @@ from dit.encoders.vae import decode_latents
 from dit.errors import UserError
 from dit.latents.cache import LatentCache
 from dit.model.transformer import DiT
+from dit.tracking.runs import begin_run
 from dit.training.checkpoint import Checkpoint, Checkpoints, check_ranks_agree, check_shapes, open_named, run_fingerprint
 from dit.training.export import save_model
 from dit.training.logging import MetricLogger, NullLogger
@@ -32,8 +33,7 @@ from dit.training.trainer import Trainer
 from dit.utils.files import sha256_file, warn_stale_state, write_json
 from dit.utils.images import to_images
 from stages import run_stage
-from stages.dvc_files import code_digest
-from stages.runs import begin_run
+from stages.dvc_files import code_digest, locked_digest
 
 METRICS, CURVES, RUN = "metrics/train.json", "metrics/curves.csv", "metrics/mlflow.json"
 LATENTS, MODEL, LOG, PREVIEWS = Path("data/latents"), Path("models/dit"), Path("models/train.log"), Path("samples/progress")
@@ -63,13 +63,13 @@ def main(params: Params) -> None:
         train(NullLogger())
         return
     warn_stale_state("train", state)
-    tracker = begin_run(params, digest, state)
+    tracker = begin_run(params, locked_digest("encode", LATENTS) or digest, state)
     logger = MetricLogger(
         LOG,
         PREVIEWS,
         state / "progress",
-        on_metrics=lambda step, values: tracker.metrics(values, step),
-        on_preview=lambda step, image: tracker.picture(image, "preview", step),
+        on_metrics=lambda step, values: tracker.log_metrics(values, step),
+        on_preview=lambda step, image: tracker.log_image(image, "preview", step),
         echo=tqdm.write,
     )
     status = "FAILED"
@@ -82,9 +82,9 @@ def main(params: Params) -> None:
                     shutil.rmtree(state)  # there is nothing to resume from
                 raise
         save_model(MODEL, transformer, cache, params.active.model, params.active.optim, params.train)
-        tracker.metrics({"training_seconds": summary["seconds"]}, int(summary["steps"]))
+        tracker.log_metrics({"training_seconds": summary["seconds"]}, int(summary["steps"]))
         if params.runtime.register_model:
-            tracker.model(MODEL, f"dit-{params.recipe}", int(summary["steps"]))
+            tracker.log_model(MODEL, f"dit-{params.recipe}", int(summary["steps"]))
         status = "FINISHED"
     except Stopped:
         status = "KILLED"

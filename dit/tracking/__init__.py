@@ -1,0 +1,1 @@
+"""MLflow: runs, what its server did not take, the model registry."""

@@ -20,8 +20,7 @@ import mlflow
 import pandas as pd
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -37,28 +36,28 @@ SENT_FROM = "dit.sent_from"  # of a run of the store: the unsent run that it was
 
 
 def project_root() -> Path:
-    """The project's folder, also where DVC runs a stage in a temporary copy of it."""
+    """Return the project's folder, also where DVC runs a stage in a temporary copy of it."""
     return Path(os.environ.get("DVC_ROOT", ".")).resolve()
 
 
 def tracking_uri() -> str:
-    """`MLFLOW_TRACKING_URI`, or else a database file in the project's folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root() / 'mlflow.db'}"
+    """Return `MLFLOW_TRACKING_URI`, or else a database file in the project's folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(project_root() / 'mlflow.db').as_posix()}"
 
 
 def unsent_folder() -> Path:
-    """Where runs are kept that the store did not take."""
+    """Return the folder of the runs that the store did not take."""
     return project_root() / ".state" / "unsent"
 
 
 def unsent_uri() -> str:
-    """The address of the store of unsent runs."""
-    return f"sqlite:///{unsent_folder() / 'mlflow.db'}"
+    """Return the address of the store of unsent runs."""
+    return f"sqlite:///{(unsent_folder() / 'mlflow.db').as_posix()}"
 
 
 def flatten(prefix: str, settings: Any) -> dict[str, Any]:
-    """Nested settings as `model.hidden_size: 192`, the way params.yaml is read aloud."""
-    values = asdict(settings) if is_dataclass(settings) else settings
+    """Flatten settings to `model.hidden_size: 192`, the way params.yaml is read aloud."""
+    values = asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else settings
     return {f"{prefix}.{key}": value for key, value in values.items()}
 
 
@@ -72,7 +71,7 @@ class Store:
 
 
 def open_store(uri: str) -> Store:
-    """The store at `uri`, with the experiment `dit`, made on first use. Under a lock: two first writers would both make it.
+    """Open the store at `uri`, with the experiment `dit`, made on first use. Under a lock: two first writers would both make it.
 
     Raises:
         MlflowException, OSError: it cannot be reached, or is none that this version of MLflow takes.
@@ -122,7 +121,7 @@ class Tracker:
         self.name, self._tags = name, tags
         self._store: Store | None = None
         self._run = run_id  # the run logged into; another than run_id where that is continued
-        self._goes_on = False
+        self._resumed = False
         self._last_steps: dict[str, int] = {}
         self._monitor: SystemMetricsMonitor | None = None
         if run_id is None:
@@ -145,65 +144,66 @@ class Tracker:
     def _turn_away_from_store(self, error: Exception) -> None:
         problem = f"MLflow: {without_password(self.uri)} does not take this run ({one_line(error)}); "
         if self.uri == unsent_uri():
-            print(problem + "going on without", flush=True)
+            print(problem + "logging nothing", flush=True)
             self.uri = ""
             return
         print(problem + f"it is kept in {unsent_folder()}, and `dit sync-runs` sends it", flush=True)
         self.uri, self._store, self._run = unsent_uri(), None, None
 
     def start_child(self, name: str) -> Tracker:
-        """A run below this one, in the same store: an evaluation."""
+        """Start a run below this one, in the same store: an evaluation."""
         tags = self._tags | {"mlflow.source.name": "stages/evaluate.py"} | ({PARENT: self.run_id} if self.run_id else {})
         return Tracker(self.uri, name, tags)
 
-    def params(self, values: dict[str, Any]) -> None:
-        """Note settings."""
+    def log_params(self, values: dict[str, Any]) -> None:
+        """Log settings."""
         self._do(lambda client, run: client.log_batch(run, params=[Param(key, str(value)) for key, value in values.items()]))
 
-    def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        """Note a point of each curve in `values`."""
+    def log_metrics(self, values: dict[str, float], step: int = 0) -> None:
+        """Log a point of each curve in `values`."""
         now = int(pd.Timestamp.now("UTC").timestamp() * 1000)
 
         def log(client: MlflowClient, run: str) -> None:
-            new = {key: value for key, value in values.items() if not self._goes_on or step > self._last_step(client, run, key)}
+            new = {key: value for key, value in values.items() if not self._resumed or step > self._last_step(client, run, key)}
             client.log_batch(run, [Metric(key, float(value), now, step) for key, value in new.items()])
 
         self._do(log)
 
     def _last_step(self, client: MlflowClient, run: str, key: str) -> int:
-        """The last step of `key` that the run had when it went on."""
+        """Return the last step of `key` that the run had when it was resumed."""
         if key not in self._last_steps:
             self._last_steps[key] = max((point.step for point in client.get_metric_history(run, key)), default=-1)
         return self._last_steps[key]
 
-    def picture(self, image: Image.Image | Path, name: str, step: int | None = None) -> None:
-        """Keep a picture; with a `step`, as one of a series that MLflow shows over time."""
+    def log_image(self, image: Image.Image | Path, name: str, step: int | None = None) -> None:
+        """Log an image; with a `step`, as one of a series that MLflow shows over time."""
         image = Image.open(image) if isinstance(image, Path) else image
 
         def log(client: MlflowClient, run: str) -> None:
             if step is None:
                 client.log_image(run, image, artifact_file=f"{name}.png")
-            elif not (self._goes_on and _has_picture(client, run, name, step)):
+            elif not (self._resumed and _has_image(client, run, name, step)):
                 client.log_image(run, image, key=name, step=step)
 
         self._do(log)
 
-    def notes(self, values: Any, name: str) -> None:
-        """Keep `values` as a JSON file."""
+    def log_json(self, values: Any, name: str) -> None:
+        """Log `values` as a JSON file."""
         self._do(lambda client, run: client.log_dict(run, values, name))
 
-    def dataset(self, name: str, digest: str, source: str) -> None:
-        """Say what the run was trained on; MLflow keeps the first 36 characters of the digest."""
-        dataset = MetaDataset(mlflow.data.dataset_source_registry.resolve_dataset_source(source), name, digest[:36])
+    def log_dataset(self, name: str, digest: str, source: str) -> None:
+        """Log what the run was trained on; MLflow keeps the first 36 characters of the digest."""
+        origin = mlflow.data.dataset_source_registry.resolve_dataset_source(source)
+        dataset = Dataset(name, digest[:36], origin._get_source_type(), origin.to_json())
         tags = [InputTag("mlflow.data.context", "training")]
-        self._do(lambda client, run: client.log_inputs(run, [DatasetInput(dataset._to_mlflow_entity(), tags)]))
+        self._do(lambda client, run: client.log_inputs(run, [DatasetInput(dataset, tags)]))
 
-    def model(self, folder: Path, registered: str, step: int) -> None:
-        """Keep a model, trained for `step` steps, and register it as the next version of `registered`."""
+    def log_model(self, folder: Path, registered: str, step: int) -> None:
+        """Log a model, trained for `step` steps, and register it as the next version of `registered`."""
         from dit.tracking.registry import register_model
 
         def register(client: MlflowClient, run: str) -> None:
-            if not (self._goes_on and client.search_model_versions(f"run_id = '{run}'")):
+            if not (self._resumed and client.search_model_versions(f"run_id = '{run}'")):
                 register_model(self.uri, run, folder, registered, step)
 
         self._do(register)
@@ -212,14 +212,14 @@ class Tracker:
         """Log use of processor, memory, disk and GPU every ten seconds, until `finish`."""
 
         def watch(client: MlflowClient, run: str) -> None:
-            self._monitor = SystemMetricsMonitor(run, resume_logging=self._goes_on, tracking_uri=self.uri)
+            self._monitor = SystemMetricsMonitor(run, resume_logging=self._resumed, tracking_uri=self.uri)
             self._monitor.start()
 
         self._do(watch)
 
-    def go_on(self) -> None:
-        """A run that had been stopped is running again: what it has noted already it does not note twice."""
-        self._goes_on = True
+    def resume(self) -> None:
+        """Set a run that had been stopped running again; what it has logged already it does not log twice."""
+        self._resumed = True
         self._do(lambda client, run: client.update_run(run, status="RUNNING"))
 
     def finish(self, status: str = "FINISHED") -> None:
@@ -236,7 +236,7 @@ def start_run(recipe: str, tags: dict[str, str] | None = None) -> Tracker:
 
 
 def resume_run(run_id: str | None, recipe: str) -> Tracker | None:
-    """Log on in a run of before, in whichever store it is; None if none knows it (a colleague's model, pulled)."""
+    """Resume a run of before, in whichever store it is; None if none knows it (a colleague's model, pulled)."""
     if not run_id:
         return None
     name, tags = os.environ.get("DVC_EXP_NAME") or recipe, {"recipe": recipe, **_code_tags()}
@@ -257,7 +257,7 @@ def _find_if_reachable(uri: str, run_id: str, otherwise: str | None) -> str | No
 
 
 def find_run(store: Store, run_id: str) -> str | None:
-    """The run `run_id` in `store`, or the one that was made of it when it was sent there."""
+    """Find the run `run_id` in `store`, or the one that was made of it when it was sent there."""
     try:
         if store.client.get_run(run_id).info.lifecycle_stage == "active":
             return run_id
@@ -268,18 +268,18 @@ def find_run(store: Store, run_id: str) -> str | None:
     return sent[0].info.run_id if sent else None
 
 
-def _has_picture(client: MlflowClient, run: str, name: str, step: int) -> bool:
-    """Whether the series `name` has a picture of `step`: MLflow writes both into the name of the file."""
+def _has_image(client: MlflowClient, run: str, name: str, step: int) -> bool:
+    """Return whether the series `name` has an image of `step`: MLflow writes both into the name of the file."""
     written = (re.split("[+%]", Path(item.path).name) for item in client.list_artifacts(run, "images"))
     return any(parts[:3] == [name, "step", str(step)] for parts in written)
 
 
 def _code_tags() -> dict[str, str]:
-    """Which code and which DVC experiment this is; of MLflow's own tags those that its pages show.
+    """Tag which code and which DVC experiment this is; of MLflow's own tags those that its pages show.
 
     `git.dirty` is of the code: what a run writes by itself, and the settings, which are the run's parameters, do not count.
     """
-    tags = {"mlflow.source.name": "stages/train.py", "mlflow.source.type": "LOCAL"}
+    tags: dict[str, str | None] = {"mlflow.source.name": "stages/train.py", "mlflow.source.type": "LOCAL"}
     tags |= {"dvc.exp_name": os.environ.get("DVC_EXP_NAME"), "dvc.baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV")}
     commit = _git("rev-parse", "HEAD")
     if commit:

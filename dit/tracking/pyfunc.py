@@ -1,7 +1,7 @@
 """The trained model as MLflow loads it. MLflow runs this file from the copy of `dit` that it keeps beside the model.
 
-    model = mlflow.pyfunc.load_model("models:/dit-shapes/1")
-    pictures = model.predict(pandas.DataFrame({"prompt": ["a red circle"]}), params={"seed": 7})
+model = mlflow.pyfunc.load_model("models:/dit-shapes/1")
+pictures = model.predict(pandas.DataFrame({"prompt": ["a red circle"]}), params={"seed": 7})
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ BATCH_SIZE = 16
 
 
 class TextToImage(PythonModel):
-    """A row of the table is a prompt, and becomes a picture."""
+    """Generates an image for each row of a table, which is a prompt."""
 
     def load_context(self, context: PythonModelContext) -> None:
+        """Load the pipeline; MLflow calls this once."""
         self.pipeline = load_pipeline(context.artifacts["model"])
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[Image.Image]:
-        """Draw the column `prompt`.
+        """Generate an image for each text in the column `prompt`.
 
         Args:
             context: unused.

@@ -16,7 +16,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from dit.config import DEFAULTS
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent.parent  # dit/
 # What drawing needs, and no more. MLflow would guess, and find another package of the name dit on the public index.
 REQUIREMENTS = (
     "accelerate",
@@ -68,7 +68,7 @@ def register_model(uri: str, run: str, folder: Path, name: str, step: int, packa
             run_id=run,
             step=step,
             registered_model_name=name,
-            python_model=str(package / "pyfunc.py"),  # as code: nothing is pickled
+            python_model=str(_loader(package)),  # as code: nothing is pickled
             artifacts={"model": str(folder.resolve())},
             code_paths=[str(package)],
             pip_requirements=[f"{each}=={version(each).split('+')[0]}" for each in REQUIREMENTS],
@@ -76,9 +76,14 @@ def register_model(uri: str, run: str, folder: Path, name: str, step: int, packa
         )
 
 
+def _loader(package: Path) -> Path:
+    """Return the file that MLflow runs to load a model; version 0.1 had it at the top of the package."""
+    return next(path for path in (package / "tracking" / "pyfunc.py", package / "pyfunc.py") if path.is_file())
+
+
 @contextmanager
 def _addressed(uri: str, experiment: str) -> Iterator[None]:
-    """What logs models takes the store and the experiment from the process and the environment alone."""
+    """Set the store and the experiment where the code that logs models looks for them: in the process and the environment."""
     before = {key: os.environ.get(key) for key in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")}
     os.environ["MLFLOW_EXPERIMENT_ID"] = experiment
     mlflow.set_tracking_uri(uri)
@@ -86,8 +91,8 @@ def _addressed(uri: str, experiment: str) -> Iterator[None]:
     try:
         yield
     finally:
-        mlflow.set_tracking_uri(None)
-        mlflow.set_registry_uri(None)
+        mlflow.set_tracking_uri("")
+        mlflow.set_registry_uri("")
         for key, value in before.items():
             os.environ.pop(key, None)
             if value is not None:

@@ -29,7 +29,7 @@ POINTS_AT_ONCE = 1000  # as many as MLflow takes in one request
 
 
 def unsent_runs(unsent: Store) -> list[Run]:
-    """Runs that wait, the oldest first: a parent comes before its children."""
+    """List the runs that wait, the oldest first: a parent comes before its children."""
     found = unsent.client.search_runs(
         [unsent.experiment], run_view_type=ViewType.ACTIVE_ONLY, max_results=50_000, order_by=["attribute.start_time ASC"]
     )
@@ -63,7 +63,7 @@ def sync_runs() -> list[str]:
 
 
 def _send(client: MlflowClient, run: Run, store: Store) -> str:
-    """Copy one run into `store`; returns its id there."""
+    """Copy one run into `store`; return its id there."""
     source, tags = run.info.run_id, dict(run.data.tags)
     target = tags.pop(BELONGS_TO, None) or find_run(store, source)
     if target is None:
@@ -79,8 +79,8 @@ def _send(client: MlflowClient, run: Run, store: Store) -> str:
         points = [point for point in client.get_metric_history(source, key) if point.step not in there]
         for start in range(0, len(points), POINTS_AT_ONCE):
             store.client.log_batch(target, points[start : start + POINTS_AT_ONCE])
-    if run.inputs.dataset_inputs and not store.client.get_run(target).inputs.dataset_inputs:
-        store.client.log_inputs(target, [DatasetInput(each.dataset, each.tags) for each in run.inputs.dataset_inputs])
+    if not _data_sets(store.client.get_run(target)):
+        store.client.log_inputs(target, [DatasetInput(each.dataset, each.tags) for each in _data_sets(run)])
     with tempfile.TemporaryDirectory() as folder:
         store.client.log_artifacts(target, client.download_artifacts(source, "", folder))
     _send_models(client, source, store, target)
@@ -89,12 +89,17 @@ def _send(client: MlflowClient, run: Run, store: Store) -> str:
     return target
 
 
+def _data_sets(run: Run) -> list[DatasetInput]:
+    return run.inputs.dataset_inputs if run.inputs else []
+
+
 def _send_models(client: MlflowClient, source: str, store: Store, target: str) -> None:
     """Register the models of the run `source` as results of the run `target`, with the code that they came with."""
     if store.client.search_model_versions(f"run_id = '{target}'"):
         return
     for registered in client.search_model_versions(f"run_id = '{source}'"):
-        (trained,) = client.get_run(source).outputs.model_outputs
+        outputs = client.get_run(source).outputs
+        (trained,) = outputs.model_outputs if outputs else []
         folder = Path(download_artifacts(artifact_uri=client.get_logged_model(trained.model_id).artifact_location))
         (weights,) = (folder / "artifacts").iterdir()
         register_model(store.uri, target, weights, registered.name, trained.step, package=folder / "code" / "dit")

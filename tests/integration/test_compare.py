@@ -18,18 +18,18 @@ def log_run(name: str, colours: list[str], accuracy: float | None, batch_size: i
     """A run that drew each of its prompts in one plain colour."""
     monkeypatch.setenv("DVC_EXP_NAME", name)
     run = tracking.start_run("shapes")
-    run.params({"train.batch_size": batch_size, "train.seed": 0})
+    run.log_params({"train.batch_size": batch_size, "train.seed": 0})
     if accuracy is not None:
-        run.metrics({"prompt_accuracy": accuracy, "val_loss": 1 - accuracy, "frechet_distance_clip_n500": 1 - accuracy}, 9)
+        run.log_metrics({"prompt_accuracy": accuracy, "val_loss": 1 - accuracy, "frechet_distance_clip_n500": 1 - accuracy}, 9)
         row = Image.new("RGB", (16 * len(colours), 16))
         for k, colour in enumerate(colours):
             row.paste(COLOURS[colour], (16 * k, 0, 16 * k + 16, 16))
-        run.picture(row, "compared/row")
-        run.notes([{"text": f"prompt {k}", "seed": seed + k} for k in range(len(colours))], "compared/prompts.json")
+        run.log_image(row, "compared/row")
+        run.log_json([{"text": f"prompt {k}", "seed": seed + k} for k in range(len(colours))], "compared/prompts.json")
         for samples in (8, batch_size):  # evaluated twice; the last one counts
             child = run.start_child(f"{name} evaluation")
-            child.params({"sample.num_samples": samples})
-            child.metrics({"prompt_accuracy": accuracy if samples == batch_size else 1.0})
+            child.log_params({"sample.num_samples": samples})
+            child.log_metrics({"prompt_accuracy": accuracy if samples == batch_size else 1.0})
             child.finish()
     run.finish()
     return run.run_id

@@ -41,8 +41,8 @@ def project(tmp_path, monkeypatch) -> Path:
 
 def register(model: Path) -> tracking.Tracker:
     run = tracking.start_run("shapes")
-    run.metrics({"val_loss": 0.5}, 9)
-    run.model(model, "dit-shapes", 9)
+    run.log_metrics({"val_loss": 0.5}, 9)
+    run.log_model(model, "dit-shapes", 9)
     run.finish()
     return run
 
@@ -74,8 +74,8 @@ def check(project: Path, model: Path, run_id: str) -> None:
 def test_a_registered_model_draws_what_the_pipeline_draws(project, model):
     run = register(model)
     again = tracking.resume_run(run.run_id, "shapes")  # killed before it was done
-    again.go_on()
-    again.model(model, "dit-shapes", 9)
+    again.resume()
+    again.log_model(model, "dit-shapes", 9)
     again.finish()
     check(project, model, run.run_id)
 

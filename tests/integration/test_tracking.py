@@ -33,12 +33,12 @@ def store(tmp_path, monkeypatch) -> MlflowClient:
 def test_a_run_holds_parameters_curves_pictures_and_the_data_set(store, tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_EXP_NAME", "brave-idea")
     run = tracking.start_run("shapes", tags={"data.latents": "abc"})
-    run.params({"train.batch_size": 48})
+    run.log_params({"train.batch_size": 48})
     for step in (1, 2):
-        run.metrics({"train_loss": 1 / step}, step)
-        run.picture(Image.new("RGB", (8, 8), "red"), "preview", step)
-    run.picture(Image.new("RGB", (8, 8)), "grid")
-    run.dataset("shapes", "abc", "data/latents")
+        run.log_metrics({"train_loss": 1 / step}, step)
+        run.log_image(Image.new("RGB", (8, 8), "red"), "preview", step)
+    run.log_image(Image.new("RGB", (8, 8)), "grid")
+    run.log_dataset("shapes", "abc", "data/latents")
     run.finish()
     kept = store.get_run(run.run_id)
     assert kept.info.run_name == "brave-idea" and kept.info.status == "FINISHED"
@@ -63,13 +63,13 @@ def test_an_evaluation_is_a_child_of_its_training(store):
 def test_a_run_that_goes_on_notes_no_point_and_no_picture_twice(store):
     def log(run: tracking.Tracker, steps: range) -> None:
         for step in steps:
-            run.metrics({"train_loss": 1 / step}, step)
-            run.picture(Image.new("RGB", (8, 8)), "preview", step)
+            run.log_metrics({"train_loss": 1 / step}, step)
+            run.log_image(Image.new("RGB", (8, 8)), "preview", step)
 
     killed = tracking.start_run("shapes")
     log(killed, range(1, 5))
     again = tracking.resume_run(killed.run_id, "shapes")
-    again.go_on()
+    again.resume()
     log(again, range(3, 8))  # from the last checkpoint
     again.finish()
     assert [point.step for point in store.get_metric_history(killed.run_id, "train_loss")] == [1, 2, 3, 4, 5, 6, 7]
@@ -85,15 +85,15 @@ def test_the_machine_is_watched_and_goes_on_being_watched(store, monkeypatch):
         run.watch_machine()
         subprocess.run([sys.executable, "-c", "import time; time.sleep(1)"], check=True)
         run.finish("KILLED")
-        run.go_on()
+        run.resume()
     points = store.get_metric_history(run.run_id, "system/cpu_utilization_percentage")
     assert len(points) > 4 and len({point.step for point in points}) == len(points)
 
 
 def _log_everything(run: tracking.Tracker, steps: range) -> None:
     for step in steps:
-        run.metrics({"train_loss": 1 / step}, step)
-        run.picture(Image.new("RGB", (8, 8)), "preview", step)
+        run.log_metrics({"train_loss": 1 / step}, step)
+        run.log_image(Image.new("RGB", (8, 8)), "preview", step)
 
 
 def _check_everything(client: MlflowClient, run_id: str, steps: range) -> None:
@@ -111,7 +111,7 @@ def _train_and_evaluate(run: tracking.Tracker, steps: range) -> None:
     _log_everything(run, steps)
     run.finish()
     child = tracking.resume_run(run.run_id, "shapes").start_child("evaluation")
-    child.metrics({"prompt_accuracy": 0.5})
+    child.log_metrics({"prompt_accuracy": 0.5})
     child.finish()
 
 
@@ -119,8 +119,8 @@ def test_a_server_that_is_away_costs_a_line_and_no_point(store, monkeypatch, tmp
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://anna:secret@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     run = tracking.start_run("shapes")
-    run.params({"a": 1})
-    run.dataset("shapes", "abc", "data/latents")
+    run.log_params({"a": 1})
+    run.log_dataset("shapes", "abc", "data/latents")
     _train_and_evaluate(run, range(1, 4))
     said = capsys.readouterr().out
     assert said.count("MLflow: http://127.0.0.1:9 does not take this run") == 1 and "dit sync-runs" in said
@@ -140,8 +140,8 @@ def test_a_server_that_is_away_costs_a_line_and_no_point(store, monkeypatch, tmp
 def test_what_is_still_written_is_sent_as_far_as_it_is_and_once(store, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:./mlruns")  # MLflow refuses the old file store
     run = tracking.start_run("shapes")
-    run.params({"a": 1})
-    run.dataset("shapes", "abc", "data/latents")
+    run.log_params({"a": 1})
+    run.log_dataset("shapes", "abc", "data/latents")
     _log_everything(run, range(1, 3))
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     (there,) = sync.sync_runs()
@@ -156,12 +156,12 @@ def test_where_nothing_can_be_written_a_training_goes_on(store, monkeypatch, tmp
     (tmp_path / ".state").mkdir()
     (tmp_path / ".state" / "unsent").write_text("no folder")
     run = tracking.start_run("shapes")
-    run.params({"a": 1})
+    run.log_params({"a": 1})
     _log_everything(run, range(1, 3))
     run.finish()
-    run.start_child("evaluation").metrics({"prompt_accuracy": 0.5})
+    run.start_child("evaluation").log_metrics({"prompt_accuracy": 0.5})
     assert tracking.resume_run(run.run_id, "shapes") is run.run_id is None
-    assert capsys.readouterr().out.count("going on without") == 1
+    assert capsys.readouterr().out.count("logging nothing") == 1
 
 
 @pytest.mark.slow
@@ -171,8 +171,8 @@ def test_a_server_that_dies_in_between_loses_nothing(store, monkeypatch, tmp_pat
     with mlflow_server(tmp_path / "server", backend) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
         run = tracking.start_run("shapes")
-        run.params({"a": 1})
-        run.dataset("shapes", "abc", "data/latents")
+        run.log_params({"a": 1})
+        run.log_dataset("shapes", "abc", "data/latents")
         _log_everything(run, range(1, 4))
         server.kill()
         _train_and_evaluate(run, range(4, 7))

@@ -21,7 +21,6 @@ PACKAGES = ("dit", "stages")
 NEUTRAL = {
     "stages/__init__.py": "reads params.yaml, starts the processes and words failures",
     "stages/dvc_files.py": "reads dvc.lock, and brings metrics back after a failure",
-    "stages/processes.py": "starts the processes",
     "dit/config.py": "reads and checks the settings; those that a stage uses are its params",
     "dit/errors.py": "the class of errors",
     "dit/tracking": "reports to MLflow",
@@ -33,15 +32,22 @@ READ = {"dit/encoders/loading.py": "dit/encoders/builtin"}  # files that are no 
 # same result. The train stage has none.
 SPARE = {
     "download": {"dit/dataset/image_io.py", "dit/dataset/reader.py", "dit/shapes/detector.py", "dit/shapes/scoring.py"},
-    "encode": {"dit/encoders/vae.py", "dit/latents/device_cache.py", "dit/utils/hardware.py", "dit/utils/random.py"},
+    "encode": {"dit/latents/device_cache.py", "dit/utils/hardware.py", "dit/utils/random.py"},
     "sample": {
         "dit/dataset/image_io.py",
         "dit/dataset/storage.py",
+        "dit/model/loss.py",
         "dit/shapes/detector.py",
         "dit/shapes/scoring.py",
         "dit/utils/random.py",
     },
-    "evaluate": {"dit/utils/hardware.py"},
+    "evaluate": {
+        "dit/encoders/text.py",
+        "dit/encoders/vae.py",
+        "dit/latents/device_cache.py",
+        "dit/shapes/prompts.py",
+        "dit/utils/hardware.py",
+    },
 }
 
 
