@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -30,8 +30,18 @@ Text = Annotated[str, Field(min_length=1)]
 Layout = Literal["auto", "files", "shards"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Scheduler = Literal["euler", "heun", "dpm++", "unipc", "ddim", "stochastic"]
+
+
 # Of the command line, MLflow's model and the pipeline; `sample` of params.yaml has the same values.
-DEFAULTS = {"num_inference_steps": 10, "guidance_scale": 1.5, "scheduler": "stochastic"}
+class Defaults(NamedTuple):
+    """Sampling settings where nothing else is set."""
+
+    num_inference_steps: int = 10
+    guidance_scale: float = 1.5
+    scheduler: str = "stochastic"
+
+
+DEFAULTS = Defaults()
 STRENGTH = 0.6  # of image to image without a mask: objects keep their places and may change colour (docs/performance.md)
 
 STRICT = ConfigDict(extra="forbid")

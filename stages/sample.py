@@ -1,4 +1,4 @@
-"""Stage 4: draw the evaluation prompts with the trained model's EMA weights, one seed per prompt."""
+"""Stage 4: generate an image for each evaluation prompt with the trained model's EMA weights, one seed per prompt."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ METRICS = "metrics/sample.json"
 
 
 def main(params: Params) -> None:
+    """Sample the prompts, and grids of settings."""
     prompts = choose_prompts(Path("data/raw"), params.recipe, params.sample)
     rate = sample(Path("models/dit"), prompts, params.sample, images=Path("samples/images"), grids=Path("samples/grids"))
     write_json(Path(METRICS), rate)

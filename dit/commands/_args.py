@@ -50,7 +50,7 @@ def make_folder_of(path: Path, flag: str = "--output") -> None:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture, in the format that the end of its name says, into a folder that is made if it is missing."""
+    """Write an image, in the format that the end of its name says, into a folder that is made if it is missing."""
     make_folder_of(path)
     try:
         picture.save(path)

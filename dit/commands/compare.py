@@ -27,7 +27,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run_compare(arguments: argparse.Namespace) -> None:
-    """Print the table of runs, and write it and their pictures."""
+    """Print the table of runs, and write it and their images."""
     from dit.commands.comparison import comparison_picture, comparison_table, read_runs
 
     make_folder_of(arguments.output)

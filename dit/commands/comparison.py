@@ -1,10 +1,11 @@
-"""`dit compare`: trained models side by side, as a table and as a picture of what each drew for the same prompts."""
+"""`dit compare`: trained models side by side, as a table and as an image of what each drew for the same prompts."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from mlflow import MlflowClient
@@ -25,7 +26,7 @@ HEADLINES = (
     "val_loss",
     "training_seconds",
 )
-CELL = 128  # pixels of a picture
+CELL = 128  # pixels of an image
 MARGIN = 190  # of the names on the left
 
 
@@ -60,7 +61,7 @@ def read_runs(names: list[str], metric: str) -> pd.DataFrame:
     if names:
         runs = runs[[any(_goes_by(name, run) for name in names) for _, run in runs.iterrows()]]
     if f"metrics.{metric}" not in runs:
-        known = sorted(column.removeprefix("metrics.") for column in runs if column.startswith("metrics."))
+        known = sorted(column.removeprefix("metrics.") for column in map(str, runs) if column.startswith("metrics."))
         known = [name for name in known if not name.startswith("system/")]
         raise UserError(f"{metric}: no run has this metric; they have {', '.join(known) or 'none: `dvc repro` makes one'}")
     runs = runs[runs[f"metrics.{metric}"].notna()]
@@ -68,7 +69,7 @@ def read_runs(names: list[str], metric: str) -> pd.DataFrame:
 
 
 def _row(run: Run) -> dict[str, str | float]:
-    named = {"params": run.data.params, "metrics": run.data.metrics, "tags": run.data.tags}
+    named: dict[str, dict[str, Any]] = {"params": run.data.params, "metrics": run.data.metrics, "tags": run.data.tags}
     return {"run_id": run.info.run_id} | {
         f"{kind}.{key}": value for kind, values in named.items() for key, value in values.items()
     }
@@ -83,12 +84,12 @@ def _goes_by(name: str, run: pd.Series) -> bool:
 
 
 def comparison_table(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """A row per run: figures of its last evaluation, and of its settings, those of the evaluation too, where the runs differ."""
+    """Return a row per run: metrics of its last evaluation, and those settings in which the runs differ."""
     table = pd.DataFrame({"run": runs["tags.mlflow.runName"], "id": runs["run_id"].str[:8]})
     for name in dict.fromkeys([metric, *HEADLINES]):
         if f"metrics.{name}" in runs:
             table[name] = runs[f"metrics.{name}"]
-    settings = [column for column in runs if column.startswith("params.")]
+    settings = [column for column in map(str, runs) if column.startswith("params.")]
     for column in sorted(settings):
         if runs[column].nunique(dropna=False) > 1:
             table[column.removeprefix("params.")] = runs[column]
@@ -96,7 +97,7 @@ def comparison_table(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def comparison_picture(runs: pd.DataFrame, metric: str) -> Image.Image | None:
-    """A row of pictures per run, a column per prompt that all runs drew with the same seed; None where there is none."""
+    """Return a row of images per run, a column per prompt that all runs drew with the same seed; None where there is none."""
     rows = {run["run_id"]: _pictures(run["run_id"]) for _, run in runs.iterrows()}
     shared = [prompt for prompt in next(iter(rows.values()), {}) if all(prompt in row for row in rows.values())]
     if not shared:
@@ -119,7 +120,7 @@ def comparison_picture(runs: pd.DataFrame, metric: str) -> Image.Image | None:
 
 
 def _pictures(run_id: str) -> dict[tuple[str, int], Image.Image]:
-    """What a run drew, by prompt and seed; nothing where it was evaluated by an earlier version."""
+    """Return what a run drew, by prompt and seed; nothing where it was evaluated by an earlier version."""
     client = MlflowClient(tracking_uri())
     if not client.list_artifacts(run_id, "compared"):
         return {}

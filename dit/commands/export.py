@@ -38,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--scheduler",
         choices=get_args(Scheduler),
         metavar="NAME",
-        help=f"{', '.join(get_args(Scheduler))}; default: the checkpoint's, {DEFAULTS['scheduler']} for what `dvc repro` trained",
+        help=f"{', '.join(get_args(Scheduler))}; default: the checkpoint's, {DEFAULTS.scheduler} for what `dvc repro` trained",
     )
     parser.set_defaults(action=export)
 
@@ -109,7 +109,7 @@ def save_pipeline(pipeline, folder: Path) -> None:
 
 
 def write_card(checkpoint: Path, folder: Path, scheduler: str) -> str:
-    """Write the card and its picture into `folder`; returns why it is without an evaluation, "" where it has one."""
+    """Write the card and its image into `folder`; returns why it is without an evaluation, "" where it has one."""
     from dit.commands.model_card import export_card, read_card, with_scheduler
 
     trained = checkpoint / CARD

@@ -19,7 +19,7 @@ TIES = {"models/dit", "samples/images", "samples/grids", "metrics/evaluate.json"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of a model, the settings that they were measured with, and a grid of its pictures if there is one."""
+    """The figures of a model, the settings that they were measured with, and a grid of its images if there is one."""
 
     figures: dict[str, float]
     params: Params
@@ -27,7 +27,7 @@ class Evaluation:
 
 
 def find_evaluation(checkpoint: Path) -> tuple[Evaluation | None, str]:
-    """The evaluation of the model in the folder `checkpoint`, or None and, in a few words, why there is none."""
+    """Return the evaluation of the model in the folder `checkpoint`, or None and, in a few words, why there is none."""
     if not FIGURES.is_file():
         return None, f"there is no {FIGURES}"
     if weights_hash(checkpoint) != weights_hash(MODEL):
@@ -48,6 +48,6 @@ def find_evaluation(checkpoint: Path) -> tuple[Evaluation | None, str]:
 
 
 def _changed(status: dict[str, list]) -> set[str]:
-    """What is no longer as it was when the stages ran, from `dvc status --json`. Not being in DVC's cache is no change."""
+    """Return what is no longer as it was when the stages ran, from `dvc status --json`. Not being in DVC's cache is no change."""
     parts = [part for parts in status.values() for part in parts if isinstance(part, dict)]
     return {name for part in parts for names in part.values() for name, how in names.items() if how != "not in cache"}

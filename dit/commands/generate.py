@@ -1,4 +1,4 @@
-"""`dit generate`: draw what captions say, or change a picture as they say."""
+"""`dit generate`: draw what captions say, or change an image as they say."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ examples:
   dit generate --prompt "a red circle" --image generated.png --mask mask.png --output mended.png
   dit inspect generated.png                                                how a picture was drawn
 """
-POOR = 25  # dB that a VAE keeps of a picture: the one in the box has 42 of drawings, and 15 to 20 of photographs
+POOR = 25  # dB that a VAE keeps of an image: the one bundled has 42 of drawings, and 15 to 20 of photographs
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -56,7 +56,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         how,
         "num_inference_steps",
         type=int,
-        default=DEFAULTS["num_inference_steps"],
+        default=DEFAULTS.num_inference_steps,
         metavar="N",
         help="evaluations of the transformer; more take longer; default: %(default)s",
     )
@@ -64,7 +64,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         how,
         "guidance_scale",
         type=float,
-        default=DEFAULTS["guidance_scale"],
+        default=DEFAULTS.guidance_scale,
         metavar="X",
         help="how strictly to follow the prompt; 1 is without, 3 breaks drawings, photographs want 3 to 7; default: %(default)s",
     )
@@ -81,7 +81,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         how,
         "scheduler",
         choices=get_args(Scheduler),
-        help=f"{', '.join(get_args(Scheduler))}; default: the checkpoint's, {DEFAULTS['scheduler']} for what `dvc repro` trained",
+        help=f"{', '.join(get_args(Scheduler))}; default: the checkpoint's, {DEFAULTS.scheduler} for what `dvc repro` trained",
         metavar="NAME",
     )
     add_flag(how, "batch_size", type=int, default=16, metavar="N", help="pictures drawn at once; default: %(default)s")
@@ -122,7 +122,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
     from dit.commands.png import write_png
     from dit.encoders.vae import psnr, reconstruct
-    from dit.pipeline.generate import draw, load_pipeline
+    from dit.pipeline.generate import generate_images, load_pipeline
     from dit.pipeline.prompts import prompt_warnings
     from dit.pipeline.schedulers import scheduler_name
     from dit.utils.images import labelled_grid
@@ -146,7 +146,7 @@ def generate(arguments: argparse.Namespace) -> None:
             )
 
     prompts = [prompt for prompt in prompts for _ in range(arguments.num_images_per_prompt)]
-    drawing = draw(
+    drawing = generate_images(
         pipeline,
         prompts,
         arguments.seed,
@@ -169,7 +169,7 @@ def generate(arguments: argparse.Namespace) -> None:
         pictures = list(drawing)
         cell = max(160, pictures[0].width)  # none is reduced
         sheet = labelled_grid(pictures, prompts, columns=min(6, len(prompts)), cell=cell)
-        lines = {"prompt": "\n".join(" ".join(prompt.split()) for prompt in prompts), "seed": "\n".join(seeds)}  # one a picture
+        lines = {"prompt": "\n".join(" ".join(prompt.split()) for prompt in prompts), "seed": "\n".join(seeds)}  # one per image
         write_png(output, sheet, lines | shared)
         print(output)
         return
@@ -183,21 +183,21 @@ def generate(arguments: argparse.Namespace) -> None:
 def notes(
     arguments: argparse.Namespace, image: InputImage | None, mask: InputImage | None, trained: int, cell: int
 ) -> Iterator[str]:
-    """A line for each thing that is done as asked, and may not be what was meant.
+    """Return a line for each thing that is done as asked, and may not be what was meant.
 
     Args:
         arguments, image, mask: what was asked for.
-        trained: side of the pictures that the model was trained on.
+        trained: side of the images that the model was trained on.
         cell: what width and height must be multiples of; the pipeline refuses others.
     """
     width, height = arguments.width or trained, arguments.height or trained
     if (width, height) != (trained, trained) and not (width % cell or height % cell):
         yield f"the model was trained on {trained} x {trained} pixels; at {width} x {height} things may come out twice"
     if image and image.picture.size != (width, height):
-        given, same_shape = "{} x {}".format(*image.picture.size), image.picture.width * height == image.picture.height * width
-        how = "it is resized to" if same_shape else "its middle is taken, at"
-        yield f"the picture to start from has {given} pixels; {how} {width} x {height}"
-    if mask and mask.picture.getextrema()[1] < 128:
+        own_width, own_height = image.picture.size
+        how = "it is resized to" if own_width * height == own_height * width else "its middle is taken, at"
+        yield f"the picture to start from has {own_width} x {own_height} pixels; {how} {width} x {height}"
+    if mask and mask.picture.histogram()[128:] == 128 * [0]:
         yield "the mask is white nowhere, so that nothing is drawn"
     if arguments.negative_prompt and arguments.guidance_scale == 1:
         yield "--negative_prompt changes nothing where --guidance_scale is 1"
@@ -210,12 +210,12 @@ def settings_of(
     made_with: dict[str, str],
     trained_size: int,
 ) -> dict[str, str]:
-    """What determines a picture beside its prompt and seed, as a PNG's text: no path, no machine, no time.
+    """Return what determines an image beside its prompt and seed, as a PNG's text: no path, no machine, no time.
 
     Args:
         arguments, image, mask: what was asked for.
         made_with: what the pipeline has been given or found: `scheduler` and `dtype`.
-        trained_size: side of the pictures that the model was trained on.
+        trained_size: side of the images that the model was trained on.
     """
     strength = arguments.strength if arguments.strength is not None else 1.0 if mask else STRENGTH
     facts = {

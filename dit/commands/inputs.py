@@ -21,7 +21,7 @@ POSITIVE = ("num_inference_steps", "height", "width", "num_images_per_prompt", "
 
 @dataclass(frozen=True)
 class InputImage:
-    """A picture to start from, or a mask, and the SHA-256 of its file."""
+    """A image to start from, or a mask, and the SHA-256 of its file."""
 
     picture: Image.Image
     sha256: str
@@ -78,13 +78,11 @@ def check_text(flag: str, value: str) -> None:
         raise UserError(f"{flag} {value!r}: not UTF-8; set the terminal to UTF-8, or write it into a --prompts-file")
 
 
-def read_pictures(
-    image: Path | None, mask: Path | None, strength: float | None
-) -> tuple[InputImage | None, InputImage | None]:
-    """The picture to start from (RGB) and the mask (L), each turned as its EXIF data say.
+def read_pictures(image: Path | None, mask: Path | None, strength: float | None) -> tuple[InputImage | None, InputImage | None]:
+    """Return the image to start from (RGB) and the mask (L), each turned as its EXIF data say.
 
     Raises:
-        UserError: one cannot be used, they do not lie over each other, or the picture is missing beside the others.
+        UserError: one cannot be used, they do not lie over each other, or the image is missing beside the others.
     """
     if image is None:
         for flag, value in (("--mask", mask), ("--strength", strength)):

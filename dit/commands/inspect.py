@@ -1,4 +1,4 @@
-"""`dit inspect`: what is in a latent cache; how a picture was drawn."""
+"""`dit inspect`: what is in a latent cache; how an image was drawn."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` with what would command a terminal, or be nothing to see, as Python writes it: a picture may be anybody's."""
+    """`text` with what would command a terminal, or be nothing to see, as Python writes it: an image may be anybody's."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:
-    """Print a summary of a latent cache, compare it with its hashes, and draw some of it; of a picture, how it was drawn."""
+    """Print a summary of a latent cache, compare it with its hashes, and draw some of it; of an image, how it was drawn."""
     if arguments.what.is_file() or arguments.what.suffix.lower() == ".png":
         from dit.commands.png import read_facts
 

@@ -14,6 +14,7 @@ from dit.dataset.storage import StoredImages
 from dit.encoders.loading import EncoderSource, load_vae
 from dit.errors import UserError
 from dit.latents.cache import CLIP_TOKENS, LatentCache, bytes_per_image, sample_posterior
+from dit.latents.index import EncoderEntry
 from dit.utils.images import labelled_grid, to_images
 
 GAP = 2  # pixels between an original and what was decoded
@@ -21,7 +22,7 @@ SAMPLED = 512  # images that the spread of the latents is measured on
 
 
 def describe_cache(cache: LatentCache) -> str:
-    """A readable summary, a fact a line."""
+    """Return a readable summary, a fact a line."""
     index = cache.index
     stored, naive = bytes_per_image(cache)
     chosen = np.random.default_rng(0).permutation(len(cache))[:SAMPLED]
@@ -48,13 +49,13 @@ def describe_cache(cache: LatentCache) -> str:
     return "\n".join(f"{name:16} {fact}" for name, fact in facts.items())
 
 
-def _source(source: dict) -> str:
-    return ", ".join(str(source[name]) for name in ("name", "revision", "resolved") if source[name])
+def _source(source: EncoderEntry) -> str:
+    return ", ".join(part for part in (source["name"], source["revision"], source["resolved"]) if part)
 
 
 @torch.no_grad()
 def decode_pictures(cache: LatentCache, raw: Path, count: int) -> Image.Image:
-    """A sheet of `count` images of the cache: the original beside the decoded latents, the first caption below.
+    """Return a sheet of `count` images of the cache: the original beside the decoded latents, the first caption below.
 
     Without the data set in `raw`, only the decoded latents.
 
@@ -82,7 +83,7 @@ def _side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
 
 
 def _originals(raw: Path, names: list[str], image_size: int) -> list[Image.Image]:
-    """The pictures of these names as squares; none if the data set is not there."""
+    """Return the images of these names as squares; none if the data set is not there."""
     try:
         stored = {entry.image: entry.stored for entry in read_metadata(raw)}
         images = StoredImages(raw)

@@ -31,7 +31,7 @@ HERE = "path/to/this/folder"
 
 
 def read_card(path: Path) -> str:
-    """The text of the card at `path`.
+    """Return the text of the card at `path`.
 
     Raises:
         UserError: it is no card that a new one could be made from; somebody has edited it, most likely.
@@ -45,24 +45,24 @@ def read_card(path: Path) -> str:
 
 
 def with_scheduler(card: str, scheduler: str) -> str:
-    """The card of an export with `scheduler`, a name as `make_scheduler` takes it, in place of the one that it names."""
+    """Return the card of an export with `scheduler`, a name as `make_scheduler` takes it, in place of the one that it names."""
     return re.sub(re.escape(DRAWS).replace(re.escape("{}"), "[^`]+"), DRAWS.format(scheduler), card)
 
 
 def export_card(
     trained: str, scheduler: str, figures: dict[str, float] | None, params: Params | None, picture: str | None
 ) -> str:
-    """The whole README.md of an export.
+    """Return the whole README.md of an export.
 
     Args:
         trained: the card of `models/dit`.
         scheduler: name of the scheduler in the export.
         figures: what metrics/evaluate.json says of this model, if it does.
         params: the settings that the figures were measured with.
-        picture: name of a file in the folder that shows what the model draws, if there is one.
+        image: name of a file in the folder that shows what the model draws, if there is one.
     """
     card = ModelCard(trained, ignore_metadata_errors=True)
-    data: ModelCardData = card.data
+    data = ModelCardData(**card.data.to_dict())
     text, settings, rest = card.text.replace('"models/dit"', f'"{HERE}"').partition(SETTINGS)
     prompt = text.partition('pipeline("')[2].partition('")')[0] or "a red circle"
     text += USE.format(version=__version__, here=HERE, prompt=prompt, draws=DRAWS.format(scheduler))
@@ -85,7 +85,7 @@ def export_card(
 
 
 def evaluation_section(figures: dict[str, float], params: Params) -> str:
-    """The figures as a table, with their intervals, and what they were measured with."""
+    """Return the figures as a table, with their intervals, and what they were measured with."""
     how = params.sample
     lines = [
         "",

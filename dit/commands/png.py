@@ -1,4 +1,4 @@
-"""Pictures that say how they were drawn: PNG files with text chunks."""
+"""Images that say how they were drawn: PNG files with text chunks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dit.errors import UserError
 
 
 def write_png(path: Path, picture: Image.Image, facts: dict[str, str]) -> None:
-    """Write `picture` with a text chunk for each of `facts`, first to a neighbour, then renamed. The same gives the same bytes.
+    """Write `image` with a text chunk for each of `facts`, first to a neighbour, then renamed. The same gives the same bytes.
 
     Args:
         path: where; its folder exists.
-        picture: the pixels.
+        image: the pixels.
         facts: values are Latin-1 where they can be (tEXt), else UTF-8 (iTXt), as the PNG specification has it.
     """
     chunks = PngInfo()
@@ -31,10 +31,10 @@ def write_png(path: Path, picture: Image.Image, facts: dict[str, str]) -> None:
 
 
 def read_facts(path: Path) -> dict[str, str]:
-    """The text chunks of a PNG file, in their order.
+    """Return the text chunks of a PNG file, in their order.
 
     Raises:
-        UserError: the file cannot be read, or is no picture.
+        UserError: the file cannot be read, or is no image.
     """
     try:
         with Image.open(path) as picture:

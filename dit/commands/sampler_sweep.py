@@ -47,15 +47,15 @@ def sweep(params: Params, model: Path, latents: Path, raw: Path, settings: Seque
     Args:
         params: for the recipe, the seed and the batch size of the sample stage, and the confidence of the intervals.
         model: the trained model's folder.
-        latents: its latent cache, which names the CLIP that gives the score where pictures cannot be judged.
+        latents: its latent cache, which names the CLIP that gives the score where images cannot be judged.
         raw: the data set that the prompts are from.
         settings: what is tried.
         count: number of prompts; half of them with unseen pairs where the recipe is `shapes`.
 
     Returns:
         A row for each setting: its fields; `prompt_accuracy` in [0, 1], or `clip_score` in [0, 100] where the prompts are not
-        about our shapes, with `_low` and `_high`; `prompts`, their number; `evaluations` of the transformer for a picture,
-        those with and without its caption; `seconds` for a hundred pictures at the rate of the fastest batch, without loading
+        about our shapes, with `_low` and `_high`; `prompts`, their number; `evaluations` of the transformer for an image,
+        those with and without its caption; `seconds` for a hundred images at the rate of the fastest batch, without loading
         and judging; `difference` to the best setting, at most 0, prompt by prompt, with `_low` and `_high`.
 
     Raises:
@@ -98,7 +98,7 @@ def _draw_and_score(
     batch_size: int,
     clip: ClipFeatures | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (S, N) of the N prompts with each of the S settings, and the seconds (S,) that each takes for a hundred pictures.
+    """Scores (S, N) of the N prompts with each of the S settings, and the seconds (S,) that each takes for a hundred images.
 
     Each batch is drawn with all settings before the next one: where the machine becomes slower, it does so for all of them.
     Batches are of one size, but for the last one, whose rate does not count where it is smaller.
@@ -129,11 +129,11 @@ def describe(setting: Setting | pd.Series) -> str:
 
 
 def score(prompts: Sequence[Prompt], pictures: list[Image.Image], clip: ClipFeatures | None) -> np.ndarray:
-    """How well each picture shows its prompt, (N,) float64: 1 or 0 as judged, or its CLIP score where there is a `clip`."""
+    """How well each image shows its prompt, (N,) float64: 1 or 0 as judged, or its CLIP score where there is a `clip`."""
     texts = [prompt.text for prompt in prompts]
     if clip is None:
-        judgements = [score_image(picture, text) for picture, text in zip(pictures, texts, strict=True)]
-        return np.array([float(not judgement.problem) for judgement in judgements])
+        scores = [score_image(picture, text) for picture, text in zip(pictures, texts, strict=True)]
+        return np.array([float(found is not None and not found.problem) for found in scores])
     return clip_scores(clip.of_images(pictures, len(pictures), "CLIP"), clip.of_texts(texts)).double().numpy()
 
 
@@ -147,7 +147,7 @@ def interval(values: np.ndarray, share: bool, confidence: float) -> tuple[float,
 
 
 def cheapest(table: pd.DataFrame, tolerance: float) -> pd.Series:
-    """The row of the fewest evaluations among those that are at most `tolerance` below the best; of equals, the fastest."""
+    """Return the row of the fewest evaluations at most `tolerance` below the best; of equals, the fastest."""
     return table[table["difference"] >= -tolerance].sort_values(["evaluations", "seconds"]).iloc[0]
 
 
@@ -171,7 +171,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def chance(table: pd.DataFrame) -> float:
-    """How far the figures of a setting may be off by chance: half of the widest interval."""
+    """How far the figures of a setting may be off at random: half of the widest interval."""
     name = next(column for column in NAMES if column in table)
     return float((table[f"{name}_high"] - table[f"{name}_low"]).max() / 2)
 
@@ -184,13 +184,14 @@ def plot(table: pd.DataFrame) -> Figure:
     lines = table.sort_values("num_inference_steps").groupby(["scheduler", "guidance_scale"])
     for number, ((scheduler, scale), rows) in enumerate(lines):
         errors = [rows[name] - rows[f"{name}_low"], rows[f"{name}_high"] - rows[name]]
-        style = {"color": f"C{number}", "marker": "o", "markersize": 4, "capsize": 2}
-        axes.errorbar(rows["seconds"], rows[name], errors, label=f"{scheduler}, guidance {scale:g}", **style)
+        color, label = f"C{number}", f"{scheduler}, guidance {scale:g}"
+        axes.errorbar(rows["seconds"], rows[name], errors, label=label, color=color, marker="o", markersize=4, capsize=2)
         # Beside the error bar: right and left in turn, since two lines may have points in the same place.
-        beside = {"xytext": (5, 4), "ha": "left"} if number % 2 == 0 else {"xytext": (-5, -10), "ha": "right"}
+        offset, ha = ((5, 4), "left") if number % 2 == 0 else ((-5, -10), "right")
         for _, row in rows.iterrows():
-            place = {"textcoords": "offset points", "fontsize": 7, "color": f"C{number}"} | beside
-            axes.annotate(f"{row['num_inference_steps']:g}", (row["seconds"], row[name]), **place)
+            at = (row["seconds"], row[name])
+            text = f"{row['num_inference_steps']:g}"
+            axes.annotate(text, at, offset, textcoords="offset points", fontsize=7, color=color, ha=ha)
     axes.set_xlim(left=0)
     axes.set_xlabel("seconds for 100 pictures; the number at a point is that of its steps")
     axes.set_ylabel(NAMES[name])

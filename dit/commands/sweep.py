@@ -41,9 +41,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "scheduler",
         choices=get_args(Scheduler),
         nargs="+",
-        default=[DEFAULTS["scheduler"]],
+        default=[DEFAULTS.scheduler],
         metavar="NAME",
-        help=f"{', '.join(get_args(Scheduler))}; default: {DEFAULTS['scheduler']}",
+        help=f"{', '.join(get_args(Scheduler))}; default: {DEFAULTS.scheduler}",
     )
     add_flag(parser, "num_samples", type=int, default=200, metavar="N", help=f"prompts, the same for all; {default}")
     add_flag(
@@ -99,7 +99,7 @@ def check_numbers(arguments: argparse.Namespace) -> None:
 
 
 def find_outputs(name: Path) -> tuple[Path, Path]:
-    """The files of the table and of the plot; the folder that they lie in is made.
+    """Return the files of the table and of the plot; the folder that they lie in is made.
 
     Raises:
         UserError: `name` is a folder, or the files cannot be written.

@@ -1,0 +1,1 @@
+"""Writes the latent cache: images and captions through the encoders, once."""

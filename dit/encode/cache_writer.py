@@ -100,7 +100,7 @@ def shard_paths(folder: Path, number: int) -> tuple[Path, Path, Path]:
 
 
 def read_record(folder: Path, number: int) -> dict | None:
-    """What is known of a shard that was written as a whole; None of any other."""
+    """Return what is known of a shard that was written as a whole; None of any other."""
     file, listed, record = shard_paths(folder, number)
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
@@ -111,8 +111,8 @@ def read_record(folder: Path, number: int) -> dict | None:
 
 
 def channel_sums(rows: torch.Tensor) -> dict:
-    """Number of `rows` (N, channels), and of each channel the sum and the sum of squares."""
-    total, squares = 0.0, 0.0
+    """Count `rows` (N, channels), and sum each channel and its squares."""
+    total = squares = torch.zeros(rows.shape[1], dtype=torch.float64)
     for block in rows.split(BLOCK):
         block = block.double()
         total, squares = total + block.sum(0), squares + block.square().sum(0)

@@ -1,4 +1,4 @@
-"""Turn a data set of pictures and captions into the latent cache, shard by shard.
+"""Turn a data set of images and captions into the latent cache, shard by shard.
 
 What is in memory is a batch and a shard, whatever the size of the set. Batches and shards depend on the data set and the
 settings alone, so a run that was killed goes on with the first shard that is not whole, several processes share the work,
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from dit.config import VAE_FACTOR, Encode, Runtime
@@ -46,6 +47,7 @@ class Plan:
 
     @property
     def captions(self) -> list[Entry]:
+        """Return the captions of all images, in their order."""
         return list(chain.from_iterable(self.images))
 
 
@@ -58,8 +60,8 @@ def encode_dataset(raw: Path, folder: Path, settings: Encode, runtime: Runtime, 
         raw: what a source wrote: `metadata.json` and the images.
         folder: where the cache goes.
         settings: which encoders, image size, batch size and precision.
-        runtime: how many workers decode pictures.
-        picture: where originals (upper rows) beside reconstructions (lower rows) are drawn.
+        runtime: how many workers decode images.
+        image: where originals (upper rows) beside reconstructions (lower rows) are drawn.
 
     Returns:
         `reconstruction_psnr` in dB over a sample of the set, and how many images and captions there are; None in all
@@ -91,12 +93,12 @@ def encode_dataset(raw: Path, folder: Path, settings: Encode, runtime: Runtime, 
     plans = list(plan_shards(images, encoder))
     parts = unfinished_folder(about["fingerprint"], settings.batch_size, state.device)
 
-    quality = None
+    quality = float("nan")
     if state.is_main_process:
         quality = measure_reconstruction(vae, raw, images, settings.image_size, settings.batch_size, picture)
         if quality < POOR and settings.vae == "builtin":
             print(
-                f"encode: the VAE in the box was fitted on drawings and keeps little of these pictures ({quality} dB: see "
+                f"encode: the bundled VAE was fitted on rendered scenes and keeps little of these images ({quality} dB: see "
                 f"{picture}); set encode.vae to stabilityai/sd-vae-ft-mse and encode.clip to openai/clip-vit-large-patch14",
                 flush=True,
             )
@@ -106,7 +108,8 @@ def encode_dataset(raw: Path, folder: Path, settings: Encode, runtime: Runtime, 
     if not state.is_main_process:
         return None
     (empty,), pooled = text.encode([""])
-    data = _digest([read_record(parts, plan.number)["inputs"] for plan in plans])
+    records = [read_record(parts, plan.number) for plan in plans]
+    data = _digest([record["inputs"] for record in records if record])
     about |= {"data": data, "val_images": sum(entries[0].split == "val" for entries in images)}
     assemble_cache(parts, len(plans), folder, about, (empty, pooled[0]))
     shutil.rmtree(parts)
@@ -134,11 +137,12 @@ def plan_shards(images: list[list[Entry]], encoder: Encoder) -> Iterator[Plan]:
 class Encoder:
     """Encodes the images and captions of shards with both encoders."""
 
-    def __init__(self, vae, text: TextEncoder, settings: Encode, fingerprint: str, raw: Path, runtime: Runtime):
-        self.vae, self.text, self.settings, self.fingerprint, self.raw, self.runtime = vae, text, settings, fingerprint, raw, runtime
+    def __init__(self, vae: AutoencoderKL, text: TextEncoder, settings: Encode, fingerprint: str, raw: Path, runtime: Runtime):
+        self.vae, self.text, self.settings = vae, text, settings
+        self.fingerprint, self.raw, self.runtime = fingerprint, raw, runtime
 
     def bytes_of(self, images: int, lengths: list[int]) -> int:
-        """What so many images and captions of these lengths take in a shard."""
+        """Return what so many images and captions of these lengths take in a shard."""
         settings, text = self.settings, self.text.model.config
         latent = 2 * self.vae.config.latent_channels * (settings.image_size // VAE_FACTOR) ** 2
         return 2 * (
@@ -149,7 +153,7 @@ class Encoder:
         """Write those shards into `parts` that do not lie there as a whole, of the same images and captions.
 
         Raises:
-            UserError: a picture cannot be read, the encoders' numbers overflow, or a batch does not fit into memory.
+            UserError: an image cannot be read, the encoders' numbers overflow, or a batch does not fit into memory.
         """
         parts.mkdir(parents=True, exist_ok=True)
         size = self.settings.batch_size
@@ -181,7 +185,7 @@ class Encoder:
         progress.close()
 
     def _load(self, plans: list[Plan]) -> Iterator[tuple[torch.Tensor, list[str]]]:
-        """The pixels of all batches of these shards, one after the other."""
+        """Return the pixels of all batches of these shards, one after the other."""
         size = self.settings.batch_size
         batches = [
             [(entries[0].image, entries[0].stored) for entries in plan.images[start : start + size]]
@@ -208,7 +212,7 @@ def unfinished_folder(fingerprint: str, batch_size: int, device: torch.device) -
 
 
 def _inputs(plan: Plan, digests: list[str]) -> str:
-    """Digest of all that a shard was made of: the captions, and the bytes of the pictures."""
+    """Digest of all that a shard was made of: the captions, and the bytes of the images."""
     return _digest([[(entry.image, entry.text, entry.split) for entry in plan.captions], digests])
 
 

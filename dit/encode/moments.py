@@ -1,4 +1,4 @@
-"""A VAE's posterior moments of pictures, and what to do when they do not fit into memory or into 16 bits."""
+"""A VAE's posterior moments of images, and what to do when they do not fit into memory or into 16 bits."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _advice(vae, pixels: torch.Tensor, settings: Encode) -> str:
-    """What to do about a batch that did not fit; tries which would. That is not simply taken: a VAE's last bits depend on it."""
+    """Return what to do about a batch that did not fit; try which would.
+
+    That size is not simply taken: the last bits of what a VAE returns depend on it.
+    """
     fits = len(pixels) // 2
     while fits:
         if torch.cuda.is_available():
@@ -58,7 +61,8 @@ def _advice(vae, pixels: torch.Tensor, settings: Encode) -> str:
             if not _is_out_of_memory(error):
                 raise
             fits //= 2
-    oom_message = f"{fits} would fit" if fits else "not even 1 fits; set encode.vae_tiling, or a smaller encode.image_size"
+    remedy = f"{fits} would fit" if fits else "not even 1 fits; set encode.vae_tiling, or a smaller encode.image_size"
     if fits and not settings.vae_slicing:
-        oom_message += ", or set encode.vae_slicing"
-    return f"encode.batch_size: {settings.batch_size} pictures of {settings.image_size} pixels do not fit into memory; {oom_message}"
+        remedy += ", or set encode.vae_slicing"
+    problem = f"{settings.batch_size} images of {settings.image_size} pixels do not fit into memory"
+    return f"encode.batch_size: {problem}; {remedy}"

@@ -15,30 +15,31 @@ from dit.encoders.vae import psnr, reconstruct
 from dit.utils.images import grid, to_images, to_tensor
 
 SHOWN = 8  # originals beside their reconstructions
-SAMPLED = 256  # pictures that the reconstruction error is measured on
+SAMPLED = 256  # images that the reconstruction error is measured on
 
 
-def measure_reconstruction(vae, raw: Path, images: list[list[Entry]], image_size: int, batch_size: int, picture: Path) -> float:
-    """PSNR in dB of up to `SAMPLED` pictures of the set decoded again; draws originals above reconstructions to `picture`."""
+def measure_reconstruction(vae, raw: Path, images: list[list[Entry]], image_size: int, batch_size: int, path: Path) -> float:
+    """Measure the PSNR in dB of up to `SAMPLED` images of the set; plot originals above reconstructions to `path`."""
     chosen = np.random.default_rng(0).permutation(len(images))[:SAMPLED]
     batches = [
         [(images[k][0].image, images[k][0].stored) for k in chosen[start : start + batch_size]]
         for start in range(0, len(chosen), batch_size)
     ]
-    every, shown = [], []
+    every: list[tuple[torch.Tensor, torch.Tensor]] = []
+    shown: list[tuple[Image.Image, Image.Image]] = []
     for pixels, _ in tqdm(load_crops(raw, batches, image_size), desc="reconstruct", total=len(batches), unit="batch", delay=2):
         originals = to_tensor(pixels[:, 0])
         decoded = reconstruct(vae, originals).cpu()
         every.append((originals, decoded))
         if len(shown) < SHOWN:
             shown += list(zip(to_images(originals), to_images(decoded), strict=True))
-    _draw_pairs(shown[:SHOWN], picture)
+    _plot_pairs(shown[:SHOWN], path)
     return round(psnr(*(torch.cat(side) for side in zip(*every, strict=True))), 2)
 
 
-def _draw_pairs(pairs: list[tuple[Image.Image, Image.Image]], picture: Path) -> None:
+def _plot_pairs(pairs: list[tuple[Image.Image, Image.Image]], path: Path) -> None:
     originals, decoded = zip(*pairs, strict=True)
     scale = max(1, 128 // originals[0].width)
     sheet = grid([*originals, *decoded], columns=len(pairs), scale=scale)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(picture)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)

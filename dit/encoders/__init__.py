@@ -1,0 +1,1 @@
+"""VAE and CLIP: bundled, from the Hub, or from a folder."""

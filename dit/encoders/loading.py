@@ -1,4 +1,4 @@
-"""Where an encoder's files are: in the box, in a local folder, or in a repository on the Hugging Face Hub.
+"""Where an encoder's files are: bundled, in a local folder, or in a repository on the Hugging Face Hub.
 
 The Hub's library keeps what it has downloaded and heeds HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.
 """
@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from dit.config import VAE_FACTOR
-from dit.errors import UserError
+from dit.errors import UserError, one_line
 
 BUILTIN = Path(__file__).parent / "builtin"
 WEIGHTS = {"vae": "diffusion_pytorch_model*.safetensors", "clip": "model*.safetensors"}  # never a pickle
@@ -39,11 +39,12 @@ class EncoderSource:
     resolved: str | None = None
 
     def to_dict(self) -> dict[str, str | None]:
+        """Return the attributes by name, for JSON."""
         return asdict(self)
 
 
 def find_encoder(kind: str, source: EncoderSource, weights: bool = True) -> tuple[Path, str | None]:
-    """The folder that holds an encoder's files, downloaded if need be, and which they are: a commit or `sha256:…`.
+    """Return the folder that holds an encoder's files, downloaded if need be, and which they are: a commit or `sha256:…`.
 
     Args:
         kind: "vae" or "clip".
@@ -72,7 +73,7 @@ def find_encoder(kind: str, source: EncoderSource, weights: bool = True) -> tupl
 
 
 def _download(kind: str, source: EncoderSource, weights: bool) -> tuple[Path, str]:
-    """The folder of a Hub repository's files in the Hub's own cache, and their commit."""
+    """Return the folder of a Hub repository's files in the Hub's own cache, and their commit."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub import errors as hub
 
@@ -116,7 +117,7 @@ def _download(kind: str, source: EncoderSource, weights: bool) -> tuple[Path, st
         what = LOGIN if status in (401, 403) else "try again later"
         problem = f"cannot be had, {endpoint} answers {status}; {what}"
     except (hub.HTTPError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         problem = (
             f"did not arrive whole from {endpoint} ({type(error).__name__}: {reason}); run again, it goes on where it broke off"
         )
@@ -130,7 +131,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _parts(kind: str, name: str) -> tuple[str, str]:
-    """The repository of a Hub id, and the subfolder that may follow it."""
+    """Return the repository of a Hub id, and the subfolder that may follow it."""
     parts = name.split("/")
     if name.startswith((".", "/", "~")) or len(parts) > 3 or "" in parts:
         raise _unusable(kind, name, "is no folder")
@@ -141,9 +142,9 @@ def _check_class(kind: str, name: str, folder: Path) -> None:
     """Raise a `UserError` unless the configuration in `folder` is that of an encoder that can be used."""
     config = _read_config(kind, name, folder)
     if kind == "vae":
-        found, wanted = config.get("_class_name"), ("AutoencoderKL",)
+        found, wanted = config.get("_class_name"), ["AutoencoderKL"]
     else:
-        found, wanted = config.get("model_type"), ("clip", "clip_text_model")
+        found, wanted = config.get("model_type"), ["clip", "clip_text_model"]
     if found not in wanted:
         raise _unusable(kind, name, f"is of class {found!r}, and {' or '.join(wanted)} is needed; choose another")
     if kind == "vae":
@@ -212,13 +213,13 @@ def load_clip(source: EncoderSource, dtype: torch.dtype = torch.float32, device:
 
 
 def _load(model_class, kind: str, source: EncoderSource, dtype: torch.dtype, device):
-    """The model, its resolved source, and the folder that it was loaded from."""
+    """Return the model, its resolved source, and the folder that it was loaded from."""
     folder, resolved = find_encoder(kind, source)
     try:
         model = model_class.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         # Both libraries report files that are missing or damaged, and weights of another shape, as one of these.
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(
             f"encode.{kind}: {source.name!r} cannot be loaded as {model_class.__name__} ({reason}); "
             f"delete {folder} to download it again, {OTHERWISE}"

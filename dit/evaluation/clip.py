@@ -1,6 +1,6 @@
-"""What CLIP says of pictures and captions: unit vectors, by which all but the judge measures.
+"""What CLIP says of images and captions: unit vectors, by which all but the judge measures.
 
-CLIP is the recipe's own, in float32. Each picture goes through it once, however many figures are made of it.
+CLIP is the recipe's own, in float32. Each image goes through it once, however many figures are made of it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from dit.dataset.image_io import load_crops
 from dit.dataset.reader import Entry, by_image, read_metadata
 from dit.encoders.loading import EncoderSource, load_clip
 
-BATCH_SIZE = 32  # as fast as any on one core with the CLIP in the box: 1.6 ms a picture, at 100 it was 1.8 to 2.3
+BATCH_SIZE = 32  # as fast as any on one core with the bundled CLIP: 1.6 ms an image, at 100 it was 1.8 to 2.3
 
 
 def fastest_device() -> str:
-    """A GPU where there is one, else the CPU."""
+    """Return a GPU where there is one, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -40,7 +40,7 @@ class ClipFeatures:
 
     @torch.inference_mode()
     def of_images(self, pictures: Iterable[Image.Image], total: int, label: str) -> torch.Tensor:
-        """(N, P) float32, each of length 1, of `total` = N RGB pictures of any size, which CLIP's own processor resizes."""
+        """(N, P) float32, each of length 1, of `total` = N RGB images of any size, which CLIP's own processor resizes."""
         found = []
         with tqdm(total=total, desc=label, unit="image", delay=1, leave=None) as progress:
             for batch in _batches(pictures):
@@ -61,26 +61,26 @@ class ClipFeatures:
 
 
 def _batches(items: Iterable) -> Iterator[list]:
-    """Lists of `BATCH_SIZE` items, the last one shorter."""
+    """Return lists of `BATCH_SIZE` items, the last one shorter."""
     items = iter(items)
     while batch := list(islice(items, BATCH_SIZE)):
         yield batch
 
 
 def _unit(output) -> torch.Tensor:
-    """The projected vectors in CLIP's `output`, on the CPU, each divided by its length as CLIP does it for its logits."""
+    """Return the projected vectors in CLIP's `output`, on the CPU, each divided by its length as CLIP does it for its logits."""
     return F.normalize(output.pooler_output.float(), dim=-1).cpu()
 
 
 def images_of(raw: Path, split: str) -> list[Entry]:
-    """The images of `split` in the data set's folder `raw`, each once, with its first caption."""
+    """Return the images of `split` in the data set's folder `raw`, each once, with its first caption."""
     return [captions[0] for captions in by_image(read_metadata(raw)) if captions[0].split == split]
 
 
 def open_images(raw: Path, images: list[Entry], image_size: int, runtime: Runtime) -> Iterator[Image.Image]:
-    """The pictures themselves as training has seen them: the central square, resized (Lanczos) to `image_size`."""
+    """Return the images themselves as training has seen them: the central square, resized (Lanczos) to `image_size`."""
     batches = [[(entry.image, entry.stored) for entry in batch] for batch in _batches(images)]
-    workers = runtime.num_workers if len(images) * image_size**2 > 1e8 else 0  # starting them takes longer than small pictures do
+    workers = runtime.num_workers if len(images) * image_size**2 > 1e8 else 0  # starting them takes longer than small images do
     for pixels, _ in load_crops(raw, batches, image_size, workers=workers, prefetch=runtime.prefetch_factor):
         for picture in pixels[:, 0]:
             yield Image.fromarray(picture.numpy())
@@ -90,7 +90,7 @@ def clip_scores(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
     """CLIPScore without its factor 2.5 (Hessel et al. 2021, arXiv:2104.08718, equation 1): 100 max(cosine, 0), in [0, 100].
 
     Args:
-        images, texts: features (N, P) of pictures and of their captions.
+        images, texts: features (N, P) of images and of their captions.
 
     Returns:
         (N,) float32.

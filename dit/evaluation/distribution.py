@@ -1,4 +1,4 @@
-"""Two sets of pictures compared as clouds of feature vectors: how far apart, how much of each lies in the other.
+"""Two sets of images compared as clouds of feature vectors: how far apart, how much of each lies in the other.
 
 All functions take features (N, P) of length 1, as `ClipFeatures` makes them.
 """
@@ -30,6 +30,7 @@ class Given(nn.Module):
         self.num_features = num_features
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the features as they are."""
         return features
 
 
@@ -69,13 +70,14 @@ def kernel_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
 
 
 def distance_matrices(real: torch.Tensor, fake: torch.Tensor) -> Matrices:
-    """All distances (N, N) within `real`, (M, M) within `fake`, and (N, M) from `real` to `fake`; float64.
+    """Return all distances (N, N) within `real`, (M, M) within `fake`, and (N, M) from `real` to `fake`; float64.
 
-    By differences: the short way by products leaves 1e-8 where two pictures are the same, and a ball may have radius 0.
+    By differences: the short way by products leaves 1e-8 where two images are the same, and a ball may have radius 0.
     """
     real, fake = real.double(), fake.double()
     pairs = ((real, real), (fake, fake), (real, fake))
-    return tuple(torch.cdist(*pair, compute_mode="donot_use_mm_for_euclid_dist") for pair in pairs)
+    within_real, within_fake, between = (torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist") for a, b in pairs)
+    return within_real, within_fake, between
 
 
 def precision_recall(matrices: Matrices, k: int = NEIGHBOURS) -> tuple[float, float]:
@@ -96,7 +98,7 @@ def precision_recall(matrices: Matrices, k: int = NEIGHBOURS) -> tuple[float, fl
 
 
 def mean_distance(features: torch.Tensor) -> float:
-    """The mean of 1 - cosine over all pairs of two different rows, in [0, 2]; at least two rows."""
+    """Return the mean of 1 - cosine over all pairs of two different rows, in [0, 2]; at least two rows."""
     count = len(features)
     cosines = features.double() @ features.double().T
     return float(1 - (cosines.sum() - cosines.trace()) / (count * (count - 1)))
@@ -140,13 +142,14 @@ def _of_rows(distance: Callable, real: torch.Tensor, fake: torch.Tensor, rows: n
 
 
 def _share_of_rows(matrices: Matrices, which: int, rows: np.ndarray) -> float:
-    return precision_recall(tuple(matrix[rows][:, rows] for matrix in matrices))[which]
+    within_real, within_fake, between = (matrix[rows][:, rows] for matrix in matrices)
+    return precision_recall((within_real, within_fake, between))[which]
 
 
 def measure_diversity(features: torch.Tensor, texts: list[str], settings: Evaluate) -> dict[str, float]:
-    """`diversity_clip`: how different the pictures of one prompt are, as the mean of 1 - cosine, of which the mean over prompts.
+    """`diversity_clip`: how different the images of one prompt are, as the mean of 1 - cosine, of which the mean over prompts.
 
-    Its interval takes halves of the prompts. Empty where no prompt has several pictures.
+    Its interval takes halves of the prompts. Empty where no prompt has several images.
 
     Args:
         features: (N, P) of length 1.

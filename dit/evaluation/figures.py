@@ -1,4 +1,4 @@
-"""What the figures are made of, to look at: the worst pictures, and those nearest to a training image."""
+"""What the figures are made of, to look at: the worst images, and those nearest to a training image."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from dit.utils.images import grid, labelled_grid
 
 WORST = 18
 PAIRS = 10
-CELL = 192  # pixels that a picture takes
+CELL = 192  # pixels that an image takes
 
 
 def plot_worst(
     pictures: Sequence[Image.Image], texts: Sequence[str], problems: Sequence[str | None], scores: np.ndarray, path: Path
 ) -> None:
-    """The pictures that are judged wrong, and then those of the lowest CLIP score, each with the reason."""
+    """Return the images that are judged wrong, and then those of the lowest CLIP score, each with the reason."""
     order = sorted(range(len(pictures)), key=lambda k: (not problems[k], float(scores[k])))[:WORST]
     labels = [f"{texts[k]}: {problems[k] or f'CLIP score {scores[k]:.0f}'}" for k in order]
     _save(labelled_grid([pictures[k] for k in order], labels, columns=6, cell=CELL), path)
@@ -44,10 +44,10 @@ def plot_nearest(
     in numbers alone. Of few, the nearest of the other samples follow.
 
     Args:
-        pictures, texts, nearest: the samples, their prompts, and what `find_nearest` found for them.
+        images, texts, nearest: the samples, their prompts, and what `find_nearest` found for them.
         held_out: distances (M,) of the held-out images, of which the k-th has the caption of the k-th sample.
         raw, training: the data set's folder, and its training images in the order that `nearest` counts them in.
-        path: of the picture.
+        path: of the image.
     """
     threshold = near(held_out) or SAME
     repeats = np.ones(len(pictures), dtype=bool)

@@ -14,7 +14,7 @@ SEED = 30_000  # of the halves; its own, so that nothing else that is drawn move
 
 
 def wilson(share: float, count: float, confidence: float) -> tuple[float, float]:
-    """The score interval of Wilson (1927) of a `share` in [0, 1] of `count` independent trials.
+    """Return the score interval of Wilson (1927) of a `share` in [0, 1] of `count` independent trials.
 
     Shares have this one, since each resample of 500 successes is nothing but successes: an interval without width.
     """
@@ -26,7 +26,7 @@ def wilson(share: float, count: float, confidence: float) -> tuple[float, float]
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray, confidence: float) -> tuple[float, float]:
-    """The interval of the difference of two shares that were counted on the same N cases: Newcombe (1998), method 10.
+    """Return the interval of the difference of two shares that were counted on the same N cases: Newcombe (1998), method 10.
 
     Args:
         first, second: (N,) bool: whether the one and the other happened in each case.
@@ -35,7 +35,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray, confidence: float) 
     p, q = float(first.mean()), float(second.mean())
     (low_p, high_p), (low_q, high_q) = wilson(p, len(first), confidence), wilson(q, len(second), confidence)
     both, neither = int((first & second).sum()), int((~first & ~second).sum())
-    agreement = both * neither - int((first & ~second).sum()) * int((~first & second).sum())
+    agreement: float = both * neither - int((first & ~second).sum()) * int((~first & second).sum())
     agreement = max(0, agreement - len(first) / 2) if agreement > 0 else agreement  # his correction for continuity
     scale = (first.sum() * (~first).sum() * second.sum() * (~second).sum()) ** 0.5
     together = agreement / scale if scale else 0.0
@@ -77,7 +77,7 @@ def half_samples(
 def mean_with_interval(
     name: str, values: np.ndarray, settings: Evaluate, bounds: tuple[float, float], digits: int = 4
 ) -> dict[str, float]:
-    """The mean of `values` (N,) as the metric `name`, with its ends where there is more than one; nothing of none."""
+    """Return the mean of `values` (N,) as the metric `name`, with its ends where there is more than one; nothing of none."""
     if len(values) < 2:
         return {name: round(float(values[0]), digits)} if len(values) else {}
     mean = float(values.mean())

@@ -1,8 +1,8 @@
-"""Does a model draw, or does it hand out what it was trained on? The nearest training image of each picture says.
+"""Does a model draw, or does it hand out what it was trained on? The nearest training image of each image says.
 
-"Near" means nothing by itself, so it is measured by real pictures that training has not seen: how near do these come to
+"Near" means nothing by itself, so it is measured by real images that training has not seen: how near do these come to
 a training image? Where a data set repeats itself, as ours does (there are about 2,000 drawings of one thing, and most of
-them are in the training set), new pictures are the same as old ones, too, and a model that has learned nothing by heart
+them are in the training set), new images are the same as old ones, too, and a model that has learned nothing by heart
 hits upon them as often. What counts is how much more often a model does.
 """
 
@@ -15,9 +15,9 @@ import torch
 
 from dit.evaluation.intervals import paired_difference, wilson, with_interval
 
-# Distances between unit vectors, in [0, 2]. What is nearer than this is the same picture, drawn or stored again: through the VAE
-# in the box a drawing moves by 0.01 to 0.06, mirrored in the raster by up to 0.03, and two that show different things are
-# 0.39 apart or more. Such held-out images say how often the data repeat themselves, not how near other pictures come.
+# Distances between unit vectors, in [0, 2]. What is nearer than this is the same image, drawn or stored again: through the VAE
+# bundled a drawing moves by 0.01 to 0.06, mirrored in the raster by up to 0.03, and two that show different things are
+# 0.39 apart or more. Such held-out images say how often the data repeat themselves, not how near other images come.
 SAME = 0.1
 PERCENTILE = 1
 CHUNK = 1024
@@ -25,9 +25,9 @@ CHUNK = 1024
 
 @dataclass(frozen=True)
 class Nearest:
-    """Of each of N pictures its nearest training image: `index` (N,) int64, `distance` (N,) float64, `mirrored` (N,) bool.
+    """Of each of N images its nearest training image: `index` (N,) int64, `distance` (N,) float64, `mirrored` (N,) bool.
 
-    `mirrored` is where the picture's mirror image is nearer than the picture itself.
+    `mirrored` is where the image's mirror image is nearer than the image itself.
     """
 
     index: np.ndarray
@@ -36,12 +36,12 @@ class Nearest:
 
 
 def find_nearest(pictures: torch.Tensor, mirror_images: torch.Tensor, training: torch.Tensor) -> Nearest:
-    """Look for each picture, and for its mirror image, among the training images.
+    """Look for each image, and for its mirror image, among the training images.
 
-    Mirrored, since training mirrors half of its images; turning the pictures around instead costs less, and is the same.
+    Mirrored, since training mirrors half of its images; turning the images around instead costs less, and is the same.
 
     Args:
-        pictures, mirror_images: features (N, P) of length 1.
+        images, mirror_images: features (N, P) of length 1.
         training: features (T, P), T at least 1.
     """
     as_is, turned = _search(pictures, training), _search(mirror_images, training)
@@ -58,7 +58,7 @@ def _search(pictures: torch.Tensor, training: torch.Tensor) -> tuple[torch.Tenso
 
 
 def near(held_out: np.ndarray) -> float | None:
-    """The distance below which a picture is too near to a training image: the 1st percentile of the held-out images' own.
+    """Return the distance below which an image is too near to a training image: the 1st percentile of the held-out images' own.
 
     Those that are the `SAME` as a training image do not count; None where there are no others. Never less than `SAME`.
     """
@@ -75,7 +75,7 @@ def memorization(samples: np.ndarray, held_out: np.ndarray, confidence: float) -
     - `samples_same`, `held_out_same`: the shares of both that are the `SAME` as a training image.
     - `memorised`: a without those that come about as held-out images do: (a - b) / (1 - b), at least 0. This is how Abbott
       (1925) counts the insects that a poison kills where some die anyway. `memorised_prompts` is the number n, and
-      `near_distance` the distance, in [0, 2], below which a picture counts.
+      `near_distance` the distance, in [0, 2], below which an image counts.
 
     All are of the first n of each, n being the number of the fewer. The k-th sample is drawn for the caption of the k-th
     held-out image, and whether a caption leaves room for anything new decides much of both: so they are compared in pairs.

@@ -23,7 +23,7 @@ from dit.evaluation.memorization import find_nearest, memorization
 from dit.latents.cache import LatentCache
 from dit.shapes.scoring import score_image
 
-SCORED_GROUPS = ("val", "unseen")  # groups of prompts; "diversity" is several pictures of each, "own" is for looking at
+SCORED_GROUPS = ("val", "unseen")  # groups of prompts; "diversity" is several images of each, "own" is for looking at
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,19 @@ class Evaluation:
 def evaluate_samples(
     samples: Path, model: Path, latents: Path, raw: Path, settings: Evaluate, runtime: Runtime, worst: Path, nearest: Path
 ) -> Evaluation:
-    """Judge the pictures in `samples` and the model that drew them; the same files give the same figures.
+    """Judge the images in `samples` and the model that drew them; the same files give the same figures.
 
     Args:
-        samples: pictures and their `prompts.json`, as the sample stage wrote them.
+        samples: images and their `prompts.json`, as the sample stage wrote them.
         model: the trained model's folder.
         latents: the cache whose validation images give the loss.
-        raw: the data set, whose images the pictures are compared with.
+        raw: the data set, whose images the images are compared with.
         settings: confidence of the intervals and how they are drawn, passes of the validation loss.
-        runtime: how many processes decode pictures.
-        worst, nearest: where the worst pictures are drawn, with what is wrong with them, and those most like a training image.
+        runtime: how many processes decode images.
+        worst, nearest: where the worst images are drawn, with what is wrong with them, and those most like a training image.
 
     Raises:
-        UserError: there are no pictures, or an image of the data set cannot be read.
+        UserError: there are no images, or an image of the data set cannot be read.
     """
     if not (samples / "prompts.json").exists():
         raise UserError(f"{samples}: no pictures to judge; `dvc repro` draws them first")
@@ -76,7 +76,7 @@ def evaluate_samples(
     features = clip.of_images(pictures, len(pictures), "CLIP: samples")
     scores = clip_scores(features, clip.of_texts(texts)).double().numpy()
     metrics |= mean_with_interval("clip_score", scores, settings, (0, 100), digits=3)
-    plot_worst(pictures, texts, [found and found.problem for found in judgements], scores, worst)
+    plot_worst(pictures, texts, [found.problem if found else None for found in judgements], scores, worst)
 
     training, held_out = images_of(raw, "train"), images_of(raw, "val")
 

@@ -112,7 +112,7 @@ class LatentCache:
         return shard
 
     def verify(self) -> None:
-        """Compare every byte with the hashes in the index, so that damage shows before training and not in the pictures.
+        """Compare every byte with the hashes in the index, so that damage shows before training and not in the images.
 
         Raises:
             UserError: one line that names the first file that is not what it was.

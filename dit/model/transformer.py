@@ -59,7 +59,7 @@ def rope_freqs(height: int, width: int, head_size: int, device: torch.device | N
 
     The first half of the channel pairs turns with the row, the second with the column (Su et al. 2021, in two dimensions
     as in Heo et al. 2024, arXiv:2403.13298). Positions are counted from the grid's centre, so that another height or
-    width at sampling time extends the picture on all sides.
+    width at sampling time extends the image on all sides.
     """
     pairs = head_size // 4
     frequencies = ROTARY_BASE ** (-torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
@@ -192,7 +192,7 @@ class Block(nn.Module):
     """Self-attention, cross-attention, MLP, each under adaLN-Zero (Peebles and Xie 2023, section 3.2).
 
     With cross-attention under it, too, what a patch asks of the text depends on how noisy the image is and on the whole
-    caption: after 600 steps of the default recipe 47 % of pictures were right instead of 43 %.
+    caption: after 600 steps of the default recipe 47 % of images were right instead of 43 %.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, cross_attention_dim: int):

@@ -1,9 +1,9 @@
-"""Text (and a picture, and a mask) to image with a trained transformer: the diffusers pipeline that everything draws with."""
+"""Generate images for any number of prompts, in batches, each from its own seed."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,24 @@ from dit.pipeline.schedulers import make_scheduler
 from dit.utils.hardware import has_fast_bf16
 
 
-def generators(seeds: Iterable[int]) -> list[torch.Generator]:
-    """A generator for each picture: of its own seed, and on the CPU, so that its noise is the same on every machine."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+def generate_batch(
+    pipeline: DiTTextToImagePipeline, prompts: list[str], seeds: Iterable[int], **settings: Any
+) -> list[Image.Image]:
+    """Generate an image for each of `prompts`, each from its own seed, in one batch.
+
+    The generators are on the CPU, so that the noise is the same on every machine.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    (images,) = pipeline(prompts, generator=generators, return_dict=False, **settings)
+    return list(images)
 
 
 def load_pipeline(folder: str | Path, scheduler: str | None = None) -> DiTTextToImagePipeline:
-    """The pipeline as `sample` and `dit generate` use it: on the GPU if there is one, the transformer in bf16 where that is
-    fast, the encoders in fp32. With the scheduler of that name, or with the one that `from_pretrained` finds."""
+    """Load the pipeline as the sample stage and `dit generate` use it.
+
+    On the GPU if there is one; the transformer in bf16 where that is fast, the encoders in fp32; with the scheduler of that name,
+    or with the one that `from_pretrained` finds.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fast = torch.bfloat16 if has_fast_bf16(device) else torch.float32
     pipeline = DiTTextToImagePipeline.from_pretrained(folder, transformer_dtype=fast).to(device)
@@ -36,17 +46,17 @@ def load_pipeline(folder: str | Path, scheduler: str | None = None) -> DiTTextTo
 ALLOCATOR = "DefaultCPUAllocator"  # what a CPU's memory error names; its class is RuntimeError
 
 
-def draw(
+def generate_images(
     pipeline: DiTTextToImagePipeline, prompts: list[str], seed: int, batch_size: int, **settings: Any
-) -> Iterator[Image.Image]:
-    """Yield a picture for each of `prompts`, prompt k from `seed` + k: a picture does not depend on its neighbours.
+) -> Generator[Image.Image, None, None]:
+    """Yield an image for each of `prompts`, prompt k from `seed` + k: an image does not depend on its neighbours.
 
     The batch size changes no more than how sums are rounded.
 
     Args:
         pipeline: what draws.
-        prompts: one for each picture.
-        seed: of the first picture.
+        prompts: one for each image.
+        seed: of the first image.
         batch_size: how many are drawn at once.
         settings: what else the pipeline is called with, the same for all.
 
@@ -61,19 +71,19 @@ def draw(
         if bar is None:  # now it is known how many steps there are
             pictures = "1 picture" if len(prompts) == 1 else f"{len(prompts)} pictures"
             bar = tqdm(total=len(prompts) * pipeline.num_timesteps, desc=f"drawing {pictures}", unit=" steps", dynamic_ncols=True)
-        bar.update(len(tensors["latents"]))  # steps of one picture: the last batch may be smaller
+        bar.update(len(tensors["latents"]))  # steps of one image: the last batch may be smaller
         return {}
 
     logger = logging.getLogger("dit.pipeline.pipeline")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it would say of each batch again which prompts are too long; `dit.pipeline.prompts.prompt_warnings` does so once
+    logger.setLevel(logging.ERROR)  # it would warn of a long prompt in each batch; `prompt_warnings` does so once
     try:
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
-            noise = generators(range(seed + start, seed + start + len(batch)))
-            pictures = pipeline(batch, generator=noise, callback_on_step_end=advance, **settings).images
+            seeds = range(seed + start, seed + start + len(batch))
+            pictures = generate_batch(pipeline, batch, seeds, callback_on_step_end=advance, **settings)
             if bar is not None and start + len(batch) == len(prompts):
-                bar.close()  # before the last pictures are handed on, so that it does not go on over what is said of them
+                bar.close()  # before the last images are handed on, so that it does not go on over what is said of them
             yield from pictures
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and ALLOCATOR not in str(error):

@@ -1,6 +1,6 @@
-"""What the pipeline needs to change a given picture rather than to draw a new one: image-to-image and inpainting.
+"""What the pipeline needs to change a given image rather than to draw a new one: image-to-image and inpainting.
 
-Image-to-image begins part of the way, at the picture with noise on it (SDEdit: Meng et al. 2022, arXiv:2108.01073).
+Image-to-image begins part of the way, at the image with noise on it (SDEdit: Meng et al. 2022, arXiv:2108.01073).
 Inpainting puts the noisy original back outside the mask after every step (RePaint: Lugmayr et al. 2022, arXiv:2201.09865,
 equation 8, without its resampling).
 """
@@ -19,8 +19,10 @@ from dit.pipeline.schedulers import timesteps_to_sigmas
 
 
 def side_lengths(pictures: Any) -> tuple[int, int]:
-    """Width and height of what diffusers takes for a picture, or of the first of several: PIL, numpy (…, H, W, C) or (H, W),
-    torch (…, H, W). (0, 0) of what is none."""
+    """Return width and height of what diffusers takes for an image, or of the first of several; (0, 0) of what is none.
+
+    That is a PIL image, a numpy array (…, H, W, C) or (H, W), or a tensor (…, H, W).
+    """
     if isinstance(pictures, (list, tuple)) and pictures:
         return side_lengths(pictures[0])
     if isinstance(pictures, Image.Image):
@@ -34,7 +36,7 @@ def side_lengths(pictures: Any) -> tuple[int, int]:
 
 
 def get_timesteps(scheduler: SchedulerMixin, strength: float) -> int:
-    """The first of `scheduler.timesteps` whose noise level is at most `strength` in [0, 1]; their number if there is none.
+    """Return the first of `scheduler.timesteps` whose noise level is at most `strength` in [0, 1]; their number if there is none.
 
     Levels are those of the training, 1 is pure noise: so `strength` means the same with every scheduler and step count.
     """

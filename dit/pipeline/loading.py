@@ -48,7 +48,7 @@ def load_components(folder: Path, dtype: torch.dtype, transformer_dtype: torch.d
         if complete:
             return parts | {"scheduler": _load_scheduler(folder, index["scheduler"][1])} | _load_own_encoders(folder, dtype)
         sources = {kind: EncoderSource(**index["encoders"][kind]) for kind in ("vae", "clip")}
-        parts["scheduler"] = make_scheduler(DEFAULTS["scheduler"], prediction_type)
+        parts["scheduler"] = make_scheduler(DEFAULTS.scheduler, prediction_type)
     except DAMAGE as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{folder}: not a trained model, or a damaged one ({reason}); `dvc repro` trains one") from None
@@ -64,7 +64,7 @@ def _load_transformer(folder: Path, dtype: torch.dtype) -> DiT:
     return _load_network(DiT, folder, "transformer", torch_dtype=dtype)
 
 
-def _load_network(network_class: type, folder: Path, part: str, **dtype):
+def _load_network(network_class: Any, folder: Path, part: str, **dtype: torch.dtype) -> Any:
     default = torch.get_default_dtype()
     try:
         network, loading = network_class.from_pretrained(

@@ -49,7 +49,7 @@ def weights_hash(folder: Path) -> str:
 
 
 def _kind(file: Path) -> str:
-    """What kind of file somebody took for a model, in a few words."""
+    """Return what kind of file somebody took for a model, in a few words."""
     if file.suffix == ".safetensors" and file.name.startswith("step-"):
         return f"a checkpoint of a training that is not done (`python -m stages.train --resume {file}` goes on from it)"
     if file.suffix in (".pt", ".pth", ".ckpt", ".bin", ".pkl"):

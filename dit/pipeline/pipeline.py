@@ -1,4 +1,4 @@
-"""Text (and a picture, and a mask) to image with a trained transformer: the diffusers pipeline that everything draws with."""
+"""Text (and an image, and a mask) to image with a trained transformer: the diffusers pipeline that everything draws with."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class DiTTextToImagePipeline(DiffusionPipeline):
-    """Draw what captions say, or change a picture as they say.
+    """Draw what captions say, or change an image as they say.
 
     Args:
         transformer: the trained `DiT`.
@@ -41,7 +41,7 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         tokenizer: its `CLIPTokenizer`.
         prediction_type: what the transformer predicts: "flow_prediction", "epsilon" or "v_prediction"; by default what the
             scheduler takes its output for.
-        image_size: side of the pictures it was trained on, in pixels: the default height and width. Without it, each call
+        image_size: side of the images it was trained on, in pixels: the default height and width. Without it, each call
             has to say both.
     """
 
@@ -96,11 +96,11 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         return cls(**load_components(Path(folder), torch_dtype, transformer_dtype or torch_dtype) | components)
 
     def enable_vae_slicing(self) -> None:
-        """Decode pictures one by one: less memory for large batches."""
+        """Decode images one by one: less memory for large batches."""
         self.vae.enable_slicing()
 
     def disable_vae_slicing(self) -> None:
-        """Decode all pictures of a batch at once, as is the default."""
+        """Decode all images of a batch at once, as is the default."""
         self.vae.disable_slicing()
 
     @property
@@ -141,8 +141,8 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = DEFAULTS["num_inference_steps"],
-        guidance_scale: float = DEFAULTS["guidance_scale"],
+        num_inference_steps: int = DEFAULTS.num_inference_steps,
+        guidance_scale: float = DEFAULTS.guidance_scale,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -157,7 +157,7 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         Args:
             prompt: one caption or several.
             negative_prompt: what to lean away from, one for all or one for each prompt; by default the empty caption.
-            image: a picture to start from (PIL, numpy or tensor in [0, 1]; or several, one for each prompt). PIL pictures
+            image: an image to start from (PIL, numpy or tensor in [0, 1]; or several, one for each prompt). PIL images
                 are cropped to the shape of what is drawn, and resized.
             mask_image: white (1) where `image` is redrawn; pixels elsewhere stay as they are. It has the shape of `image`.
             strength: how much noise `image` starts with, in [0, 1]: at 0 the VAE's reconstruction is returned, at 1 nothing
@@ -170,7 +170,7 @@ class DiTTextToImagePipeline(DiffusionPipeline):
             guidance_interval: the noise levels in [0, 1] between which it leans (Kynkäänniemi et al. 2024,
                 arXiv:2404.07724); outside, a step costs half.
             num_images_per_prompt: how often each prompt is drawn.
-            generator: one for all pictures, or a list of N, so that a picture does not depend on its neighbours.
+            generator: one for all images, or a list of N, so that an image does not depend on its neighbours.
             latents: the noise to start from, (N, C, height / 8, width / 8), instead of drawing it from `generator`. The
                 stochastic scheduler puts fresh noise of `generator` in its place step by step: with it this matters little.
             output_type: "pil", "np" (N, H, W, 3) in [0, 1], "pt" (N, 3, H, W) in [0, 1] or "latent" (N, C, H / 8, W / 8).
@@ -182,9 +182,11 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         Raises:
             UserError: an argument is impossible; one line that says which, and what would be right.
         """
-        prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
-        one = negative_prompt is None or isinstance(negative_prompt, str)
-        negatives = [negative_prompt or ""] * len(prompts) if one else list(negative_prompt)
+        prompts: list[str] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
+        if negative_prompt is None or isinstance(negative_prompt, str):
+            negatives = [negative_prompt or ""] * len(prompts)
+        else:
+            negatives = list(negative_prompt)
         height, width = (self.config.image_size if size is None else size for size in (height, width))
         if height is None or width is None:
             raise UserError(
@@ -270,8 +272,10 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _pixels(self, name: str, pictures: PipelineImageInput, height: int, width: int, prompts: int, times: int) -> torch.Tensor:
-        """`pictures` as the argument `name` gives them, one for each of the pictures that are drawn: (N, 3, H, W) in [-1, 1],
-        of a mask (N, 1, H, W), 0 or 1; float32, on the transformer's device."""
+        """Preprocess the argument `name`, one image for each that is generated.
+
+        Returns (N, 3, H, W) in [-1, 1], of a mask (N, 1, H, W), 0 or 1; float32, on the transformer's device.
+        """
         processor, channels = (self.image_processor, 3) if name == "image" else (self.mask_processor, 1)
         pictures = list(pictures) if isinstance(pictures, tuple) else pictures
         if getattr(pictures, "dtype", None) in (bool, torch.bool):
@@ -289,8 +293,10 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         return pixels.to(self.transformer.device, torch.float32).repeat_interleave(repeats, 0)
 
     def _text(self, prompts: list[str], negatives: list[str], guided: bool):
-        """What each picture's half with its caption and, if `guided`, its half without one see: keys and values of every
-        block, mask and pooled vectors, of each different text computed once, and (2 N or N) rows of each."""
+        """Encode the texts of each image's half with its caption and, if `guided`, of its half without one.
+
+        Returns mask, pooled vectors, and keys and values of every block, computed once for each different text: (2 N or N) rows.
+        """
         negatives = [text for text in negatives for _ in range(len(prompts) // len(negatives))] if guided else []
         different = list(dict.fromkeys([*prompts, *negatives]))
         tokens, mask, pooled = self.encode_prompt(different)
@@ -299,13 +305,16 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         return mask[rows], pooled[rows], keys_values
 
     def _predict(self, inputs: torch.Tensor, time: torch.Tensor, text, guided: bool) -> torch.Tensor:
-        """The transformer's output (N, C, h, w) at `time` in [0, 1]; where `guided`, both halves in one batch."""
+        """Return the transformer's output (N, C, h, w) at `time` in [0, 1]; where `guided`, both halves in one batch."""
         mask, pooled, keys_values = text
         inputs = inputs.repeat(2, 1, 1, 1) if guided else inputs
         count = len(inputs)
         keys_values = [(k[:count], v[:count]) for k, v in keys_values]  # those with a caption come first
         predicted = self.transformer(inputs, time.expand(count), None, mask[:count], pooled[:count], keys_values)
-        return apply_cfg(*predicted.chunk(2), self.guidance_scale) if guided else predicted
+        if not guided:
+            return predicted
+        conditional, unconditional = predicted.chunk(2)
+        return apply_cfg(conditional, unconditional, self.guidance_scale)
 
     def _check(self, prompts, negatives, image, mask_image, strength, count, latent_shape, latents, generator, guidance_interval):
         """Raise a `UserError` for the first argument of a call that is impossible by itself or beside the others."""
@@ -328,6 +337,6 @@ class DiTTextToImagePipeline(DiffusionPipeline):
             )
         for problem in (text for text, wrong in problems.items() if wrong):
             raise UserError(problem)
-        problem = fit_problem(self.scheduler, self.config.prediction_type)
-        if problem:
-            raise UserError(problem)
+        misfit = fit_problem(self.scheduler, self.config.prediction_type)
+        if misfit:
+            raise UserError(misfit)

@@ -7,20 +7,20 @@ from difflib import get_close_matches
 
 from transformers import CLIPTokenizer
 
-# A vocabulary as small as that of the CLIP in the box (644 entries) has a token for each word that it was fitted on, and spells
+# A vocabulary as small as that of the bundled CLIP (644 entries) has a token for each word that it was fitted on, and spells
 # the others. OpenAI's has 49,408 and puts words together from pieces that it does know.
 SPELLS = 10_000
 END = "</w>"  # of a token that ends a word
 
 
 def truncated_text(tokenizer: CLIPTokenizer, prompt: str) -> str:
-    """The end of `prompt` that does not fit into the tokenizer's length, 77 tokens; "" where all of it does."""
+    """Return the end of `prompt` that does not fit into the tokenizer's length, 77 tokens; "" where all of it does."""
     ids = tokenizer(prompt, verbose=False).input_ids
     return tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]).strip()
 
 
 def unknown_words(tokenizer: CLIPTokenizer, prompt: str) -> list[str]:
-    """The words of `prompt`, as far as it is read, that a small text encoder has never seen; none where its vocabulary is large.
+    """Return the words of `prompt` that a small text encoder has never seen; none where its vocabulary is large.
 
     They are those that take several tokens.
     """
@@ -33,7 +33,7 @@ def unknown_words(tokenizer: CLIPTokenizer, prompt: str) -> list[str]:
 
 
 def prompt_warnings(tokenizer: CLIPTokenizer, prompt: str) -> list[str]:
-    """A line for each thing that whoever wrote `prompt` should know, since the picture will not show it."""
+    """Return a line for each thing that whoever wrote `prompt` should know, since the image will not show it."""
     rest, unknown = truncated_text(tokenizer, prompt), unknown_words(tokenizer, prompt)
     lines = []
     if rest:

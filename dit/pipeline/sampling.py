@@ -1,4 +1,4 @@
-"""Which prompts a model is judged on, and the pictures it draws for them."""
+"""Which prompts a model is judged on, and the images it draws for them."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from dit.config import Sample
 from dit.dataset.reader import read_metadata
 from dit.encoders.vae import decode_latents
 from dit.model.transformer import forward_flops
-from dit.pipeline.generate import generators, load_pipeline
+from dit.pipeline.generate import generate_batch, load_pipeline
 from dit.pipeline.pipeline import DiTTextToImagePipeline
 from dit.shapes.prompts import unseen_prompts
 from dit.utils.files import write_json
 from dit.utils.hardware import matmul_peak
 from dit.utils.images import grid, labelled_grid, to_images
 
-SHOWN, COLUMNS = 24, 6  # pictures in a grid
-REPEATED, TIMES = 20, 5  # prompts that are drawn again and again, and how often: how much do their pictures differ?
+SHOWN, COLUMNS = 24, 6  # images in a grid
+REPEATED, TIMES = 20, 5  # prompts that are drawn again and again, and how often: how much do their images differ?
 CELLS = 4  # prompts in the grid of settings and in the denoising strip
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One picture to draw.
+    """One image to draw.
 
     Attributes:
-        file: name of the picture.
+        file: name of the image.
         text: the caption.
         seed: of its noise.
         group: "val" for a caption of the validation set, "unseen" for one with a colour and shape never seen together,
-            "diversity" for one of several pictures of the same caption, "own" for one of `sample.prompts`.
+            "diversity" for one of several images of the same caption, "own" for one of `sample.prompts`.
     """
 
     file: str
@@ -47,8 +47,11 @@ class Prompt:
 
 
 def choose_prompts(raw: Path, recipe: str, settings: Sample) -> list[Prompt]:
-    """The first caption of each validation image, and of the drawn shapes as many prompts again with unseen pairs:
-    `num_samples` of both. Then some captions several times each, spread over the validation set, and `prompts`."""
+    """Choose `num_samples` prompts, and some more in groups of their own.
+
+    They are the first caption of each validation image and, of the recipe `shapes`, as many prompts again with unseen pairs. Then
+    come some captions several times each, spread over the validation set, and `prompts`.
+    """
     captions: dict[str, str] = {}
     for entry in read_metadata(raw):
         if entry.split == "val":
@@ -64,7 +67,7 @@ def choose_prompts(raw: Path, recipe: str, settings: Sample) -> list[Prompt]:
 
 
 def sample(model: Path, prompts: list[Prompt], settings: Sample, images: Path, grids: Path) -> dict[str, float]:
-    """Draw every prompt into `images`, with `prompts.json` beside the pictures, and grids of them into `grids`.
+    """Draw every prompt into `images`, with `prompts.json` beside the images, and grids of them into `grids`.
 
     Returns:
         `sampling_seconds` of drawing alone, `sampling_images_per_second`, and `sampling_mfu`: the share of the hardware's
@@ -86,7 +89,8 @@ def sample(model: Path, prompts: list[Prompt], settings: Sample, images: Path, g
     write_json(images / "prompts.json", [asdict(prompt) for prompt in prompts])
     for group, pairs in shown.items():
         columns = TIMES if group == "diversity" else COLUMNS
-        labelled_grid(*zip(*pairs, strict=True), columns=min(columns, len(pairs))).save(grids / f"{group}.png")
+        samples, labels = zip(*pairs, strict=True)
+        labelled_grid(samples, labels, columns=min(columns, len(pairs))).save(grids / f"{group}.png")
     chosen = [*(prompt for prompt in prompts if prompt.group == "own"), *prompts][:CELLS]
     settings_grid(pipeline, chosen, settings.grid_guidance_scales, settings.grid_steps, draw_batch).save(grids / "settings.png")
     denoising_strip(pipeline, chosen, settings.num_inference_steps, settings.guidance_scale).save(grids / "denoising.png")
@@ -102,7 +106,7 @@ def sample(model: Path, prompts: list[Prompt], settings: Sample, images: Path, g
 def draw_prompts(
     pipeline: DiTTextToImagePipeline, prompts: list[Prompt], settings: Sample
 ) -> Iterator[tuple[list[Prompt], list[Image.Image], float]]:
-    """Draw `prompts`, `settings.batch_size` at a time; yields each batch, its pictures, and the seconds that they took."""
+    """Draw `prompts`, `settings.batch_size` at a time; yields each batch, its images, and the seconds that they took."""
     with tqdm(total=len(prompts), desc="sample", unit="image") as progress:
         for start in range(0, len(prompts), settings.batch_size):
             chunk = prompts[start : start + settings.batch_size]
@@ -113,35 +117,31 @@ def draw_prompts(
 
 
 def draw_batch(pipeline: DiTTextToImagePipeline, prompts: list[Prompt], steps: int, guidance_scale: float) -> list[Image.Image]:
-    """A picture for each of `prompts`, each from its own seed."""
-    return pipeline(
-        [prompt.text for prompt in prompts],
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        generator=generators(prompt.seed for prompt in prompts),
-    ).images
+    """Generate an image for each of `prompts`, each from its own seed."""
+    texts, seeds = [prompt.text for prompt in prompts], [prompt.seed for prompt in prompts]
+    return generate_batch(pipeline, texts, seeds, num_inference_steps=steps, guidance_scale=guidance_scale)
 
 
 def sampling_flops(pipeline: DiTTextToImagePipeline, steps: int, guidance_scale: float) -> int:
-    """Operations of the transformer for one picture of the default size; the text's keys and values, once, are left out."""
+    """Operations of the transformer for one image of the default size; the text's keys and values, once, are left out."""
     side = pipeline.config.image_size // pipeline.vae_scale_factor
     return steps * (2 if guidance_scale > 1 else 1) * forward_flops(pipeline.transformer, (side, side), 0)
 
 
-MOMENTS = 8  # pictures in a row of the strip
-CELL = 384  # pixels of a cell in the grid of settings; four pictures of 64 pixels are enlarged to twice their size
+MOMENTS = 8  # images in a row of the strip
+CELL = 384  # pixels of a cell in the grid of settings; four images of 64 pixels are enlarged to twice their size
 
 
 def settings_grid(
     pipeline: DiTTextToImagePipeline, prompts: Sequence, guidance_scales: Sequence[float], steps: Sequence[int], draw: Callable
 ) -> Image.Image:
-    """A row for each guidance scale, a column for each number of steps; in each cell the same prompts from the same seeds.
+    """Return a row for each guidance scale, a column for each number of steps; in each cell the same prompts from the same seeds.
 
     Args:
         pipeline: draws with the scheduler that it has.
         prompts: one to four, as `dit.pipeline.sampling.Prompt`.
         guidance_scales, steps: what is tried.
-        draw: (pipeline, prompts, steps, guidance scale) to pictures.
+        draw: (pipeline, prompts, steps, guidance scale) to images.
     """
     cells, labels = [], []
     for scale in guidance_scales:
@@ -153,7 +153,7 @@ def settings_grid(
 
 @torch.no_grad()
 def denoising_strip(pipeline: DiTTextToImagePipeline, prompts: Sequence, steps: int, guidance_scale: float) -> Image.Image:
-    """A row for each of `prompts`: the latents as the VAE decodes them, from noise to picture, at up to `MOMENTS` steps."""
+    """Return a row for each of `prompts`: the latents as the VAE decodes them, from noise to image, at up to `MOMENTS` steps."""
     seen: list[tuple[float, torch.Tensor]] = []
 
     def watch(pipeline, step, timestep, tensors):
@@ -173,7 +173,5 @@ def denoising_strip(pipeline: DiTTextToImagePipeline, prompts: Sequence, steps: 
     chosen = np.unique(np.linspace(0, len(seen) - 1, MOMENTS).round().astype(int))
     columns = [to_images(decode_latents(pipeline.vae, seen[k][1])) for k in chosen]
     pictures = [column[row] for row in range(len(prompts)) for column in columns]
-    labels = [
-        prompt.text if k == chosen[-1] else f"step {k + 1}, noise {levels[k]:.2f}" for prompt in prompts for k in chosen
-    ]
+    labels = [prompt.text if k == chosen[-1] else f"step {k + 1}, noise {levels[k]:.2f}" for prompt in prompts for k in chosen]
     return labelled_grid(pictures, labels, columns=len(chosen), cell=128)

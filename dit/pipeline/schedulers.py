@@ -27,7 +27,7 @@ HEUN_CLASSES = (FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler)
 
 
 def make_scheduler(name: str, prediction_type: PredictionType) -> SchedulerMixin:
-    """The scheduler that `name` stands for where the transformer predicts `prediction_type`.
+    """Return the scheduler that `name` stands for where the transformer predicts `prediction_type`.
 
     All but one follow the path from the noise to one image. `stochastic` goes at each step all the way to the predicted
     image and back to the next noise level with fresh noise (as Song et al. 2023, algorithm 1), so that later steps mend
@@ -76,9 +76,12 @@ def make_scheduler(name: str, prediction_type: PredictionType) -> SchedulerMixin
 
 
 def scheduler_name(scheduler: SchedulerMixin) -> str:
-    """The name under which `make_scheduler` makes one that is set as `scheduler` is; where it makes none, that of its class."""
+    """Return the name under which `make_scheduler` makes one of these settings; where it makes none, that of its class."""
+    found = predicts(scheduler)
+    prediction_type: PredictionType | None = next((known for known in get_args(PredictionType) if known == found), None)
+    if prediction_type is None:
+        return type(scheduler).__name__
     for name in get_args(Scheduler):
-        prediction_type = predicts(scheduler)
         if name == "ddim" and prediction_type == "flow_prediction":
             continue
         made = make_scheduler(name, prediction_type)
@@ -92,7 +95,7 @@ def _settings(scheduler: SchedulerMixin) -> dict[str, Any]:
 
 
 def predicts(scheduler: SchedulerMixin) -> str:
-    """What `scheduler` takes the transformer's output for."""
+    """Return what `scheduler` takes the transformer's output for."""
     return "flow_prediction" if isinstance(scheduler, FLOW_CLASSES) else scheduler.config.get("prediction_type", "something else")
 
 
@@ -134,7 +137,7 @@ def set_timesteps(scheduler: SchedulerMixin, evaluations: int, device: torch.dev
 
 
 def timesteps_to_sigmas(scheduler: SchedulerMixin) -> torch.Tensor:
-    """The transformer's timesteps in [0, 1], one for each of `scheduler.timesteps`, after `set_timesteps`.
+    """Return the transformer's timesteps in [0, 1], one for each of `scheduler.timesteps`, after `set_timesteps`.
 
     For a flow they are the noise levels themselves: DPM-Solver and UniPC round theirs down to whole thousandths.
     """

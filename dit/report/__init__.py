@@ -1,0 +1,1 @@
+"""The page metrics/report.md and its tables."""

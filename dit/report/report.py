@@ -1,4 +1,4 @@
-"""metrics/report.md: what a model draws, how good that is and what it took, with pictures, for GitHub to show."""
+"""metrics/report.md: what a model draws, how good that is and what it took, with images, for GitHub to show."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from PIL import Image
 from dit.config import Params
 from dit.report.tables import figures_table
 
-WIDEST = 1200  # pixels of a picture: as much as GitHub shows
-QUALITY = 85  # of WebP: a grid of 24 pictures takes 60 KB instead of 230 as PNG; these go into git
+WIDEST = 1200  # pixels of an image: as much as GitHub shows
+QUALITY = 85  # of WebP: a grid of 24 images takes 60 KB instead of 230 as PNG; these go into git
 CELLS = 4  # prompts in a cell of samples/grids/settings.png
-WORST = 18  # pictures in samples/worst.png
+WORST = 18  # images in samples/worst.png
 SURE = 0.005  # an interval of copies that begins below it begins at 0 %, as people read it
 FEW = 0.1  # an interval of copies from 0 to no more than this says that there are hardly any
 
@@ -43,14 +43,14 @@ class Results:
 
 
 def write_report(results: Results, params: Params, samples: Path, report: Path, pictures: Path) -> None:
-    """Write `report` (Markdown) and the `pictures` that it shows. The same results give the same bytes.
+    """Write `report` (Markdown) and the `images` that it shows. The same results give the same bytes.
 
     Args:
         results: all figures.
         params: the settings of the run.
-        samples: the folder of the grids and of the worst and the nearest pictures.
+        samples: the folder of the grids and of the worst and the nearest images.
         report: the Markdown file.
-        pictures: a folder beside it.
+        images: a folder beside it.
     """
     pictures.mkdir(parents=True, exist_ok=True)
     shown = [*sorted((samples / "grids").glob("*.png")), samples / "worst.png"]
@@ -63,7 +63,7 @@ def write_report(results: Results, params: Params, samples: Path, report: Path, 
 
 
 def headline(results: Results, params: Params) -> str:
-    """The title, the run in a sentence, and the table of figures."""
+    """Return the title, the run in a sentence, and the table of figures."""
     train, sample = results.metrics["train"], results.metrics["sample"]
     how, images = params.sample, results.metrics["download"]["train_images"]
     fresh = "; `stochastic` adds fresh noise at each step" if how.scheduler == "stochastic" else ""
@@ -210,7 +210,7 @@ def _draw(figure: Figure) -> Image.Image:
 
 
 def _show(picture: Image.Image, name: str, report: Path, pictures: Path) -> str:
-    """Store `picture` small enough for git; its address, as seen from `report`."""
+    """Store `image` small enough for git; its address, as seen from `report`."""
     picture = picture.convert("RGB")
     if picture.width > WIDEST:
         picture = picture.resize((WIDEST, round(picture.height * WIDEST / picture.width)), Image.Resampling.LANCZOS)

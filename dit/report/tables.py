@@ -29,7 +29,7 @@ def headlines(figures: dict[str, float]) -> dict[str, tuple[str, str]]:
 
 
 def figures_table(figures: dict[str, float], confidence: float) -> str:
-    """A Markdown table with a row for each of the `headlines`: value, interval, meaning."""
+    """Return a Markdown table with a row for each of the `headlines`: value, interval, meaning."""
     lines = [f"| metric | value | {100 * confidence:g} % interval | what it says | better |", "|---|---|---|---|---|"]
     for name, (meaning, better) in headlines(figures).items():
         ends = [f"{figures[f'{name}_{end}']:.3g}" for end in ("low", "high") if f"{name}_{end}" in figures]

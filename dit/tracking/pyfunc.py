@@ -1,7 +1,7 @@
 """The trained model as MLflow loads it. MLflow runs this file from the copy of `dit` that it keeps beside the model.
 
 model = mlflow.pyfunc.load_model("models:/dit-shapes/1")
-pictures = model.predict(pandas.DataFrame({"prompt": ["a red circle"]}), params={"seed": 7})
+images = model.predict(pandas.DataFrame({"prompt": ["a red circle"]}), params={"seed": 7})
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from PIL import Image
 
-from dit.pipeline.generate import draw, load_pipeline
+from dit.pipeline.generate import generate_images, load_pipeline
 from dit.pipeline.schedulers import make_scheduler
 
 BATCH_SIZE = 16
@@ -33,14 +33,14 @@ class TextToImage(PythonModel):
 
         Args:
             context: unused.
-            model_input: one row per picture; its column `prompt` holds the captions.
-            params: `num_inference_steps`, `guidance_scale`, `scheduler` and `seed` (of the first picture; the next has the
+            model_input: one row per image; its column `prompt` holds the captions.
+            params: `num_inference_steps`, `guidance_scale`, `scheduler` and `seed` (of the first image; the next has the
                 next one), as the model's signature lists them.
         """
         settings = params or {}
         self.pipeline.scheduler = make_scheduler(settings["scheduler"], self.pipeline.config.prediction_type)
         how = {name: settings[name] for name in ("num_inference_steps", "guidance_scale")}
-        return list(draw(self.pipeline, list(model_input["prompt"]), settings["seed"], BATCH_SIZE, **how))
+        return list(generate_images(self.pipeline, list(model_input["prompt"]), settings["seed"], BATCH_SIZE, **how))
 
 
 mlflow.models.set_model(TextToImage())

@@ -39,9 +39,9 @@ SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "prompt")]),
     params=ParamSchema(
         [
-            ParamSpec("num_inference_steps", DataType.long, DEFAULTS["num_inference_steps"]),
-            ParamSpec("guidance_scale", DataType.double, DEFAULTS["guidance_scale"]),
-            ParamSpec("scheduler", DataType.string, DEFAULTS["scheduler"]),
+            ParamSpec("num_inference_steps", DataType.long, DEFAULTS.num_inference_steps),
+            ParamSpec("guidance_scale", DataType.double, DEFAULTS.guidance_scale),
+            ParamSpec("scheduler", DataType.string, DEFAULTS.scheduler),
             ParamSpec("seed", DataType.long, 0),
         ]
     ),

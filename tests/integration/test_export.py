@@ -165,7 +165,7 @@ def test_generate_takes_the_scheduler_that_is_saved_and_notes_its_name(there):
     assert cli.main([*command, "models/dit", "--scheduler", "euler", "--output", "b.png"]) == 0
     assert cli.main([*command, "models/dit", "--output", "c.png"]) == 0
     assert sha256_file(Path("generated.png")) == sha256_file(Path("b.png")) != sha256_file(Path("c.png"))
-    assert read_facts(Path("c.png"))["scheduler"] == DEFAULTS["scheduler"]
+    assert read_facts(Path("c.png"))["scheduler"] == DEFAULTS.scheduler
 
 
 def test_the_card_says_how_to_load_it_and_what_the_evaluation_found(evaluated, capsys):

@@ -68,7 +68,7 @@ def test_the_same_command_gives_the_same_file_that_says_how_it_was_drawn(there, 
         "seed": "7",
         "negative_prompt": "a blue star",
         "num_inference_steps": "3",
-        "guidance_scale": str(DEFAULTS["guidance_scale"]),
+        "guidance_scale": str(DEFAULTS.guidance_scale),
         "guidance_interval": "0.0 1.0",
         "scheduler": "euler",
         "dtype": str(load_pipeline(model).transformer.dtype).removeprefix("torch."),
@@ -104,7 +104,7 @@ def test_every_setting_reaches_the_picture_and_its_text(there, setting):
 def test_it_draws_what_the_pipeline_draws(there, model):
     command = ["--prompt", "a red circle", "--seed", "3", "--height", "32", "--width", "96"]
     assert generate(*command) == 0
-    drawn = load_pipeline(model, DEFAULTS["scheduler"])(
+    drawn = load_pipeline(model, DEFAULTS.scheduler)(
         "a red circle", height=32, width=96, num_inference_steps=3, generator=[torch.Generator().manual_seed(3)]
     ).images[0]
     assert drawn.size == (96, 32) and np.array_equal(pixels("generated.png"), np.asarray(drawn))
@@ -329,7 +329,7 @@ def test_the_help_is_fast_and_shows_flags_defaults_and_examples(there):
         assert f"  --{flag}" in done.stdout
     for flag in ("width", "guidance_scale", "negative_prompt", "scheduler", "output", "image", "strength", "mask", "grid"):
         assert f"  --{flag}" in done.stdout
-    assert f"default: {DEFAULTS['num_inference_steps']}\n" in done.stdout and '\n  dit generate --prompt "a large' in done.stdout
+    assert f"default: {DEFAULTS.num_inference_steps}\n" in done.stdout and '\n  dit generate --prompt "a large' in done.stdout
     assert "--num-inference-steps" not in done.stdout  # understood, and not shown
 
     command = [sys.executable, "-m", "dit.cli", "generate", *QUICK, "--prompt", "a red circle " * 40, "--prompt", "a red circle"]

@@ -57,7 +57,7 @@ def test_repro_logs_one_run_with_one_child(clone):
     assert parent.data.metrics["prompt_accuracy"] == clone.json("metrics/evaluate.json")["prompt_accuracy"]
     assert store.get_metric_history(parent.info.run_id, "val_loss")
     children = store.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
-    assert [child.data.params["sample.scheduler"] for child in children] == [DEFAULTS["scheduler"]]
+    assert [child.data.params["sample.scheduler"] for child in children] == [DEFAULTS.scheduler]
 
 
 def test_repro_registers_model_and_data_set(clone):

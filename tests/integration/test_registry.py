@@ -63,7 +63,7 @@ def check(project: Path, model: Path, run_id: str) -> None:
     assert Path(result["dit"]).is_relative_to(folder)
     pipeline = load_pipeline(model, "euler")
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    drawn = pipeline(PROMPTS, num_inference_steps=2, guidance_scale=DEFAULTS["guidance_scale"], generator=generators).images
+    drawn = pipeline(PROMPTS, num_inference_steps=2, guidance_scale=DEFAULTS.guidance_scale, generator=generators).images
     assert np.array_equal(np.array(result["pixels"]), np.stack([np.asarray(picture) for picture in drawn]))
     assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle", ".pt", ".bin")]
     needed = (folder / "requirements.txt").read_text().split()

@@ -11,9 +11,7 @@ import pytest
 from helpers.clones import Clone, environment
 from helpers.tracking_server import mlflow_server
 
-PLANTED = {
-    name: f"planted-{token_hex(12)}" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "PGPASSWORD")
-}
+PLANTED = {name: f"planted-{token_hex(12)}" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "PGPASSWORD")}
 PASSWORD = f"planted-{token_hex(12)}"
 
 

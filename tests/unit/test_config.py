@@ -31,7 +31,7 @@ def test_config_committed_file_is_valid_for_every_recipe():
 
 
 def test_config_defaults_equal_sample_block():
-    assert {name: VALUES["sample"][name] for name in DEFAULTS} == DEFAULTS
+    assert {name: VALUES["sample"][name] for name in DEFAULTS._fields} == DEFAULTS._asdict()
 
 
 def test_config_is_frozen():
