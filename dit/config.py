@@ -43,6 +43,9 @@ class Defaults(NamedTuple):
 
 DEFAULTS = Defaults()
 STRENGTH = 0.6  # of image to image without a mask: objects keep their places and may change colour (docs/performance.md)
+# Of figures that one stage makes and the report describes.
+WORST_SHOWN = 18  # samples in samples/worst.png
+GRID_PROMPTS = 4  # prompts in a cell of samples/grids/settings.png, and in the denoising strip
 
 STRICT = ConfigDict(extra="forbid")
 

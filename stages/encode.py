@@ -19,7 +19,7 @@ def main(params: Params) -> None:
         folder=Path("data/latents"),
         settings=params.active.encode,
         runtime=params.runtime,
-        picture=Path("data/reconstructions.png"),
+        reconstructions=Path("data/reconstructions.png"),
     )
     if metrics is None:  # not the first of several processes
         return

@@ -72,7 +72,7 @@ def log_evaluation(params: Params, results: dict[str, float], images: list[Path]
             run.log_image(image, image.stem)
         run.log_image(row, "compared/row")  # what `dit compare` lays side by side
         run.log_json([{"text": prompt["text"], "seed": prompt["seed"]} for prompt in prompts], "compared/prompts.json")
-    child.finish()
+        run.finish()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from dit.encoders.vae import decode_latents
 from dit.errors import UserError
 from dit.latents.cache import LatentCache
 from dit.model.transformer import DiT
-from dit.tracking.runs import begin_run
+from dit.tracking.runs import begin_run, log_result
 from dit.training.checkpoint import Checkpoint, Checkpoints, check_ranks_agree, check_shapes, open_named, run_fingerprint
 from dit.training.export import save_model
 from dit.training.logging import MetricLogger, NullLogger
@@ -82,9 +82,7 @@ def main(params: Params) -> None:
                     shutil.rmtree(state)  # there is nothing to resume from
                 raise
         save_model(MODEL, transformer, cache, params.active.model, params.active.optim, params.train)
-        tracker.log_metrics({"training_seconds": summary["seconds"]}, int(summary["steps"]))
-        if params.runtime.register_model:
-            tracker.log_model(MODEL, f"dit-{params.recipe}", int(summary["steps"]))
+        log_result(tracker, params, summary)
         status = "FINISHED"
     except Stopped:
         status = "KILLED"

@@ -17,7 +17,7 @@ def cache(tmp_path_factory) -> LatentCache:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
-    """A folder as the train stage writes it: a small transformer of random weights, for the encoders in the box."""
+    """A folder as the train stage writes it: a small transformer of random weights, for the bundled encoders."""
     from helpers.small_models import save  # which imports this file
 
     folder = tmp_path_factory.mktemp("model")

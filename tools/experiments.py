@@ -1,4 +1,4 @@
-"""Print the experiments as a narrow table: the figures that tell them apart, and the settings in which they differ.
+"""Print the experiments as a narrow table: the metrics that tell them apart, and the settings in which they differ.
 
     python tools/experiments.py [options of `dvc exp show`, such as --all-commits or --num 3]
 
@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 
-FIGURES = {  # name in metrics/*.json: heading
+METRICS = {  # name in metrics/*.json: heading
     "prompt_accuracy": "prompt_accuracy",
     "prompt_accuracy_unseen": "prompt_accuracy_unseen",
     "clip_score": "clip_score",
@@ -23,7 +23,7 @@ FIGURES = {  # name in metrics/*.json: heading
     "images_per_second": "images_per_second",
 }
 ABOUT = ("Experiment", "rev", "Created", "State")
-KEEP = f"({'|'.join([*ABOUT, *map(re.escape, FIGURES)])})$"
+KEEP = f"({'|'.join([*ABOUT, *map(re.escape, METRICS)])})$"
 DROP = r"(?!recipe$|[a-z]+\.)"  # all but the settings: the other metrics, and the hashes of the deps
 SHOW = ["exp", "show", "--csv", "--precision", "4", "--only-changed", "--keep", KEEP, "--drop", DROP]
 RESULTS = ["metrics", "params.yaml"]
@@ -36,7 +36,7 @@ def main() -> None:
     if shown.returncode:
         sys.exit(shown.returncode)
     rows = [readable(row) for row in csv.DictReader(shown.stdout.splitlines())]
-    print("\n".join(table(rows)) if rows else "no commit has figures yet; run `dvc repro` and commit")
+    print("\n".join(table(rows)) if rows else "no commit has metrics yet; run `dvc repro` and commit")
 
 
 def readable(row: dict[str, str]) -> dict[str, str]:
@@ -45,8 +45,8 @@ def readable(row: dict[str, str]) -> dict[str, str]:
     name, rev, created, state = (row.pop(column, "") for column in ABOUT)
     about = {"experiment": f"  {name or rev}" if name or state else rev, "created": created[5:16].replace("T", " ")}
     about["state"] = "" if state == "Success" else state
-    figures = {heading: row.pop(name, "") for name, heading in FIGURES.items()}
-    return about | figures | row
+    metrics = {heading: row.pop(name, "") for name, heading in METRICS.items()}
+    return about | metrics | row
 
 
 def table(rows: list[dict[str, str]]) -> list[str]:

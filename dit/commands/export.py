@@ -13,9 +13,21 @@ from dit.commands.find_metrics import find_evaluation
 from dit.config import DEFAULTS, Scheduler
 from dit.errors import UserError, one_line
 from dit.pipeline.model_folder import read_index
+from dit.utils.files import write_json
 
-CARD, PICTURE = "README.md", "samples.png"
-WRITTEN = {CARD, PICTURE, "model_index.json", "transformer", "scheduler", "vae", "text_encoder", "tokenizer"}
+CARD = "README.md"
+WRITTEN = {
+    CARD,
+    "samples.png",
+    "training.json",
+    "evaluation.json",
+    "model_index.json",
+    "transformer",
+    "scheduler",
+    "vae",
+    "text_encoder",
+    "tokenizer",
+}
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -109,25 +121,22 @@ def save_pipeline(pipeline, folder: Path) -> None:
 
 
 def write_card(checkpoint: Path, folder: Path, scheduler: str) -> str:
-    """Write the card and its image into `folder`; returns why it is without an evaluation, "" where it has one."""
-    from dit.commands.model_card import export_card, read_card, with_scheduler
+    """Write the card and what it is rendered from into `folder`; return why it is without an evaluation, "" where it has one."""
+    from dit.commands.model_card import EVALUATION, IMAGE, evaluation_facts, export_card, read_facts
+    from dit.training.export import FACTS
 
-    trained = checkpoint / CARD
-    text = read_card(trained) if trained.is_file() else "# A text-to-image Diffusion Transformer\n"
-    if trained.is_file() and (checkpoint / "vae").is_dir():  # an export of an export: its card is whole
-        (folder / CARD).write_text(with_scheduler(text, scheduler), encoding="utf-8", newline="\n")
-        if (checkpoint / PICTURE).is_file():
-            shutil.copyfile(checkpoint / PICTURE, folder / PICTURE)
-        return ""
-    evaluation, missing = find_evaluation(checkpoint)
-    figures = params = picture = None
-    if evaluation:
-        figures, params = evaluation.figures, evaluation.params
-        if evaluation.picture:
-            picture = PICTURE
-            shutil.copyfile(evaluation.picture, folder / picture)
-    card = export_card(text, scheduler, figures, params, picture)
-    (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
+    training, facts, missing = read_facts(checkpoint, FACTS), read_facts(checkpoint, EVALUATION), ""
+    image = checkpoint / IMAGE
+    if facts is None:  # else it is an export of an export
+        evaluation, missing = find_evaluation(checkpoint)
+        facts = evaluation_facts(evaluation) if evaluation else None
+        image = evaluation.picture or image if evaluation else image
+    for name, content in ((FACTS, training), (EVALUATION, facts)):
+        if content:
+            write_json(folder / name, content)
+    if facts and image.is_file():
+        shutil.copyfile(image, folder / IMAGE)
+    (folder / CARD).write_text(export_card(training, facts, scheduler), encoding="utf-8", newline="\n")
     return missing
 
 

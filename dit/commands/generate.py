@@ -173,8 +173,8 @@ def generate(arguments: argparse.Namespace) -> None:
         write_png(output, sheet, lines | shared)
         print(output)
         return
-    with closing(drawing) as pictures:  # and its progress bar, before anything is said of a file that cannot be written
-        for k, (picture, prompt, seed) in enumerate(zip(pictures, prompts, seeds, strict=True)):
+    with closing(drawing) as generated:  # and its progress bar, before anything is said of a file that cannot be written
+        for k, (picture, prompt, seed) in enumerate(zip(generated, prompts, seeds, strict=True)):
             path = output if len(prompts) == 1 else output.with_name(f"{output.stem}-{k}{output.suffix}")
             write_png(path, picture, {"prompt": prompt, "seed": seed} | shared)
             tqdm.write(str(path))  # above the progress bar

@@ -1,65 +1,170 @@
-"""`dit inspect`: what is in a latent cache; how an image was drawn."""
+"""`dit inspect`: what is in a latent cache; how an image was generated."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
 
 from dit.commands._args import save_picture
 from dit.errors import UserError
+
+if TYPE_CHECKING:  # it takes a second to import torch
+    import numpy as np
+    import torch
+
+    from dit.latents.cache import LatentCache
+    from dit.latents.index import EncoderEntry
+
+GAP = 2  # pixels between an original and its decoded latents
+MEASURED = 512  # images that mean and deviation of the latents are measured on
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add `inspect` and its flags."""
     parser = commands.add_parser(
         "inspect",
-        help="summarise a latent cache, check it, show what is in it; or say how a picture was drawn",
+        help="summarise a latent cache, check it, show what is in it; or print how an image was generated",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  dit inspect data/latents --decode 16 --output latents.png\n"
-        "  dit inspect generated.png                   the prompt, seed and settings that `dit generate` has noted in it",
+        "  dit inspect generated.png                   the prompt, seed and settings that `dit generate` has written into it",
     )
     parser.add_argument(
         "what", nargs="?", type=Path, default=Path("data/latents"), help="a latent cache, or a .png; default: %(default)s"
     )
-    parser.add_argument("--decode", type=int, default=0, metavar="N", help="draw N originals beside their decoded latents")
+    parser.add_argument("--decode", type=int, default=0, metavar="N", help="show N originals beside their decoded latents")
     parser.add_argument("--raw", type=Path, default=Path("data/raw"), help="where the originals are; default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("latents.png"), help="default: %(default)s")
     parser.set_defaults(action=run_inspect)
 
 
+def run_inspect(arguments: argparse.Namespace) -> None:
+    """Print how an image was generated; or summarise a latent cache, compare it with its hashes, and show some of it."""
+    what = arguments.what
+    if what.is_file() or what.suffix.lower() == ".png":
+        print_facts(what)
+        return
+    if not what.is_dir():
+        raise UserError(f"{what}: no such file or folder; `dvc repro encode` makes data/latents")
+    if (what / "model_index.json").is_file():
+        raise UserError(f"{what}: a trained model, not a latent cache; `dit generate --checkpoint` generates images with it")
+    if arguments.decode < 0:
+        raise UserError(f"--decode: {arguments.decode} is not a number of images")
+
+    from dit.latents.cache import LatentCache
+
+    cache = LatentCache(what)
+    print(describe_cache(cache), flush=True)
+    cache.verify()
+    print(f"{'checked':16} every file has the hash in {what / 'index.json'}")
+    if arguments.decode > 0:
+        save_picture(decode_images(cache, arguments.raw, arguments.decode), arguments.output)
+        print(f"{'image':16} {arguments.output}: originals on the left, decoded latents on the right")
+
+
+def print_facts(path: Path) -> None:
+    """Print what `dit generate` has written into a PNG file."""
+    from dit.commands.png import read_facts
+
+    facts = read_facts(path)
+    if not facts:
+        raise UserError(f"{path}: nothing is written in it on how it was generated")
+    for name, value in facts.items():
+        lines = ("\n" + 21 * " ").join(printable(line) for line in value.split("\n"))
+        print(f"{printable(name):20} {lines}")
+
+
 def printable(text: str) -> str:
-    """`text` with what would command a terminal, or be nothing to see, as Python writes it: an image may be anybody's."""
+    """Escape characters that control a terminal or are invisible, since an image may come from anybody."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
-def run_inspect(arguments: argparse.Namespace) -> None:
-    """Print a summary of a latent cache, compare it with its hashes, and draw some of it; of an image, how it was drawn."""
-    if arguments.what.is_file() or arguments.what.suffix.lower() == ".png":
-        from dit.commands.png import read_facts
+def describe_cache(cache: LatentCache) -> str:
+    """Summarise a latent cache, a fact a line."""
+    import torch
 
-        facts = read_facts(arguments.what)
-        if not facts:
-            raise UserError(f"{arguments.what}: nothing is noted in it on how it was drawn")
-        for name, value in facts.items():
-            lines = ("\n" + 21 * " ").join(printable(line) for line in value.split("\n"))
-            print(f"{printable(name):20} {lines}")
-        return
-    if not arguments.what.is_dir():
-        raise UserError(f"{arguments.what}: no such file or folder; `dvc repro encode` makes data/latents")
-    if (arguments.what / "model_index.json").is_file():
-        raise UserError(f"{arguments.what}: a trained model, not a latent cache; `dit generate --checkpoint` draws with it")
-    if arguments.decode < 0:
-        raise UserError(f"--decode: {arguments.decode} is not a number of pictures")
+    from dit.latents.cache import CLIP_TOKENS, bytes_per_image, sample_posterior
 
-    from dit.commands.inspection import decode_pictures, describe_cache
-    from dit.latents.cache import LatentCache
+    index = cache.index
+    stored, float32 = bytes_per_image(cache)
+    _, moments = _read_moments(cache, MEASURED)
+    no_noise = torch.zeros(len(moments), *cache.latent_shape)
+    latents = sample_posterior(moments, no_noise, index["vae_scaling"], index["vae_shift"])
+    size = sum(shard["bytes"] for shard in index["shards"])
+    crops = f" and {cache.crops} random crops" if cache.crops else ""
+    mean_tokens = index["tokens"] / index["captions"]
+    facts = {
+        "images": f"{len(cache)}, {len(cache.train)} to train on and {len(cache.val)} to validate with",
+        "captions": f"{index['captions']}, {mean_tokens:.1f} tokens on average, {index['longest_caption']} at most",
+        "views": f"{cache.views} of each image: the central square{crops}, and mirrored",
+        "image size": f"{index['image_size']} pixels, as latents {' x '.join(map(str, cache.latent_shape))}",
+        "latents": f"mean {latents.mean():.3f}, deviation {latents.std():.3f}, after scaling",
+        "vae": _source(index["vae"]),
+        "clip": f"{_source(index['clip'])}, tokens of {cache.cross_attention_dim}, pooled {cache.pooled_projection_dim}",
+        "precision": str(index.get("precision", "not recorded")),
+        "shards": f"{len(index['shards'])}, {size / 1e6:.1f} MB",
+        "bytes per image": f"{stored:,.0f}; {float32 / stored:.1f} times as many in float32 with {CLIP_TOKENS} tokens a caption",
+        "fingerprint": index["fingerprint"],
+    }
+    return "\n".join(f"{name:16} {fact}" for name, fact in facts.items())
 
-    cache = LatentCache(arguments.what)
-    print(describe_cache(cache), flush=True)
-    cache.verify()
-    print(f"{'checked':16} every file is what {arguments.what / 'index.json'} says")
-    if arguments.decode > 0:
-        sheet = decode_pictures(cache, arguments.raw, arguments.decode)
-        save_picture(sheet, arguments.output)
-        print(f"{'picture':16} {arguments.output}: originals on the left, decoded latents on the right")
+
+def _read_moments(cache: LatentCache, count: int) -> tuple[np.ndarray, torch.Tensor]:
+    """Return the numbers of `count` random images, always the same ones, and their moments (N, 2C, H, W)."""
+    import numpy as np
+
+    chosen = np.random.default_rng(0).permutation(len(cache))[:count]
+    return chosen, cache.read(chosen, np.zeros(len(chosen)), np.zeros(len(chosen), dtype=bool)).moments
+
+
+def _source(source: EncoderEntry) -> str:
+    return ", ".join(part for part in (source["name"], source["revision"], source["resolved"]) if part)
+
+
+def decode_images(cache: LatentCache, raw: Path, count: int) -> Image.Image:
+    """Return a sheet of `count` images of the cache: the original beside the decoded latents, the first caption below.
+
+    Without the data set in `raw`, only the decoded latents.
+
+    Raises:
+        UserError: the VAE cannot be loaded.
+    """
+    import torch
+
+    from dit.encoders.loading import EncoderSource, load_vae
+    from dit.utils.images import labelled_grid, to_images
+
+    chosen, moments = _read_moments(cache, count)
+    vae, _ = load_vae(EncoderSource(**cache.index["vae"]))
+    means = moments.float().chunk(2, dim=1)[0]  # not scaled yet
+    with torch.no_grad():
+        decoded = [to_images(vae.decode(mean[None]).sample)[0] for mean in means]  # one at a time: any size fits into memory
+    captions = [rows[0] for rows in cache.captions(chosen)]
+    originals = _originals(raw, [caption["image"] for caption in captions], decoded[0].width)
+    pairs = [_side_by_side(*pair) for pair in zip(originals, decoded, strict=True)] if originals else decoded
+    columns, cell = (4, 320) if originals else (8, 160)  # pixels
+    return labelled_grid(pairs, [caption["text"] for caption in captions], columns=min(columns, len(pairs)), cell=cell)
+
+
+def _side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+    both = Image.new("RGB", (left.width + GAP + right.width, left.height), "white")
+    both.paste(left)
+    both.paste(right, (left.width + GAP, 0))
+    return both
+
+
+def _originals(raw: Path, names: list[str], image_size: int) -> list[Image.Image]:
+    """Return the images of these names as squares; none if the data set is not there."""
+    from dit.dataset.image_io import center_crop, open_rgb
+    from dit.dataset.reader import read_metadata
+    from dit.dataset.storage import StoredImages
+
+    try:
+        stored = {entry.image: entry.stored for entry in read_metadata(raw)}
+        images = StoredImages(raw)
+        return [center_crop(open_rgb(images.read(stored[name])), image_size) for name in names]
+    except (UserError, KeyError):
+        return []

@@ -1,21 +1,22 @@
-"""The model card of an export: the one that the train stage wrote, how to load the folder, and what the evaluation found."""
+"""The model card of an export: the facts of its training, how to load the folder, and what the evaluation found."""
 
 from __future__ import annotations
 
-import re
+import json
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from yaml import YAMLError
+from huggingface_hub import EvalResult, ModelCardData
 
 from dit import __version__
-from dit.config import Params
-from dit.errors import UserError, one_line
-from dit.report.tables import figures_table, headlines
+from dit.commands.find_metrics import Evaluation
+from dit.errors import UserError
+from dit.report.tables import headlines, metrics_table
+from dit.training.export import METADATA, render_card
 
-SETTINGS = "\nSettings:\n"  # the end of the train stage's card, long and for the few
-USE = """
-## Use
+EVALUATION, IMAGE = "evaluation.json", "samples.png"
+HERE = "path/to/this/folder"
+USE = """## Use
 
 The folder holds all of it, VAE, text encoder and tokenizer, too, in safetensors and JSON alone. What it needs beside it is the
 Python package `latent-dit` {version}, the code that trained it. In a copy of that project:
@@ -23,77 +24,70 @@ Python package `latent-dit` {version}, the code that trained it. In a copy of th
     pip install -c constraints.txt .
     dit generate --checkpoint {here} --prompt "{prompt}"
 
-The pipeline above {draws}; `dit.pipeline.schedulers.make_scheduler` makes others. diffusers' own
-`DiffusionPipeline.from_pretrained` does not know its class.
-"""
-DRAWS = "draws with the scheduler `{}`, which is saved here"
-HERE = "path/to/this/folder"
+The pipeline above samples with the scheduler `{scheduler}`, which is saved here; `dit.pipeline.schedulers.make_scheduler` makes
+others. diffusers' own `DiffusionPipeline.from_pretrained` does not know its class."""
+UNKNOWN = "# A text-to-image Diffusion Transformer\n\nWhat it was trained on is not recorded.\n\n"
 
 
-def read_card(path: Path) -> str:
-    """Return the text of the card at `path`.
+def read_facts(folder: Path, name: str) -> dict[str, Any] | None:
+    """Read training.json or evaluation.json of a model folder; None where it has none (version 0.1 wrote none).
 
     Raises:
-        UserError: it is no card that a new one could be made from; somebody has edited it, most likely.
+        UserError: it is not readable.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        ModelCard(text, ignore_metadata_errors=True)
-    except (OSError, ValueError, YAMLError) as error:
-        raise UserError(f"{path}: not a model card ({one_line(error)}); mend what is between its lines of ---") from None
-    return text
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        raise UserError(f"{folder / name}: not readable; `dvc checkout models/dit` brings it back") from None
 
 
-def with_scheduler(card: str, scheduler: str) -> str:
-    """Return the card of an export with `scheduler`, a name as `make_scheduler` takes it, in place of the one that it names."""
-    return re.sub(re.escape(DRAWS).replace(re.escape("{}"), "[^`]+"), DRAWS.format(scheduler), card)
+def evaluation_facts(evaluation: Evaluation) -> dict[str, Any]:
+    """Return what an export keeps of an evaluation: the metrics, and how they were measured."""
+    params = evaluation.params
+    how = {key: getattr(params.sample, key) for key in ("scheduler", "num_inference_steps", "guidance_scale")}
+    facts = {"recipe": params.recipe, "confidence": params.evaluate.confidence, "sample": how, "metrics": evaluation.figures}
+    return facts | ({"image": IMAGE} if evaluation.picture else {})
 
 
-def export_card(
-    trained: str, scheduler: str, figures: dict[str, float] | None, params: Params | None, picture: str | None
-) -> str:
-    """Return the whole README.md of an export.
+def export_card(training: dict[str, Any] | None, evaluation: dict[str, Any] | None, scheduler: str) -> str:
+    """Render the whole README.md of an export.
 
     Args:
-        trained: the card of `models/dit`.
+        training: training.json of the model, if it has one.
+        evaluation: what `evaluation_facts` returned, if the evaluation is of this model.
         scheduler: name of the scheduler in the export.
-        figures: what metrics/evaluate.json says of this model, if it does.
-        params: the settings that the figures were measured with.
-        image: name of a file in the folder that shows what the model draws, if there is one.
     """
-    card = ModelCard(trained, ignore_metadata_errors=True)
-    data = ModelCardData(**card.data.to_dict())
-    text, settings, rest = card.text.replace('"models/dit"', f'"{HERE}"').partition(SETTINGS)
-    prompt = text.partition('pipeline("')[2].partition('")')[0] or "a red circle"
-    text += USE.format(version=__version__, here=HERE, prompt=prompt, draws=DRAWS.format(scheduler))
-    if figures and params:
-        text += evaluation_section(figures, params)
-        text += f"\n![Captions and what it drew for them]({picture})\n" if picture else ""
-        data.model_name = f"dit-{params.recipe}"
+    prompt = training["prompt"] if training else "a red circle"
+    sections = [USE.format(version=__version__, here=HERE, prompt=prompt, scheduler=scheduler)]
+    data = ModelCardData(license=METADATA["license"], library_name=METADATA["library_name"])
+    data.pipeline_tag = METADATA["pipeline_tag"]
+    if evaluation:
+        sections.append(evaluation_section(evaluation))
+        recipe, metrics = evaluation["recipe"], evaluation["metrics"]
+        data.model_name = f"dit-{recipe}"
         data.eval_results = [
             EvalResult(
                 task_type="text-to-image",
-                dataset_type=params.recipe,
-                dataset_name=f"validation and other prompts of the recipe {params.recipe}",
+                dataset_type=recipe,
+                dataset_name=f"validation and other prompts of the recipe {recipe}",
                 metric_type=name,
                 metric_name=name,
-                metric_value=figures[name],
+                metric_value=metrics[name],
             )
-            for name in headlines(figures)
+            for name in headlines(metrics)
         ]
-    return f"---\n{data.to_yaml(line_break=chr(10))}\n---\n{text}{settings}{rest}"
+    body = render_card(training, HERE, sections) if training else UNKNOWN + "\n\n".join(sections) + "\n"
+    return f"---\n{data.to_yaml(line_break=chr(10))}\n---\n{body}"
 
 
-def evaluation_section(figures: dict[str, float], params: Params) -> str:
-    """Return the figures as a table, with their intervals, and what they were measured with."""
-    how = params.sample
-    lines = [
-        "",
-        "## Evaluation",
-        "",
-        f"Drawn with `{how.scheduler}` in {how.num_inference_steps} evaluations of the transformer, at a guidance scale of "
-        f"{how.guidance_scale:g}:",
-        "",
-        figures_table(figures, params.evaluate.confidence),
-    ]
-    return "\n".join(lines) + "\n"
+def evaluation_section(evaluation: dict[str, Any]) -> str:
+    """Render the metrics as a table, with their intervals, what they were measured with, and the samples."""
+    how = evaluation["sample"]
+    text = (
+        f"## Evaluation\n\nSampled with `{how['scheduler']}` in {how['num_inference_steps']} evaluations of the transformer, at "
+        f"a guidance scale of {how['guidance_scale']:g}:\n\n{metrics_table(evaluation['metrics'], evaluation['confidence'])}"
+    )
+    image = f"\n\n![Captions and the images generated for them]({evaluation['image']})" if "image" in evaluation else ""
+    return text + image

@@ -1,4 +1,4 @@
-"""`dit sweep`: what each guidance scale and number of steps of a trained model gives, and what it costs. Nothing is trained."""
+"""Quality and cost of a trained model with several schedulers, guidance scales and numbers of steps."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from dit.pipeline.sampling import Prompt, choose_prompts, draw_batch
 from dit.pipeline.schedulers import make_scheduler
 from dit.shapes.scoring import score_image
 
-NAMES = {"prompt_accuracy": "share of pictures that are right", "clip_score": "CLIP score"}
+METRICS = {"prompt_accuracy": "share of images that are right", "clip_score": "CLIP score"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to draw; the fields are called as in params.yaml."""
+    """One way to sample; the fields are named as in params.yaml."""
 
     scheduler: str
     num_inference_steps: int
@@ -42,12 +42,12 @@ class Setting:
 
 
 def sweep(params: Params, model: Path, latents: Path, raw: Path, settings: Sequence[Setting], count: int) -> pd.DataFrame:
-    """Draw the same `count` prompts from the same seeds with each of `settings`, and judge them.
+    """Sample the same `count` prompts from the same seeds with each of `settings`, and score the images.
 
     Args:
         params: for the recipe, the seed and the batch size of the sample stage, and the confidence of the intervals.
         model: the trained model's folder.
-        latents: its latent cache, which names the CLIP that gives the score where images cannot be judged.
+        latents: its latent cache, which names the CLIP that scores images that are not of coloured shapes.
         raw: the data set that the prompts are from.
         settings: what is tried.
         count: number of prompts; half of them with unseen pairs where the recipe is `shapes`.
@@ -56,7 +56,7 @@ def sweep(params: Params, model: Path, latents: Path, raw: Path, settings: Seque
         A row for each setting: its fields; `prompt_accuracy` in [0, 1], or `clip_score` in [0, 100] where the prompts are not
         about our shapes, with `_low` and `_high`; `prompts`, their number; `evaluations` of the transformer for an image,
         those with and without its caption; `seconds` for a hundred images at the rate of the fastest batch, without loading
-        and judging; `difference` to the best setting, at most 0, prompt by prompt, with `_low` and `_high`.
+        and scoring; `difference` to the best setting, at most 0, prompt by prompt, with `_low` and `_high`.
 
     Raises:
         UserError: the model or the data is not there, there are captions for fewer than two prompts, or a scheduler does not fit
@@ -66,31 +66,37 @@ def sweep(params: Params, model: Path, latents: Path, raw: Path, settings: Seque
     prompts = [prompt for prompt in prompts if prompt.group in SCORED_GROUPS]
     if len(prompts) < 2:
         raise UserError(f"{raw}: one validation caption, where two are needed; a larger {params.recipe}.data.val_fraction helps")
-    judged = all(score_image(Image.new("RGB", (64, 64)), prompt.text) for prompt in prompts)
-    clip = None if judged else ClipFeatures(EncoderSource(**LatentCache(latents).index["clip"]), fastest_device())
+    shapes = all(score_image(Image.new("RGB", (64, 64)), prompt.text) for prompt in prompts)
+    clip = None if shapes else ClipFeatures(EncoderSource(**LatentCache(latents).index["clip"]), fastest_device())
     pipeline = load_pipeline(model, settings[0].scheduler)
     pipeline.set_progress_bar_config(disable=True)
     if len(prompts) < count:
         print(f"the validation set has captions for {len(prompts)} of {count} prompts", flush=True)
     print(f"{len(prompts)} prompts from the same seeds with each of {len(settings)} settings", flush=True)
-    schedulers = {setting.scheduler: None for setting in settings}
-    for scheduler in schedulers:  # all of them first, since one that does not fit is better refused now than in an hour
-        schedulers[scheduler] = make_scheduler(scheduler, pipeline.config.prediction_type)
-    scores, seconds = _draw_and_score(pipeline, prompts, settings, schedulers, params.sample.batch_size, clip)
-    name, confidence = "prompt_accuracy" if judged else "clip_score", params.evaluate.confidence
+    # All of them first, since one that does not fit is better refused now than in an hour.
+    names = dict.fromkeys(setting.scheduler for setting in settings)
+    schedulers = {name: make_scheduler(name, pipeline.config.prediction_type) for name in names}
+    scores, seconds = _sample_and_score(pipeline, prompts, settings, schedulers, params.sample.batch_size, clip)
+    metric, confidence = "prompt_accuracy" if shapes else "clip_score", params.evaluate.confidence
     best = scores[scores.mean(axis=1).argmax()]
     rows = []
     for setting, one, took in zip(settings, scores, seconds, strict=True):
-        low, high = interval(one, judged, confidence)
-        figures = {name: float(one.mean()), f"{name}_low": low, f"{name}_high": high, "prompts": len(prompts)}
-        evaluations = setting.num_inference_steps * (2 if setting.guidance_scale > 1 else 1)
-        low, high = interval(one - best, False, confidence)
-        behind = {"difference": float((one - best).mean()), "difference_low": low, "difference_high": high}
-        rows.append(asdict(setting) | figures | {"evaluations": evaluations, "seconds": took} | behind)
+        rows.append(
+            asdict(setting)
+            | _mean_with_interval(metric, one, shapes, confidence)
+            | {"prompts": len(prompts)}
+            | {"evaluations": setting.num_inference_steps * (2 if setting.guidance_scale > 1 else 1), "seconds": took}
+            | _mean_with_interval("difference", one - best, False, confidence)
+        )
     return pd.DataFrame(rows)
 
 
-def _draw_and_score(
+def _mean_with_interval(name: str, values: np.ndarray, share: bool, confidence: float) -> dict[str, float]:
+    low, high = interval(values, share, confidence)
+    return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
+
+
+def _sample_and_score(
     pipeline: DiTTextToImagePipeline,
     prompts: list[Prompt],
     settings: Sequence[Setting],
@@ -98,14 +104,14 @@ def _draw_and_score(
     batch_size: int,
     clip: ClipFeatures | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (S, N) of the N prompts with each of the S settings, and the seconds (S,) that each takes for a hundred images.
+    """Return the scores (S, N) of N prompts with S settings, and the seconds (S,) of each for a hundred images.
 
-    Each batch is drawn with all settings before the next one: where the machine becomes slower, it does so for all of them.
+    Each batch is sampled with all settings before the next one: where the machine becomes slower, it does so for all of them.
     Batches are of one size, but for the last one, whose rate does not count where it is smaller.
     """
     full = ceil(len(prompts) / ceil(len(prompts) / batch_size))
     scores, seconds = np.empty((len(settings), len(prompts))), np.full(len(settings), np.inf)
-    # What happens only once, happens here.
+    # To warm up.
     draw_batch(pipeline, prompts[:full], 1, max(setting.guidance_scale for setting in settings))
     with tqdm(total=scores.size, desc="sweep", unit="image") as progress:
         for start in range(0, len(prompts), full):
@@ -114,31 +120,31 @@ def _draw_and_score(
                 progress.set_postfix_str(describe(setting))
                 pipeline.scheduler = schedulers[setting.scheduler]
                 began = time.perf_counter()
-                pictures = draw_batch(pipeline, chunk, setting.num_inference_steps, setting.guidance_scale)
+                images = draw_batch(pipeline, chunk, setting.num_inference_steps, setting.guidance_scale)
                 took = 100 * (time.perf_counter() - began) / len(chunk)
                 seconds[k] = min(seconds[k], took) if len(chunk) == full else seconds[k]
-                scores[k, start : start + len(chunk)] = score(chunk, pictures, clip)
+                scores[k, start : start + len(chunk)] = score(chunk, images, clip)
                 progress.update(len(chunk))
     return scores, seconds
 
 
 def describe(setting: Setting | pd.Series) -> str:
-    """In words."""
+    """Word a setting, such as "euler, 10 steps, guidance 1.5"."""
     steps = "1 step" if setting.num_inference_steps == 1 else f"{setting.num_inference_steps} steps"
     return f"{setting.scheduler}, {steps}, guidance {setting.guidance_scale:g}"
 
 
-def score(prompts: Sequence[Prompt], pictures: list[Image.Image], clip: ClipFeatures | None) -> np.ndarray:
-    """How well each image shows its prompt, (N,) float64: 1 or 0 as judged, or its CLIP score where there is a `clip`."""
+def score(prompts: Sequence[Prompt], images: list[Image.Image], clip: ClipFeatures | None) -> np.ndarray:
+    """Score how well images show their prompts, (N,) float64: 1 for right and 0, or the CLIP score where there is a `clip`."""
     texts = [prompt.text for prompt in prompts]
     if clip is None:
-        scores = [score_image(picture, text) for picture, text in zip(pictures, texts, strict=True)]
+        scores = [score_image(image, text) for image, text in zip(images, texts, strict=True)]
         return np.array([float(found is not None and not found.problem) for found in scores])
-    return clip_scores(clip.of_images(pictures, len(pictures), "CLIP"), clip.of_texts(texts)).double().numpy()
+    return clip_scores(clip.embed_images(images, len(images), "CLIP"), clip.embed_texts(texts)).double().numpy()
 
 
 def interval(values: np.ndarray, share: bool, confidence: float) -> tuple[float, float]:
-    """Of the mean of `values` (N,): Wilson's where it is a share, else by the standard error."""
+    """Return the confidence interval of the mean of `values` (N,): Wilson's if it is a share, else by the standard error."""
     mean = float(values.mean())
     if share:
         return wilson(mean, len(values), confidence)
@@ -151,9 +157,13 @@ def cheapest(table: pd.DataFrame, tolerance: float) -> pd.Series:
     return table[table["difference"] >= -tolerance].sort_values(["evaluations", "seconds"]).iloc[0]
 
 
+def _metric(table: pd.DataFrame) -> str:
+    return next(name for name in METRICS if name in table)
+
+
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """`table` with intervals in brackets, for a terminal."""
-    name = next(column for column in NAMES if column in table)
+    """Return `table` with intervals in brackets, for a terminal."""
+    name = _metric(table)
 
     def with_ends(column: str) -> list[str]:
         return [f"{row[column]:.3f} ({row[f'{column}_low']:.3f} to {row[f'{column}_high']:.3f})" for _, row in table.iterrows()]
@@ -170,15 +180,15 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def chance(table: pd.DataFrame) -> float:
-    """How far the figures of a setting may be off at random: half of the widest interval."""
-    name = next(column for column in NAMES if column in table)
+def margin_of_error(table: pd.DataFrame) -> float:
+    """Return half of the widest interval of a setting's metric."""
+    name = _metric(table)
     return float((table[f"{name}_high"] - table[f"{name}_low"]).max() / 2)
 
 
 def plot(table: pd.DataFrame) -> Figure:
-    """Quality against seconds: a line for each scheduler and guidance scale, a point for each number of steps."""
-    name = next(column for column in NAMES if column in table)
+    """Plot quality against seconds: a line for each scheduler and guidance scale, a point for each number of steps."""
+    name = _metric(table)
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     lines = table.sort_values("num_inference_steps").groupby(["scheduler", "guidance_scale"])
@@ -193,8 +203,8 @@ def plot(table: pd.DataFrame) -> Figure:
             text = f"{row['num_inference_steps']:g}"
             axes.annotate(text, at, offset, textcoords="offset points", fontsize=7, color=color, ha=ha)
     axes.set_xlim(left=0)
-    axes.set_xlabel("seconds for 100 pictures; the number at a point is that of its steps")
-    axes.set_ylabel(NAMES[name])
+    axes.set_xlabel("seconds for 100 images; the number at a point is that of its steps")
+    axes.set_ylabel(METRICS[name])
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure

@@ -25,9 +25,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add `sweep` and its flags, which are spelled as diffusers' arguments are."""
     parser = commands.add_parser(
         "sweep",
-        help="draw with several guidance scales and numbers of steps: a table and a plot of quality against seconds",
-        description="Draw the same prompts from the same seeds with every combination, and judge the pictures: by prompt\n"
-        "accuracy where they are coloured shapes, else by CLIP score. Nothing is trained.",
+        help="sample with several guidance scales and numbers of steps: a table and a plot of quality against seconds",
+        description="Sample the same prompts from the same seeds with every combination, and score the images: by prompt\n"
+        "accuracy where they are of coloured shapes, else by CLIP score. Nothing is trained.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -66,7 +66,7 @@ def run_sweep(arguments: argparse.Namespace) -> None:
     table_file, plot_file = find_outputs(arguments.output)
     read_index(arguments.checkpoint)
 
-    from dit.commands.sampler_sweep import Setting, chance, cheapest, describe, plot, readable, sweep
+    from dit.commands.sampler_sweep import Setting, cheapest, describe, margin_of_error, plot, readable, sweep
     from dit.config import load_config
 
     every = product(arguments.scheduler, arguments.guidance_scale, arguments.num_inference_steps)
@@ -78,8 +78,8 @@ def run_sweep(arguments: argparse.Namespace) -> None:
     print(f"\n{readable(table).to_string(index=False)}")
     row = cheapest(table, arguments.tolerance)
     print(
-        f"\nwithin {arguments.tolerance:g} of the best, the cheapest: {describe(row)}: {row['seconds']:.2f} s for 100 pictures\n"
-        f"figures of {row['prompts']} prompts may be off by {chance(table):.2g}; --num_samples tells finer differences\n"
+        f"\nwithin {arguments.tolerance:g} of the best, the cheapest: {describe(row)}: {row['seconds']:.2f} s for 100 images\n"
+        f"{row['prompts']} prompts leave a margin of error of {margin_of_error(table):.2g}; a larger --num_samples reduces it\n"
         f"{table_file}\n{plot_file}"
     )
 

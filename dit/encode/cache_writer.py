@@ -1,15 +1,6 @@
-"""One shard of the latent cache: a safetensors file of N images with V views each, M captions and K text tokens in all.
+"""Write the latent cache: shards, whose format dit/latents/shards.py documents, and the index that makes a cache of them.
 
-    moments   (N, V, 2C, H, W) fp16   posterior mean and log-variance; view 2k of crop k, view 2k + 1 of its mirror image;
-                                      crop 0 is the central one
-    captions  (N + 1,)         int64  captions of image i are rows captions[i] to captions[i + 1]
-    tokens    (K, E)           fp16   last hidden states of all captions, one after the other, end-of-text included
-    offsets   (M + 1,)         int64  tokens of caption m are rows offsets[m] to offsets[m + 1]
-    pooled    (M, P)           fp16   projected pooled text vectors
-    no_flip     (M,)             bool   the caption says left or right, so the mirror image would contradict it
-    val       (N,)             bool   the image belongs to the validation set
-
-Beside it lie its captions, a JSON row a line, and its record, written last: a shard without one is not whole.
+Beside each shard lie its captions, a JSON row a line, and its record, written last: a shard without one is incomplete.
 """
 
 from __future__ import annotations
@@ -30,11 +21,11 @@ BLOCK = 8192  # rows of text that are summed at once, in float64
 
 
 class ShardBuffer:
-    """The tensors of one shard, filled batch by batch, so that its images are in memory once.
+    """The tensors of one shard, filled batch by batch, so that its images are in memory only once.
 
     Args:
         val: of each image of the shard, whether it is for validation.
-        captions: of each image, its captions' number.
+        captions: of each image, the number of its captions.
         lengths: of each caption, the number of its tokens.
         no_flip: of each caption, whether it says left or right.
     """
@@ -49,7 +40,7 @@ class ShardBuffer:
         self._images = self._captions = 0
 
     def add(self, moments: torch.Tensor, tokens: list[torch.Tensor], pooled: torch.Tensor) -> None:
-        """Take in the next images: moments (B, V, 2C, H, W), and of their captions tokens (L, E) each and pooled (M, P)."""
+        """Append the next images: moments (B, V, 2C, H, W), and of their captions tokens (L, E) each and pooled (M, P)."""
         if "moments" not in self.tensors:
             counts = (len(self.tensors["val"]), int(self.tensors["offsets"][-1]), len(self.tensors["no_flip"]))
             for name, count, like in zip(("moments", "tokens", "pooled"), counts, (moments, tokens[0], pooled), strict=True):
@@ -67,11 +58,11 @@ class ShardBuffer:
 
         Args:
             rows: of each caption, its image's name, its text and its split.
-            fingerprint: which encoders and settings; goes into the file, so that a shard of others is recognised.
+            fingerprint: of the encoders and settings; stored in the file, so that a shard of others is recognised.
             inputs: digest of the images and captions that it was made from.
         """
         if self._images != len(self.tensors["val"]) or self._captions != len(self.tensors["no_flip"]):
-            raise ValueError(f"shard {number}: {self._images} images and {self._captions} captions are not all of it")
+            raise ValueError(f"shard {number}: {self._images} images and {self._captions} captions are not all of them")
         file, listed, record = shard_paths(folder, number)
         folder.mkdir(parents=True, exist_ok=True)
         part = file.with_name(f"{file.name}.part")
@@ -94,13 +85,13 @@ class ShardBuffer:
 
 
 def shard_paths(folder: Path, number: int) -> tuple[Path, Path, Path]:
-    """Where shard `number`, its captions and its record are."""
+    """Return the paths of shard `number`, its captions and its record."""
     name = f"shard-{number:05d}"
     return folder / f"{name}.safetensors", folder / f"{name}.jsonl", folder / f"{name}.json"
 
 
 def read_record(folder: Path, number: int) -> dict | None:
-    """Return what is known of a shard that was written as a whole; None of any other."""
+    """Return the record of a shard that was written completely; None of any other."""
     file, listed, record = shard_paths(folder, number)
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
@@ -120,7 +111,7 @@ def channel_sums(rows: torch.Tensor) -> dict:
 
 
 def mean_std(sums: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of every channel, float32, from the sums of all shards.
+    """Return mean and standard deviation of every channel, float32, from the sums of all shards.
 
     A channel that never changes has the deviation 1.
     """
@@ -138,15 +129,15 @@ def _starts(lengths: list[int]) -> torch.Tensor:
 def assemble_cache(
     parts: Path, count: int, folder: Path, about: dict[str, Any], empty: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    """Make a cache of shards that lie whole in `parts`; `index.json` comes last: a folder without it is not a cache.
+    """Make a cache of the complete shards in `parts`; `index.json` comes last: a folder without it is not a cache.
 
-    The shards stay in `parts`, too (as hard links where the file system has them), so that this can be done again.
+    The shards stay in `parts`, too (as hard links where the file system has them), so that this can be repeated.
 
     Args:
         parts: where `ShardBuffer.write` wrote.
         count: the number of shards.
         folder: where the cache goes.
-        about: what made it; goes into the index.
+        about: what made it, for the index.
         empty: tokens (L, E) and pooled vector (P,) of the caption "".
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Turn a data set of images and captions into the latent cache, shard by shard.
+"""Encode a data set of images and captions into the latent cache, shard by shard.
 
-What is in memory is a batch and a shard, whatever the size of the set. Batches and shards depend on the data set and the
-settings alone, so a run that was killed goes on with the first shard that is not whole, several processes share the work,
-and the shards come out byte for byte the same.
+Only one batch and one shard are in memory, whatever the size of the data set. Batches and shards depend on the data set and
+the settings alone: a run that was killed resumes with the first incomplete shard, several processes share the work, and the
+shards are the same byte for byte.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from dit.encoders.text import TextEncoder
 from dit.utils.files import warn_stale_state
 
 SHARD_BYTES = 256 * 2**20
-POOR = 30  # dB; below, what the VAE loses is plain to see
+MIN_PSNR = 30  # dB; below, the VAE's error is clearly visible
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Shard `number`: its images, as the captions of each, and the tokens of every caption."""
+    """The content of shard `number`: the captions of each image, and the number of tokens of every caption."""
 
     number: int
     images: list[list[Entry]]
@@ -51,23 +51,25 @@ class Plan:
         return list(chain.from_iterable(self.images))
 
 
-def encode_dataset(raw: Path, folder: Path, settings: Encode, runtime: Runtime, picture: Path) -> dict[str, float | int] | None:
+def encode_dataset(
+    raw: Path, folder: Path, settings: Encode, runtime: Runtime, reconstructions: Path
+) -> dict[str, float | int] | None:
     """Encode the data set in `raw` into a cache in `folder`.
 
-    Under `accelerate launch` the processes share the shards; the first one puts the cache together.
+    Under `accelerate launch` the processes share the shards; the first one assembles the cache.
 
     Args:
-        raw: what a source wrote: `metadata.json` and the images.
+        raw: the data set, as a source wrote it: `metadata.json` and the images.
         folder: where the cache goes.
         settings: which encoders, image size, batch size and precision.
         runtime: how many workers decode images.
-        image: where originals (upper rows) beside reconstructions (lower rows) are drawn.
+        reconstructions: an image file to write, originals in the upper rows and their reconstructions in the lower ones.
 
     Returns:
-        `reconstruction_psnr` in dB over a sample of the set, and how many images and captions there are; None in all
+        `reconstruction_psnr` in dB over a sample of the set, and the numbers of `images` and `captions`; None in all
         processes but the first.
     """
-    # The tokenizer is used before the workers are forked, which use none: without this it warns about them.
+    # Where workers are forked, the tokenizer was used before and warns, although they use none: this keeps it quiet.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     state = PartialState(cpu=not torch.cuda.is_available())
     dtype = PRECISIONS[settings.precision]
@@ -95,11 +97,12 @@ def encode_dataset(raw: Path, folder: Path, settings: Encode, runtime: Runtime, 
 
     quality = float("nan")
     if state.is_main_process:
-        quality = measure_reconstruction(vae, raw, images, settings.image_size, settings.batch_size, picture)
-        if quality < POOR and settings.vae == "builtin":
+        quality = measure_reconstruction(vae, raw, images, settings.image_size, settings.batch_size, reconstructions)
+        if quality < MIN_PSNR and settings.vae == "builtin":
             print(
-                f"encode: the bundled VAE was fitted on rendered scenes and keeps little of these images ({quality} dB: see "
-                f"{picture}); set encode.vae to stabilityai/sd-vae-ft-mse and encode.clip to openai/clip-vit-large-patch14",
+                "encode: the bundled VAE was fitted on rendered scenes and keeps little of these images "
+                f"({quality} dB: see {reconstructions}); "
+                "set encode.vae to stabilityai/sd-vae-ft-mse and encode.clip to openai/clip-vit-large-patch14",
                 flush=True,
             )
         warn_stale_state("encode", parts)
@@ -117,20 +120,20 @@ def encode_dataset(raw: Path, folder: Path, settings: Encode, runtime: Runtime, 
 
 
 def plan_shards(images: list[list[Entry]], encoder: Encoder) -> Iterator[Plan]:
-    """Divide the images into shards of whole batches, of at most `SHARD_BYTES`, from the lengths of their captions."""
+    """Divide the images into shards of whole batches, each of at most `SHARD_BYTES` if one batch allows it."""
     size = encoder.settings.batch_size
     chosen: list[list[Entry]] = []
     lengths: list[int] = []
-    number = held = 0
+    number = shard_bytes = 0
     progress = tqdm(range(0, len(images), size), desc="plan", unit="batch", delay=2)
     for start in progress:
         batch = images[start : start + size]
         counted = encoder.text.count_tokens([entry.text for entry in chain.from_iterable(batch)])
         needed = encoder.bytes_of(len(batch), counted)
-        if chosen and held + needed > SHARD_BYTES:
+        if chosen and shard_bytes + needed > SHARD_BYTES:
             yield Plan(number, chosen, lengths)
-            chosen, lengths, held, number = [], [], 0, number + 1
-        chosen, lengths, held = chosen + batch, lengths + counted, held + needed
+            chosen, lengths, shard_bytes, number = [], [], 0, number + 1
+        chosen, lengths, shard_bytes = chosen + batch, lengths + counted, shard_bytes + needed
     yield Plan(number, chosen, lengths)
 
 
@@ -142,7 +145,7 @@ class Encoder:
         self.fingerprint, self.raw, self.runtime = fingerprint, raw, runtime
 
     def bytes_of(self, images: int, lengths: list[int]) -> int:
-        """Return what so many images and captions of these lengths take in a shard."""
+        """Return the bytes in a shard of this number of images and of captions of these lengths in tokens."""
         settings, text = self.settings, self.text.model.config
         latent = 2 * self.vae.config.latent_channels * (settings.image_size // VAE_FACTOR) ** 2
         return 2 * (
@@ -150,20 +153,20 @@ class Encoder:
         )
 
     def write(self, plans: list[Plan], parts: Path) -> None:
-        """Write those shards into `parts` that do not lie there as a whole, of the same images and captions.
+        """Write the shards of `plans` into `parts`, except those that are there completely, of the same images and captions.
 
         Raises:
-            UserError: an image cannot be read, the encoders' numbers overflow, or a batch does not fit into memory.
+            UserError: an image cannot be read, the VAE's output overflows, or a batch does not fit into memory.
         """
         parts.mkdir(parents=True, exist_ok=True)
         size = self.settings.batch_size
-        looked_at = tqdm(plans, desc="look what is there", unit="shard", delay=2)
-        missing = [plan for plan in looked_at if not self._is_written(plan, parts)]
+        checked = tqdm(plans, desc="check written shards", unit="shard", delay=2)
+        missing = [plan for plan in checked if not self._is_written(plan, parts)]
         count = sum(len(plan.images) for plan in missing)
         total = sum(len(plan.images) for plan in plans)
         if count < total:
-            print(f"encode: going on where the last run was stopped, {total - count} of {total} images are done", flush=True)
-        views = self._load(missing)
+            print(f"encode: resuming, {total - count} of {total} images are done", flush=True)
+        crops = self._load(missing)
         progress = tqdm(total=total, initial=total - count, desc="encode", unit="image")
         for plan in missing:
             buffer = ShardBuffer(
@@ -175,7 +178,7 @@ class Encoder:
             digests: list[str] = []
             for start in range(0, len(plan.images), size):
                 chunk = plan.images[start : start + size]
-                pixels, found = next(views)
+                pixels, found = next(crops)
                 tokens, pooled = self.text.encode([entry.text for entry in chain.from_iterable(chunk)])
                 buffer.add(encode_moments(self.vae, pixels, self.settings), tokens, pooled)
                 digests += found
@@ -205,16 +208,16 @@ class Encoder:
 
 
 def unfinished_folder(fingerprint: str, batch_size: int, device: torch.device) -> Path:
-    """Where the shards of these settings wait for the last of them: outside DVC's outs, which it deletes before it starts."""
+    """Return the folder of the shards of an incomplete run: outside DVC's outs, which DVC deletes before a stage starts."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     key = _digest([fingerprint, batch_size, hardware, torch.__version__])[:12]
     return Path(os.environ.get("DVC_ROOT", ".")) / ".state" / "encode" / key
 
 
 def _inputs(plan: Plan, digests: list[str]) -> str:
-    """Digest of all that a shard was made of: the captions, and the bytes of the images."""
+    """Return the digest of all that a shard is made of: the captions, and the bytes of the images."""
     return _digest([[(entry.image, entry.text, entry.split) for entry in plan.captions], digests])
 
 
-def _digest(value) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

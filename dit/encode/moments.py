@@ -1,36 +1,44 @@
-"""A VAE's posterior moments of images, and what to do when they do not fit into memory or into 16 bits."""
+"""The moments of a VAE's posterior of images, and errors where they do not fit into memory or into 16 bits."""
 
 from __future__ import annotations
 
 import torch
+from diffusers import AutoencoderKL
 
 from dit.config import Encode
 from dit.errors import UserError
 from dit.utils.images import to_tensor
 
 
-def encode_moments(vae, pixels: torch.Tensor, settings: Encode) -> torch.Tensor:
-    """Posterior moments of all views (B, 1 + crops, H, W, 3) uint8 and of their mirror images: (B, V, 2C, h, w) fp16, on the CPU.
+def encode_moments(vae: AutoencoderKL, pixels: torch.Tensor, settings: Encode) -> torch.Tensor:
+    """Return the posterior's moments of all crops and of their mirror images.
+
+    Args:
+        vae: on any device.
+        pixels: (B, 1 + crops, H, W, 3) uint8.
+        settings: for the error messages.
+
+    Returns:
+        (B, V, 2C, H / 8, W / 8) fp16 on the CPU, V = 2 (1 + crops): mean and log-variance of each crop, then of its mirror image.
 
     Raises:
-        UserError: the batch does not fit into memory, or the numbers overflow.
+        UserError: the batch does not fit into memory, or the moments overflow.
     """
     try:
         moments = _moments(vae, pixels)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        raise UserError(_advice(vae, pixels, settings)) from None
+        raise UserError(_oom_message(vae, pixels, settings)) from None
     if not moments.isfinite().all():
         raise UserError(
-            f"encode.precision: with {settings.precision} the numbers of {settings.vae!r} overflow; bf16 or fp32 would be right"
+            f"encode.precision: with {settings.precision} the output of {settings.vae!r} overflows; bf16 or fp32 would be right"
         )
     return moments
 
 
 @torch.no_grad()
-def _moments(vae, pixels: torch.Tensor) -> torch.Tensor:
-    """Posterior moments of views (B, 1 + crops, H, W, 3) uint8 and their mirror images: (B, V, 2C, h, w) fp16 on the CPU."""
+def _moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     moments = []
     for view in pixels.to(vae.device, non_blocking=True).unbind(1):
         upright = to_tensor(view).to(vae.dtype)
@@ -41,14 +49,14 @@ def _moments(vae, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU's or the CPU's allocator gave up."""
+    """Return whether `error` is that of a GPU's or the CPU's allocator."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _advice(vae, pixels: torch.Tensor, settings: Encode) -> str:
-    """Return what to do about a batch that did not fit; try which would.
+def _oom_message(vae: AutoencoderKL, pixels: torch.Tensor, settings: Encode) -> str:
+    """Return what to do about a batch that did not fit, after trying which size does.
 
-    That size is not simply taken: the last bits of what a VAE returns depend on it.
+    That size is not taken silently: the last bits of a VAE's output depend on it.
     """
     fits = len(pixels) // 2
     while fits:

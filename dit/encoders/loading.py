@@ -1,23 +1,28 @@
-"""Where an encoder's files are: bundled, in a local folder, or in a repository on the Hugging Face Hub.
+"""Find and load encoders: bundled ones, those of a local folder, or of a repository on the Hugging Face Hub.
 
 The Hub's library keeps what it has downloaded and heeds HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
 from dit.config import VAE_FACTOR
 from dit.errors import UserError, one_line
+from dit.utils.files import sha256_files
+
+if TYPE_CHECKING:  # both take seconds to import, which a look at a configuration does not need
+    from diffusers import AutoencoderKL
+    from transformers import CLIPModel, CLIPProcessor, CLIPTextModelWithProjection, CLIPTokenizer
 
 BUILTIN = Path(__file__).parent / "builtin"
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHTS = {"vae": "diffusion_pytorch_model*.safetensors", "clip": "model*.safetensors"}  # never a pickle
 BESIDES = {"vae": ["config.json"], "clip": ["*.json", "merges.txt", "vocab.txt"]}
 OTHERWISE = "or set it to a local folder written by save_pretrained, or to builtin"
@@ -43,17 +48,52 @@ class EncoderSource:
         return asdict(self)
 
 
+def load_vae(
+    source: EncoderSource, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[AutoencoderKL, EncoderSource]:
+    """Load an `AutoencoderKL`; return it and its `EncoderSource` with `resolved` filled in.
+
+    Raises:
+        UserError: there are no such weights, or they are of another class.
+    """
+    from diffusers import AutoencoderKL
+
+    vae, resolved, _ = _load(AutoencoderKL, "vae", source, dtype, device)
+    return vae, resolved
+
+
+def load_text_encoder(
+    source: EncoderSource, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[CLIPTextModelWithProjection, CLIPTokenizer, EncoderSource]:
+    """Load a CLIP text model with its projection, and its tokenizer; return both and the resolved `EncoderSource`."""
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # it would warn that the weights of the image side are not used
+    model, resolved, folder = _load(CLIPTextModelWithProjection, "clip", source, dtype, device)
+    return model, CLIPTokenizer.from_pretrained(folder), resolved
+
+
+def load_clip(
+    source: EncoderSource, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[CLIPModel, CLIPProcessor]:
+    """Load the whole CLIP, text and image side, with its processor; return both. For the CLIP score."""
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    model, _, folder = _load(CLIPModel, "clip", source, dtype, device)
+    return model, CLIPProcessor(CLIPImageProcessorPil.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder))
+
+
 def find_encoder(kind: str, source: EncoderSource, weights: bool = True) -> tuple[Path, str | None]:
-    """Return the folder that holds an encoder's files, downloaded if need be, and which they are: a commit or `sha256:…`.
+    """Return the folder of an encoder's files, downloaded if necessary, and their version: a commit or `sha256:…`.
 
     Args:
         kind: "vae" or "clip".
         source: as in params.yaml, or as a cache or a model recorded it: then exactly those weights.
-        weights: whether the weights are wanted, too; without them only the configuration is looked at, and None is returned
-            for which they are.
+        weights: whether the weights are needed, too; without them only the configuration is checked, and the version is None.
 
     Raises:
-        UserError: they are not to be had, or are of another class; one line that says what to do.
+        UserError: they cannot be downloaded, or are of another class; one line that says what to do.
     """
     if source.name == "builtin":
         folder, commit = BUILTIN / kind, None
@@ -66,10 +106,26 @@ def find_encoder(kind: str, source: EncoderSource, weights: bool = True) -> tupl
         return folder, None
     if not any(folder.glob(WEIGHTS[kind])):
         raise _unusable(kind, source.name, f"has no {WEIGHTS[kind]}; other formats may hold code and are never loaded")
-    resolved = commit or _weights_hash(folder)
+    resolved = commit or f"sha256:{sha256_files(sorted(folder.glob('*.safetensors')))}"
     if source.resolved and resolved != source.resolved:
         raise _unusable(kind, source.name, f"is now {resolved}, but {source.resolved} is needed: the weights have changed")
     return folder, resolved
+
+
+def _load(
+    model_class: Any, kind: str, source: EncoderSource, dtype: torch.dtype, device: str | torch.device
+) -> tuple[Any, EncoderSource, Path]:
+    """Return the model, its resolved source, and the folder that it was loaded from."""
+    folder, resolved = find_encoder(kind, source)
+    try:
+        model = model_class.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        # Both libraries report files that are missing or damaged, and weights of another shape, as one of these.
+        raise UserError(
+            f"encode.{kind}: {source.name!r} cannot be loaded as {model_class.__name__} ({one_line(error)}); "
+            f"delete {folder} to download it again, {OTHERWISE}"
+        ) from None
+    return model.requires_grad_(False).eval().to(device), EncoderSource(source.name, source.revision, resolved), folder
 
 
 def _download(kind: str, source: EncoderSource, weights: bool) -> tuple[Path, str]:
@@ -111,23 +167,17 @@ def _download(kind: str, source: EncoderSource, weights: bool) -> tuple[Path, st
         if constants.is_offline_mode():
             problem = f"is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set; unset it once, to download"
         else:
-            problem = f"cannot be had from {endpoint} ({_reason(error.__cause__ or error)}); check your network and HF_ENDPOINT"
+            reason = one_line(error.__cause__ or error, with_type=True)
+            problem = f"cannot be downloaded from {endpoint} ({reason}); check your network and HF_ENDPOINT"
     except hub.HfHubHTTPError as error:
         status = error.response.status_code
         what = LOGIN if status in (401, 403) else "try again later"
-        problem = f"cannot be had, {endpoint} answers {status}; {what}"
+        problem = f"cannot be downloaded, {endpoint} answers {status}; {what}"
     except (hub.HTTPError, OSError, RuntimeError) as error:
-        reason = one_line(error)
-        problem = (
-            f"did not arrive whole from {endpoint} ({type(error).__name__}: {reason}); run again, it goes on where it broke off"
-        )
+        problem = f"is incomplete, {endpoint} broke off ({one_line(error, with_type=True)}); run again to resume the download"
     else:
         return folder, snapshot.name
     raise _unusable(kind, source.name, problem)
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def _parts(kind: str, name: str) -> tuple[str, str]:
@@ -169,59 +219,3 @@ def _read_config(kind: str, name: str, folder: Path) -> dict[str, Any]:
 
 def _unusable(kind: str, name: str, problem: str) -> UserError:
     return UserError(f"encode.{kind}: {name!r} {problem}, {OTHERWISE}")
-
-
-def _weights_hash(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(path.read_bytes())
-    return f"sha256:{digest.hexdigest()}"
-
-
-__all__ = ["BUILTIN", "PRECISIONS", "EncoderSource", "load_clip", "load_text_encoder", "load_vae"]
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def load_vae(source: EncoderSource, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
-    """Load an `AutoencoderKL`; returns it and its `EncoderSource` with `resolved` filled in.
-
-    Raises:
-        UserError: there are no such weights, or they are of another class.
-    """
-    from diffusers import AutoencoderKL
-
-    vae, resolved, _ = _load(AutoencoderKL, "vae", source, dtype, device)
-    return vae, resolved
-
-
-def load_text_encoder(source: EncoderSource, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
-    """Load a CLIP text model with its projection, and its tokenizer; returns both and the resolved `EncoderSource`."""
-    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # that the image side's weights are not needed here is no news
-    model, resolved, folder = _load(CLIPTextModelWithProjection, "clip", source, dtype, device)
-    return model, CLIPTokenizer.from_pretrained(folder), resolved
-
-
-def load_clip(source: EncoderSource, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
-    """Load the whole CLIP, text and image side, with its processor; returns both. For the CLIP score."""
-    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
-
-    model, _, folder = _load(CLIPModel, "clip", source, dtype, device)
-    return model, CLIPProcessor(CLIPImageProcessorPil.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder))
-
-
-def _load(model_class, kind: str, source: EncoderSource, dtype: torch.dtype, device):
-    """Return the model, its resolved source, and the folder that it was loaded from."""
-    folder, resolved = find_encoder(kind, source)
-    try:
-        model = model_class.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        # Both libraries report files that are missing or damaged, and weights of another shape, as one of these.
-        reason = one_line(error)
-        raise UserError(
-            f"encode.{kind}: {source.name!r} cannot be loaded as {model_class.__name__} ({reason}); "
-            f"delete {folder} to download it again, {OTHERWISE}"
-        ) from None
-    return model.requires_grad_(False).eval().to(device), EncoderSource(source.name, source.revision, resolved), folder

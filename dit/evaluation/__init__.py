@@ -1,1 +1,1 @@
-"""The metrics of the evaluate stage."""
+"""The metrics and figures of the evaluate stage."""

@@ -1,6 +1,6 @@
-"""What CLIP says of images and captions: unit vectors, by which all but the judge measures.
+"""CLIP features of images and captions: unit vectors, from which all metrics but prompt accuracy and the loss are computed.
 
-CLIP is the recipe's own, in float32. Each image goes through it once, however many figures are made of it.
+CLIP is the one of the recipe, in float32. Each image goes through it once, however many metrics use it.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ class ClipFeatures:
         self.clip, self.processor = load_clip(source, device=device)
 
     @torch.inference_mode()
-    def of_images(self, pictures: Iterable[Image.Image], total: int, label: str) -> torch.Tensor:
-        """(N, P) float32, each of length 1, of `total` = N RGB images of any size, which CLIP's own processor resizes."""
+    def embed_images(self, images: Iterable[Image.Image], total: int, label: str) -> torch.Tensor:
+        """Embed `total` = N RGB images of any size, which CLIP's own processor resizes: (N, P) float32, rows of length 1."""
         found = []
         with tqdm(total=total, desc=label, unit="image", delay=1, leave=None) as progress:
-            for batch in _batches(pictures):
+            for batch in _batches(images):
                 pixels = self.processor.image_processor(images=batch, return_tensors="pt")["pixel_values"]
                 found.append(_unit(self.clip.get_image_features(pixel_values=pixels.to(self.clip.device))))
                 progress.update(len(batch))
         return torch.cat(found) if found else torch.empty(0, self.clip.config.projection_dim)
 
     @torch.inference_mode()
-    def of_texts(self, texts: list[str]) -> torch.Tensor:
-        """(N, P) float32, each of length 1; a caption that is longer than CLIP's context is cut off."""
+    def embed_texts(self, texts: list[str]) -> torch.Tensor:
+        """Embed N captions, cut off at CLIP's context: (N, P) float32, rows of length 1."""
         length = self.clip.config.text_config.max_position_embeddings
         found = []
         for batch in _batches(texts):
@@ -61,38 +61,40 @@ class ClipFeatures:
 
 
 def _batches(items: Iterable) -> Iterator[list]:
-    """Return lists of `BATCH_SIZE` items, the last one shorter."""
+    """Yield lists of `BATCH_SIZE` items, the last one shorter."""
     items = iter(items)
     while batch := list(islice(items, BATCH_SIZE)):
         yield batch
 
 
 def _unit(output) -> torch.Tensor:
-    """Return the projected vectors in CLIP's `output`, on the CPU, each divided by its length as CLIP does it for its logits."""
+    """Return the projected vectors in CLIP's `output`, on the CPU, each divided by its length, as CLIP does for its logits."""
     return F.normalize(output.pooler_output.float(), dim=-1).cpu()
 
 
-def images_of(raw: Path, split: str) -> list[Entry]:
+def read_split(raw: Path, split: str) -> list[Entry]:
     """Return the images of `split` in the data set's folder `raw`, each once, with its first caption."""
     return [captions[0] for captions in by_image(read_metadata(raw)) if captions[0].split == split]
 
 
 def open_images(raw: Path, images: list[Entry], image_size: int, runtime: Runtime) -> Iterator[Image.Image]:
-    """Return the images themselves as training has seen them: the central square, resized (Lanczos) to `image_size`."""
+    """Yield the images as training sees them: the central square, resized (Lanczos) to `image_size`."""
     batches = [[(entry.image, entry.stored) for entry in batch] for batch in _batches(images)]
-    workers = runtime.num_workers if len(images) * image_size**2 > 1e8 else 0  # starting them takes longer than small images do
+    workers = (
+        runtime.num_workers if len(images) * image_size**2 > 1e8 else 0
+    )  # a few small images are decoded before workers start
     for pixels, _ in load_crops(raw, batches, image_size, workers=workers, prefetch=runtime.prefetch_factor):
-        for picture in pixels[:, 0]:
-            yield Image.fromarray(picture.numpy())
+        for image in pixels[:, 0]:
+            yield Image.fromarray(image.numpy())
 
 
 def clip_scores(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-    """CLIPScore without its factor 2.5 (Hessel et al. 2021, arXiv:2104.08718, equation 1): 100 max(cosine, 0), in [0, 100].
+    """Return 100 max(cosine, 0): CLIPScore without its factor 2.5 (Hessel et al. 2021, arXiv:2104.08718, equation 1).
 
     Args:
         images, texts: features (N, P) of images and of their captions.
 
     Returns:
-        (N,) float32.
+        (N,) float32 in [0, 100].
     """
     return 100 * (images * texts).sum(-1).clamp(min=0)

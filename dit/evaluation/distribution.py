@@ -1,6 +1,6 @@
-"""Two sets of images compared as clouds of feature vectors: how far apart, how much of each lies in the other.
+"""Compare two sets of images by their features: Fréchet distance, KID, precision, recall, and the diversity within a set.
 
-All functions take features (N, P) of length 1, as `ClipFeatures` makes them.
+All functions take CLIP features (N, P) of length 1, as `ClipFeatures` returns them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,103 @@ NEIGHBOURS = 3  # k of precision and recall, as in the paper
 Matrices = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class Given(nn.Module):
-    """The feature network for torchmetrics where the features are there already: hands on what it gets."""
+def compare_sets(real: torch.Tensor, fake: torch.Tensor, settings: Evaluate) -> dict[str, float]:
+    """Return Fréchet distance, KID, precision and recall of the first n of each set, n being the size of the smaller one.
+
+    Each with the ends of its interval, as `frechet_distance_clip_n500` and so on. An interval takes halves of both sets, the
+    same rows of each, since the k-th sample is generated from the caption of the k-th image. Metrics that a half is too small
+    for are left out: n must be at least 4, for precision and recall 8.
+
+    Args:
+        real, fake: features (N, P) and (M, P) of length 1.
+        settings: number of halves, and confidence.
+    """
+    count = min(len(real), len(fake))
+    real, fake = real[:count], fake[:count]
+    metrics: dict[str, float] = {}
+    if count // 2 < 2:
+        return metrics
+    for name, distance, bounds in (
+        ("frechet_distance", frechet_distance, (0.0, 4.0)),
+        ("kid", kernel_distance, (-float("inf"), float("inf"))),
+    ):
+        value = distance(real, fake)
+        of_rows = partial(_of_rows, distance, real, fake)
+        ends = half_samples(value, of_rows, count, settings, bounds, f"interval of {name}")
+        metrics |= with_interval(f"{name}_clip_n{count}", value, ends, digits=5)
+    if count // 2 > NEIGHBOURS:
+        matrices = distance_matrices(real, fake)
+        for which, (name, share) in enumerate(zip(("precision", "recall"), precision_recall(matrices), strict=True)):
+            low, high = half_samples(share, partial(_share_of_rows, matrices, which), count, settings, (0.0, 1.0))
+            trials = wilson(share, count, settings.confidence)  # where the share is 1 in every half, these have no width
+            metrics |= with_interval(f"{name}_clip_n{count}", share, (min(low, trials[0]), max(high, trials[1])))
+    return metrics
+
+
+def _of_rows(distance: Callable, real: torch.Tensor, fake: torch.Tensor, rows: np.ndarray) -> float:
+    return distance(real[rows], fake[rows])
+
+
+def _share_of_rows(matrices: Matrices, which: int, rows: np.ndarray) -> float:
+    within_real, within_fake, between = (matrix[rows][:, rows] for matrix in matrices)
+    return precision_recall((within_real, within_fake, between))[which]
+
+
+def measure_diversity(features: torch.Tensor, texts: list[str], settings: Evaluate) -> dict[str, float]:
+    """Return `diversity_clip`: 1 - cosine, averaged over the pairs of images of a prompt, then over prompts.
+
+    Its interval takes halves of the prompts. Empty where no prompt has several images.
+
+    Args:
+        features: (N, P) of length 1.
+        texts: the prompts of the N images; those that occur only once do not count.
+        settings: number of halves, and confidence.
+    """
+    distances = []
+    for text in dict.fromkeys(texts):
+        rows = [k for k, other in enumerate(texts) if other == text]
+        if len(rows) > 1:
+            distances.append(mean_distance(features[rows]))
+    return mean_with_interval("diversity_clip", np.array(distances), settings, (0.0, 2.0))
+
+
+def frechet_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
+    """Return the squared Fréchet distance of the Gaussians with the two sets' means and covariances, by torchmetrics.
+
+    Heusel et al. 2017 (arXiv:1706.08500, equation 6), there with features of Inception. For unit vectors it is in [0, 4].
+    It falls with the number of images, so only sets of the same size can be compared.
+
+    Args:
+        real, fake: (N, P) and (M, P), at least two rows each.
+    """
+    metric = FrechetInceptionDistance(IdentityNetwork(real.shape[1]))
+    metric.update(real.double(), real=True)
+    metric.update(fake.double(), real=False)
+    return max(0.0, float(metric.compute()))
+
+
+def kernel_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
+    """Return the squared maximum mean discrepancy with the kernel (x . y + 1)^3, by torchmetrics; unbiased, so it may be below 0.
+
+    Bińkowski et al. 2018 (arXiv:1801.01401, section 3), who divide x . y by the number of features, since the length of
+    theirs grows with it. Ours have length 1; divided once more, the kernel would be almost linear.
+
+    Args:
+        real, fake: (N, P) each, at least two rows, the same number, since torchmetrics counts the pairs of one set for both.
+    """
+    if len(real) != len(fake):
+        raise ValueError(f"two sets of the same size are needed, not {len(real)} and {len(fake)}")
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save all")
+        torch.manual_seed(0)  # torchmetrics shuffles the rows, which changes the last bits of the sums
+        metric = KernelInceptionDistance(IdentityNetwork(real.shape[1]), subsets=1, subset_size=len(real), gamma=1.0)
+        metric.update(real.double(), real=True)
+        metric.update(fake.double(), real=False)
+        return float(metric.compute()[0])
+
+
+class IdentityNetwork(nn.Module):
+    """The feature network that torchmetrics asks for, where it gets features already."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -34,45 +129,10 @@ class Given(nn.Module):
         return features
 
 
-def frechet_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
-    """Squared Fréchet distance of the Gaussians with the two sets' means and covariances, by torchmetrics.
-
-    Heusel et al. 2017 (arXiv:1706.08500, equation 6), which takes the features of Inception. Of unit vectors it is in [0, 4].
-    It falls with the number of images, so only sets of one size compare.
-
-    Args:
-        real, fake: (N, P) and (M, P), at least two rows each.
-    """
-    metric = FrechetInceptionDistance(Given(real.shape[1]))
-    metric.update(real.double(), real=True)
-    metric.update(fake.double(), real=False)
-    return max(0.0, float(metric.compute()))
-
-
-def kernel_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
-    """Squared maximum mean discrepancy with the kernel (x . y + 1)^3, by torchmetrics; unbiased, so 0 may come out as less.
-
-    Bińkowski et al. 2018 (arXiv:1801.01401, section 3), who divide x . y by the number of features, since theirs have a length
-    that grows with it. Ours have length 1, and divided once more the kernel would be all but linear.
-
-    Args:
-        real, fake: (N, P) each, at least two rows, the same number, since torchmetrics counts the pairs of one set for both.
-    """
-    if len(real) != len(fake):
-        raise ValueError(f"sets of one size are needed, not {len(real)} and {len(fake)}")
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save all")
-        torch.manual_seed(0)  # torchmetrics shuffles the rows, which changes the last bits of the sums
-        metric = KernelInceptionDistance(Given(real.shape[1]), subsets=1, subset_size=len(real), gamma=1.0)
-        metric.update(real.double(), real=True)
-        metric.update(fake.double(), real=False)
-        return float(metric.compute()[0])
-
-
 def distance_matrices(real: torch.Tensor, fake: torch.Tensor) -> Matrices:
     """Return all distances (N, N) within `real`, (M, M) within `fake`, and (N, M) from `real` to `fake`; float64.
 
-    By differences: the short way by products leaves 1e-8 where two images are the same, and a ball may have radius 0.
+    From differences: the faster way by products leaves 1e-8 where two images are equal, and a ball may have radius 0.
     """
     real, fake = real.double(), fake.double()
     pairs = ((real, real), (fake, fake), (real, fake))
@@ -81,7 +141,7 @@ def distance_matrices(real: torch.Tensor, fake: torch.Tensor) -> Matrices:
 
 
 def precision_recall(matrices: Matrices, k: int = NEIGHBOURS) -> tuple[float, float]:
-    """Shares of `fake` in the region of `real`, and of `real` in the region of `fake`, each in [0, 1].
+    """Return the share of `fake` in the region of `real`, and of `real` in the region of `fake`, each in [0, 1].
 
     The region of a set is the union of balls, one around each of its points, that just reach the point's k-th nearest
     neighbour in the set (Kynkäänniemi et al. 2019, arXiv:1904.06991, equations 1 and 2).
@@ -102,63 +162,3 @@ def mean_distance(features: torch.Tensor) -> float:
     count = len(features)
     cosines = features.double() @ features.double().T
     return float(1 - (cosines.sum() - cosines.trace()) / (count * (count - 1)))
-
-
-def compare_sets(real: torch.Tensor, fake: torch.Tensor, settings: Evaluate) -> dict[str, float]:
-    """Fréchet distance, KID, precision and recall of the first n of each set, n being the size of the smaller one.
-
-    Each with the ends of its interval, as `frechet_distance_clip_n500` and so on. An interval takes halves of both sets, the
-    same rows of each, since the k-th sample is drawn for the caption of the k-th image. What a half is too small for is left
-    out: n must be at least 4, for precision and recall 8.
-
-    Args:
-        real, fake: features (N, P) and (M, P) of length 1.
-        settings: halves and confidence.
-    """
-    count = min(len(real), len(fake))
-    real, fake = real[:count], fake[:count]
-    metrics: dict[str, float] = {}
-    if count // 2 < 2:
-        return metrics
-    for name, distance, bounds in (
-        ("frechet_distance", frechet_distance, (0.0, 4.0)),
-        ("kid", kernel_distance, (-float("inf"), float("inf"))),
-    ):
-        value = distance(real, fake)
-        of_rows = partial(_of_rows, distance, real, fake)
-        ends = half_samples(value, of_rows, count, settings, bounds, f"interval of {name}")
-        metrics |= with_interval(f"{name}_clip_n{count}", value, ends, digits=5)
-    if count // 2 > NEIGHBOURS:
-        matrices = distance_matrices(real, fake)
-        for which, (name, share) in enumerate(zip(("precision", "recall"), precision_recall(matrices), strict=True)):
-            low, high = half_samples(share, partial(_share_of_rows, matrices, which), count, settings, (0.0, 1.0))
-            trials = wilson(share, count, settings.confidence)  # for where every half says 1
-            metrics |= with_interval(f"{name}_clip_n{count}", share, (min(low, trials[0]), max(high, trials[1])))
-    return metrics
-
-
-def _of_rows(distance: Callable, real: torch.Tensor, fake: torch.Tensor, rows: np.ndarray) -> float:
-    return distance(real[rows], fake[rows])
-
-
-def _share_of_rows(matrices: Matrices, which: int, rows: np.ndarray) -> float:
-    within_real, within_fake, between = (matrix[rows][:, rows] for matrix in matrices)
-    return precision_recall((within_real, within_fake, between))[which]
-
-
-def measure_diversity(features: torch.Tensor, texts: list[str], settings: Evaluate) -> dict[str, float]:
-    """`diversity_clip`: how different the images of one prompt are, as the mean of 1 - cosine, of which the mean over prompts.
-
-    Its interval takes halves of the prompts. Empty where no prompt has several images.
-
-    Args:
-        features: (N, P) of length 1.
-        texts: N prompts, of which those that count are there several times.
-        settings: halves and confidence.
-    """
-    distances = []
-    for text in dict.fromkeys(texts):
-        rows = [k for k, other in enumerate(texts) if other == text]
-        if len(rows) > 1:
-            distances.append(mean_distance(features[rows]))
-    return mean_with_interval("diversity_clip", np.array(distances), settings, (0.0, 2.0))

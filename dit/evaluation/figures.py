@@ -1,4 +1,4 @@
-"""What the figures are made of, to look at: the worst images, and those nearest to a training image."""
+"""Figures of single samples: the worst ones, and those nearest to a training image."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from dit.config import WORST_SHOWN
 from dit.dataset.image_io import center_crop, open_rgb
 from dit.dataset.reader import Entry
 from dit.dataset.storage import StoredImages
-from dit.evaluation.memorization import SAME, Nearest, near
+from dit.evaluation.memorization import SAME, Nearest, near_threshold
 from dit.utils.images import grid, labelled_grid
 
-WORST = 18
 PAIRS = 10
 CELL = 192  # pixels that an image takes
 
 
 def plot_worst(
-    pictures: Sequence[Image.Image], texts: Sequence[str], problems: Sequence[str | None], scores: np.ndarray, path: Path
+    images: Sequence[Image.Image], texts: Sequence[str], problems: Sequence[str | None], scores: np.ndarray, path: Path
 ) -> None:
-    """Return the images that are judged wrong, and then those of the lowest CLIP score, each with the reason."""
-    order = sorted(range(len(pictures)), key=lambda k: (not problems[k], float(scores[k])))[:WORST]
+    """Plot the samples with a problem, and then those of the lowest CLIP score, each with the reason, to `path`."""
+    order = sorted(range(len(images)), key=lambda k: (not problems[k], float(scores[k])))[:WORST_SHOWN]
     labels = [f"{texts[k]}: {problems[k] or f'CLIP score {scores[k]:.0f}'}" for k in order]
-    _save(labelled_grid([pictures[k] for k in order], labels, columns=6, cell=CELL), path)
+    _save(labelled_grid([images[k] for k in order], labels, columns=6, cell=CELL), path)
 
 
 def plot_nearest(
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     texts: Sequence[str],
     nearest: Nearest,
     held_out: np.ndarray,
@@ -37,35 +37,35 @@ def plot_nearest(
     training: list[Entry],
     path: Path,
 ) -> None:
-    """Pairs of a sample on the left and its nearest training image on the right, and what the numbers say.
+    """Plot pairs of a sample on the left and its nearest training image on the right, with their distance.
 
-    They are what `memorised` is made of: samples that are near to a training image where the held-out image of the same caption
-    is not. Of many, the nearest half of `PAIRS` and those that only just count, since a copy and a chance likeness look alike
-    in numbers alone. Of few, the nearest of the other samples follow.
+    The pairs that count for `memorised` come first: samples that are near to a training image where the held-out image of the
+    same caption is not. If there are more than `PAIRS`, the nearest half of `PAIRS` and those that only just count are plotted,
+    since the distance alone cannot tell a copy from a random likeness. If there are fewer, the nearest other samples follow.
 
     Args:
         images, texts, nearest: the samples, their prompts, and what `find_nearest` found for them.
         held_out: distances (M,) of the held-out images, of which the k-th has the caption of the k-th sample.
         raw, training: the data set's folder, and its training images in the order that `nearest` counts them in.
-        path: of the image.
+        path: the image file to write.
     """
-    threshold = near(held_out) or SAME
-    repeats = np.ones(len(pictures), dtype=bool)
-    repeats[: len(held_out)] = held_out[: len(pictures)] < threshold
+    threshold = near_threshold(held_out) or SAME
+    repeats = np.ones(len(images), dtype=bool)
+    repeats[: len(held_out)] = held_out[: len(images)] < threshold
     stored = StoredImages(raw)
     pairs, labels = [], []
     order = np.argsort(nearest.distance, kind="stable")
     counts = (nearest.distance < threshold) & ~repeats
-    about, others = order[counts[order]], order[~counts[order]]
-    chosen = [*about[: PAIRS // 2], *about[-PAIRS // 2 :]] if len(about) > PAIRS else [*about, *others][:PAIRS]
+    counted, others = order[counts[order]], order[~counts[order]]
+    chosen = [*counted[: PAIRS // 2], *counted[-PAIRS // 2 :]] if len(counted) > PAIRS else [*counted, *others][:PAIRS]
     for k in chosen:
         entry = training[int(nearest.index[k])]
-        image = center_crop(open_rgb(stored.read(entry.stored)), pictures[k].width)
-        image = ImageOps.mirror(image) if nearest.mirrored[k] else image
-        pairs.append(grid([pictures[k], image], columns=2, gap=2))
-        how = ", mirrored" if nearest.mirrored[k] else ""
-        beside = "" if counts[k] else ", does not count"
-        labels.append(f"Distance {nearest.distance[k]:.3f}{beside}. Drawn: {texts[k]}. Training{how}: {entry.text}")
+        known = center_crop(open_rgb(stored.read(entry.stored)), images[k].width)
+        known = ImageOps.mirror(known) if nearest.mirrored[k] else known
+        pairs.append(grid([images[k], known], columns=2, gap=2))
+        mirrored = ", mirrored" if nearest.mirrored[k] else ""
+        remark = "" if counts[k] else ", does not count"
+        labels.append(f"Distance {nearest.distance[k]:.3f}{remark}. Sample: {texts[k]}. Training{mirrored}: {entry.text}")
     _save(labelled_grid(pairs, labels, columns=2, cell=2 * CELL), path)
 
 

@@ -1,4 +1,4 @@
-"""How far chance could have moved a figure: the ends of its interval at a given confidence."""
+"""Confidence intervals of metrics: how far another random sample could have moved them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from tqdm import tqdm
 
 from dit.config import Evaluate
 
-SEED = 30_000  # of the halves; its own, so that nothing else that is drawn moves them
+SEED = 30_000  # of the halves; their own, so that they do not depend on other random numbers
 
 
 def wilson(share: float, count: float, confidence: float) -> tuple[float, float]:
     """Return the score interval of Wilson (1927) of a `share` in [0, 1] of `count` independent trials.
 
-    Shares have this one, since each resample of 500 successes is nothing but successes: an interval without width.
+    Shares have this one, since every resample of 500 successes has 500 successes: an interval without width.
     """
     z2 = _quantile(confidence) ** 2
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
@@ -52,19 +52,19 @@ def half_samples(
     bounds: tuple[float, float] = (-np.inf, np.inf),
     label: str = "interval",
 ) -> tuple[float, float]:
-    """`value` plus and minus the normal quantile times the standard deviation of `statistic` over random halves of the rows.
+    """Return `value` minus and plus z standard deviations of `statistic` over random halves of the rows, z the normal quantile.
 
     A bootstrap without replacement, also known as the delete-half jackknife (Shao and Wu 1989): halves scatter around the
-    whole as the whole scatters around the truth. The usual bootstrap draws images twice, and to a distance between sets and
-    to nearest neighbours doubles are something else than new images: on drawings, it makes 0.79 of a precision of 0.91.
+    whole as the whole scatters around the truth. The usual bootstrap takes images twice, and for a distance between
+    sets and for nearest neighbours duplicates are not like new images: with rendered scenes, a precision of 0.91 becomes 0.79.
 
     Args:
         value: of all rows.
         statistic: called with the numbers of half the rows.
         count: how many rows there are, at least two.
-        settings: how many halves are drawn, which are the same each time; the interval's confidence.
-        bounds: the least and the largest value that there can be.
-        label: of the progress bar, which is seen if this takes long.
+        settings: the number of halves, which are the same each time, and the confidence.
+        bounds: the least and the largest possible value.
+        label: of the progress bar, which appears after a second.
     """
     rng, size = np.random.default_rng(SEED), count // 2
     progress = tqdm(range(settings.resamples), desc=label, unit="half", delay=1)
@@ -86,7 +86,7 @@ def mean_with_interval(
 
 
 def with_interval(name: str, value: float, interval: tuple[float, float], digits: int = 4) -> dict[str, float]:
-    """`value` as the metric `name`, and the ends of its interval as `name`_low and `name`_high, rounded."""
+    """Return `value` as the metric `name`, and the ends of its interval as `name`_low and `name`_high, rounded."""
     values = {name: value, f"{name}_low": interval[0], f"{name}_high": interval[1]}
     return {key: round(float(value), digits) for key, value in values.items()}
 

@@ -1,4 +1,4 @@
-"""The validation loss image by image, so that it has an interval, and by timestep, so that it shows where a model is weak."""
+"""The validation loss per image, which gives its interval, and per timestep, which shows where a model is weak."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def measure_losses(
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
     """Measure `val_loss` with its interval, and a row of `t`, `val_loss`, `low`, `high` for each of `TIMESTEPS`.
 
-    The intervals say what other validation images would change. A single validation image has none: then the ends are empty.
+    The intervals are over validation images; a single one has none, and then the ends are missing.
     """
     prediction_type = json.loads((model / "model_index.json").read_text(encoding="utf-8"))["prediction_type"]
     objective = make_objective("flow" if prediction_type == "flow_prediction" else "ddpm", prediction_type)

@@ -83,7 +83,7 @@ class LatentCache:
             text = load_file(self.folder / TEXT)
             self.empty = (text.pop("empty_tokens"), text.pop("empty_pooled"))
         except FileNotFoundError as error:
-            missing = error.filename or self.folder / TEXT  # safetensors does not say which
+            missing = error.filename or self.folder / TEXT  # safetensors does not name it
             raise UserError(f"{self.folder}: not a whole latent cache, {missing} is missing; {AGAIN}") from None
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"{self.folder}: not a readable latent cache ({one_line(error)}); {AGAIN}") from None
@@ -108,7 +108,7 @@ class LatentCache:
         if shard.fingerprint != self.index["fingerprint"]:
             raise UserError(f"{path}: made by other encoders or settings than {INDEX} names; {AGAIN}")
         if len(shard.val) != entry["images"] or len(shard.no_flip) != entry["captions"]:
-            raise UserError(f"{path}: {len(shard.val)} images, not {entry['images']} as {INDEX} says; {AGAIN}")
+            raise UserError(f"{path}: {len(shard.val)} images, not {entry['images']} as in {INDEX}; {AGAIN}")
         return shard
 
     def verify(self) -> None:
@@ -179,7 +179,7 @@ class LatentCache:
         Args:
             images: (B,) numbers of images.
             caption_choice: (B,) float in [0, 1): which of an image's captions, as a fraction of their number.
-            mirrored: (B,) bool: take the mirror image, unless the chosen caption says left or right.
+            mirrored: (B,) bool: take the mirror image, unless the chosen caption contains left or right.
             crop_choice: (B,) float in [0, 1): which of an image's crops; None for the central one.
         """
         channels, height, width = self.latent_shape

@@ -60,8 +60,8 @@ def read_index(path: Path) -> Index:
     """Read and check an index.json.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is not the index of a latent cache of this format; one line that says what is wrong.
+        FileNotFoundError: it is missing.
+        ValueError: it is not the index of a latent cache of this format; one line that names what is wrong.
     """
     try:
         index = TypeAdapter(Index).validate_python(json.loads(path.read_text(encoding="utf-8")))

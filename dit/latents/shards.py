@@ -6,10 +6,10 @@
     tokens    (K, E)           fp16   last hidden states of all captions, one after the other, end-of-text included
     offsets   (M + 1,)         int64  tokens of caption m are rows offsets[m] to offsets[m + 1]
     pooled    (M, P)           fp16   projected pooled text vectors
-    no_flip     (M,)             bool   the caption says left or right, so the mirror image would contradict it
+    no_flip     (M,)             bool   the caption contains left or right, so the mirror image would contradict it
     val       (N,)             bool   the image belongs to the validation set
 
-Beside it lie its captions, a JSON row a line, and its record, written last: a shard without one is not whole.
+Beside it are its captions, one JSON row per line, and its record, written last: a shard without one is incomplete.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Shard:
 
     Rows are read from the file straight into the batch, not through a memory map: the kernel maps whole huge pages around every
     row, so that after 100 random batches 6.4 GB of a cache of 6.6 GB counted as this process's memory. Each process opens the
-    file for itself: after a fork, two processes would share one position in it.
+    file for itself: after a fork, processes that share a file share one position in it.
 
     Attributes:
         fingerprint: as it was written.
@@ -38,13 +38,13 @@ class Shard:
         shapes: of every tensor.
 
     Raises:
-        OSError, SafetensorError, ValueError: it is not there or not whole.
+        OSError, SafetensorError, ValueError: it is missing or incomplete.
     """
 
     SMALL = ("captions", "offsets", "no_flip", "val")
 
     def __init__(self, path: Path):
-        with safe_open(path, framework="pt") as opened:  # looks whether header and file fit together
+        with safe_open(path, framework="pt") as opened:  # checks that header and file fit together
             self.fingerprint = (opened.metadata() or {}).get("fingerprint", "")
             self.shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 (no mapping)
             if set(self.shapes) != {"moments", "tokens", "pooled", *self.SMALL}:
@@ -59,7 +59,7 @@ class Shard:
         self._row_bytes = {name: 2 * int(np.prod(self.shapes[name][2 if name == "moments" else 1 :])) for name in self.shapes}
 
     def __reduce__(self):
-        return Shard, (self.path,)  # a worker process that starts anew opens it for itself
+        return Shard, (self.path,)  # neither a lock nor an open file can be sent to another process
 
     def read_rows(self, name: str, first: int, target: np.ndarray) -> None:
         """Fill `target`, fp16 and contiguous, from row `first` of tensor `name` on; a row of the moments is one view."""

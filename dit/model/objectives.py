@@ -15,7 +15,7 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from diffusers.training_utils import compute_snr
 
 TRAINING_STEPS = 1000  # diffusers counts timesteps from 0 to 1000; the transformer from 0 to 1
-# The linear schedule of Ho et al.: its last step keeps 1/150 of the image, so that drawing may start from pure noise.
+# The linear schedule of Ho et al.: its last step keeps 1/150 of the image, so that sampling may start from pure noise.
 BETAS = {"num_train_timesteps": TRAINING_STEPS, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 # "trailing" starts at the last timestep, which is pure noise (Lin et al. 2023, arXiv:2305.08891, section 3.3).
 FROM_PURE_NOISE = {"timestep_spacing": "trailing"}
@@ -70,7 +70,7 @@ class Flow:
     def to_x0_and_noise(
         self, prediction: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the image and the noise that `prediction` says `noisy` is made of, each (N, C, H, W)."""
+        """Split `noisy` into the image and the noise that `prediction` implies, each (N, C, H, W)."""
         alpha_t, sigma_t = self.alpha_sigma(t)
         return noisy - sigma_t * prediction, noisy + alpha_t * prediction
 
@@ -123,7 +123,7 @@ class DDPM:
     def to_x0_and_noise(
         self, prediction: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the image and the noise that `prediction` says `noisy` is made of, each (N, C, H, W)."""
+        """Split `noisy` into the image and the noise that `prediction` implies, each (N, C, H, W)."""
         alpha_t, sigma_t = self.alpha_sigma(t)
         if self.prediction_type == "epsilon":
             return (noisy - sigma_t * prediction) / alpha_t, prediction

@@ -42,7 +42,7 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 def sincos_pos_embed(height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
     """Return sines and cosines of the position of each patch in a `height` x `width` grid: (T, 4 NUM_FREQUENCIES) float32.
 
-    Rotary positions say how far apart two patches are; next to nothing says where the border is. Without this the
+    Rotary positions tell how far apart two patches are, but not where the border is. Without this embedding the
     validation loss after 400 steps of the default recipe was 0.31 instead of 0.29.
     """
     frequencies = math.pi * 2.0 ** torch.arange(NUM_FREQUENCIES, device=device)
@@ -300,8 +300,8 @@ class DiT(ModelMixin, ConfigMixin):
     ) -> None:
         """Set mean and standard deviation of every channel of the text, (E,) and (P,), by which it is standardised from now on.
 
-        They are saved with the weights. What all tokens of a CLIP have in common is most of their length, 95 % in the
-        bundled one: as they are, all keys look alike, and cross-attention does not learn to choose among them.
+        They are saved with the weights. The mean makes up most of the length of a CLIP's tokens, 95 % in the bundled one:
+        unless it is subtracted, all keys are alike, and cross-attention does not learn to choose among them.
         """
         for name, value in (
             ("tokens_mean", tokens_mean),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from dit.errors import UserError
+from dit.utils.files import sha256_files
 
 PIPELINE = "DiTTextToImagePipeline"
 WEIGHTS = "transformer/*.safetensors"
@@ -39,13 +39,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 of the transformer's weights, in hexadecimal: of the file, or of all its parts, one after the other."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob(WEIGHTS)):
-        with path.open("rb") as file:
-            for block in iter(lambda: file.read(1 << 20), b""):
-                digest.update(block)
-    return digest.hexdigest()
+    """Return the SHA-256 of the transformer's weights, in hexadecimal: of the file, or of all its parts, one after the other."""
+    return sha256_files(sorted(folder.glob(WEIGHTS)))
 
 
 def _kind(file: Path) -> str:

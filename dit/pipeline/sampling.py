@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dit.config import Sample
+from dit.config import GRID_PROMPTS, Sample
 from dit.dataset.reader import read_metadata
 from dit.encoders.vae import decode_latents
 from dit.model.transformer import forward_flops
@@ -25,7 +25,6 @@ from dit.utils.images import grid, labelled_grid, to_images
 
 SHOWN, COLUMNS = 24, 6  # images in a grid
 REPEATED, TIMES = 20, 5  # prompts that are drawn again and again, and how often: how much do their images differ?
-CELLS = 4  # prompts in the grid of settings and in the denoising strip
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def sample(model: Path, prompts: list[Prompt], settings: Sample, images: Path, g
         columns = TIMES if group == "diversity" else COLUMNS
         samples, labels = zip(*pairs, strict=True)
         labelled_grid(samples, labels, columns=min(columns, len(pairs))).save(grids / f"{group}.png")
-    chosen = [*(prompt for prompt in prompts if prompt.group == "own"), *prompts][:CELLS]
+    chosen = [*(prompt for prompt in prompts if prompt.group == "own"), *prompts][:GRID_PROMPTS]
     settings_grid(pipeline, chosen, settings.grid_guidance_scales, settings.grid_steps, draw_batch).save(grids / "settings.png")
     denoising_strip(pipeline, chosen, settings.num_inference_steps, settings.guidance_scale).save(grids / "denoising.png")
     flops = len(prompts) * sampling_flops(pipeline, settings.num_inference_steps, settings.guidance_scale)

@@ -1,4 +1,4 @@
-"""metrics/report.md: what a model draws, how good that is and what it took, with images, for GitHub to show."""
+"""metrics/report.md: what a model generates, how good that is and what it cost, with images, for GitHub to show."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dit.config import Params
-from dit.report.tables import figures_table
+from dit.config import GRID_PROMPTS, WORST_SHOWN, Params
+from dit.report.tables import metrics_table
 
 WIDEST = 1200  # pixels of an image: as much as GitHub shows
 QUALITY = 85  # of WebP: a grid of 24 images takes 60 KB instead of 230 as PNG; these go into git
-CELLS = 4  # prompts in a cell of samples/grids/settings.png
-WORST = 18  # images in samples/worst.png
-SURE = 0.005  # an interval of copies that begins below it begins at 0 %, as people read it
-FEW = 0.1  # an interval of copies from 0 to no more than this says that there are hardly any
+SOME_COPIES = 0.005  # an interval of `memorised` that begins below this begins at 0 % when it is rounded
+FEW_COPIES = 0.1  # an interval of `memorised` from 0 to at most this tells that there are hardly any
 
 
 @dataclass(frozen=True)
 class Results:
-    """What the stages have left: figures by stage, and tables."""
+    """The metrics of all stages, by stage, and the tables of the training and the evaluation."""
 
     metrics: dict[str, dict[str, Any]]
     curves: pd.DataFrame
@@ -35,48 +33,48 @@ class Results:
 
     @classmethod
     def read(cls, folder: Path) -> Results:
-        """Of the folder `metrics/`."""
+        """Read the folder `metrics/`."""
         stages = ("download", "encode", "train", "sample", "evaluate")
         metrics = {stage: json.loads((folder / f"{stage}.json").read_text(encoding="utf-8")) for stage in stages}
         tables = ("curves", "accuracy_by_attribute", "accuracy_by_number", "loss_by_timestep")
         return cls(metrics, *(pd.read_csv(folder / f"{name}.csv") for name in tables))
 
 
-def write_report(results: Results, params: Params, samples: Path, report: Path, pictures: Path) -> None:
-    """Write `report` (Markdown) and the `images` that it shows. The same results give the same bytes.
+def write_report(results: Results, params: Params, samples: Path, report: Path, images: Path) -> None:
+    """Write `report` (Markdown) and the images that it shows. The same results give the same bytes.
 
     Args:
-        results: all figures.
+        results: metrics and tables.
         params: the settings of the run.
-        samples: the folder of the grids and of the worst and the nearest images.
+        samples: the folder of the grids and of the worst and the nearest samples.
         report: the Markdown file.
-        images: a folder beside it.
+        images: a folder beside it, for its images.
     """
-    pictures.mkdir(parents=True, exist_ok=True)
+    images.mkdir(parents=True, exist_ok=True)
     shown = [*sorted((samples / "grids").glob("*.png")), samples / "worst.png"]
     shown += [samples / "nearest.png"] if "memorised" in results.metrics["evaluate"] else []
-    found = {path.stem: _show(Image.open(path), path.stem, report, pictures) for path in shown}
-    found["curves"] = _show(_draw(plot_curves(results)), "curves", report, pictures)
+    found = {path.stem: _show(Image.open(path), path.stem, report, images) for path in shown}
+    found["curves"] = _show(_to_image(plot_curves(results)), "curves", report, images)
     accuracy, copies, training = _accuracy(results), _copies(results, found), _training(results, found)
     sections = [headline(results, params), *_grids(results, params, found), *accuracy, *copies, *training]
     report.write_text("\n\n".join(sections) + "\n", encoding="utf-8", newline="\n")
 
 
 def headline(results: Results, params: Params) -> str:
-    """Return the title, the run in a sentence, and the table of figures."""
+    """Return the title, the run in a sentence, and the table of metrics."""
     train, sample = results.metrics["train"], results.metrics["sample"]
     how, images = params.sample, results.metrics["download"]["train_images"]
     fresh = "; `stochastic` adds fresh noise at each step" if how.scheduler == "stochastic" else ""
     return f"""\
-# What this model draws
+# What this model generates
 
 Recipe `{params.recipe}`: {train["parameters"] / 1e6:.1f} M parameters, trained on {images:,} images for {train["steps"]:,} \
-steps in {_duration(train["seconds"])}. Pictures are drawn with `{how.scheduler}` in {how.num_inference_steps} steps at a \
+steps in {_duration(train["seconds"])}. Samples are generated with `{how.scheduler}` in {how.num_inference_steps} steps at a \
 guidance scale of {how.guidance_scale:g}, {sample["sampling_images_per_second"]:.3g} a second{fresh}.
 
-{figures_table(results.metrics["evaluate"], params.evaluate.confidence)}
+{metrics_table(results.metrics["evaluate"], params.evaluate.confidence)}
 
-How each figure is measured, and what it cannot tell: [docs/evaluation.md](../docs/evaluation.md)."""
+How each metric is measured, and what it cannot tell: [docs/evaluation.md](../docs/evaluation.md)."""
 
 
 def _grids(results: Results, params: Params, found: dict[str, str]) -> list[str]:
@@ -84,43 +82,43 @@ def _grids(results: Results, params: Params, found: dict[str, str]) -> list[str]
         "val": "## Captions of the validation set",
         "unseen": "## Captions with a colour and shape that were never seen together",
         "own": "## `sample.prompts` of params.yaml",
-        "diversity": "## Five pictures of the same caption",
-        "settings": f"## Guidance scale and number of steps\n\n{_say_settings(params)}",
-        "denoising": "## From noise to picture\n\nThe latents after some of the steps, as the VAE decodes them.",
-        "worst": f"## The worst\n\n{_say_worst(results.metrics['evaluate'])}",
+        "diversity": "## Five images of the same caption",
+        "settings": f"## Guidance scale and number of steps\n\n{_explain_settings(params)}",
+        "denoising": "## From noise to image\n\nThe latents after some of the steps, as the VAE decodes them.",
+        "worst": f"## The worst\n\n{_explain_worst(results.metrics['evaluate'])}",
     }
     return [f"{title}\n\n![{name}]({found[name]})" for name, title in titles.items() if name in found]
 
 
-def _say_settings(params: Params) -> str:
+def _explain_settings(params: Params) -> str:
     own = len(params.sample.prompts)
-    if own >= CELLS:
+    if own >= GRID_PROMPTS:
         which = "the first four of `sample.prompts`"
     else:
         which = "those of `sample.prompts`, and captions of the validation set" if own else "captions of the validation set"
     text = f"The same prompts from the same seeds in each cell: {which}."
     if params.sample.scheduler == "stochastic":
-        text += " Its noise at each step is another one for each number of steps, so that layouts differ, too."
+        text += " With another number of steps, the noise that is added at each step differs, and so do layouts."
     return text
 
 
-def _say_worst(figures: dict[str, Any]) -> str:
-    judged = [name for name in ("prompt_accuracy", "prompt_accuracy_unseen") if name in figures]
-    if not judged:
-        return "Those of the lowest CLIP score."
-    wrong = sum(round((1 - figures[name]) * figures[f"{name}_prompts"]) for name in judged)
-    if wrong > WORST:
-        return f"{WORST} of the {wrong} pictures with something wrong, those of the lowest CLIP score."
-    return f"Pictures with something wrong, of which there are {wrong}, and then those of the lowest CLIP score."
+def _explain_worst(metrics: dict[str, Any]) -> str:
+    scored = [name for name in ("prompt_accuracy", "prompt_accuracy_unseen") if name in metrics]
+    if not scored:
+        return "The samples of the lowest CLIP score."
+    wrong = sum(round((1 - metrics[name]) * metrics[f"{name}_prompts"]) for name in scored)
+    if wrong > WORST_SHOWN:
+        return f"{WORST_SHOWN} of the {wrong} samples with something wrong, those of the lowest CLIP score."
+    return f"The samples with something wrong ({wrong}), and then those of the lowest CLIP score."
 
 
 def _accuracy(results: Results) -> list[str]:
     sections = []
     for title, table, names in (
         ("by attribute", results.by_attribute, ["attribute"]),
-        ("by number of things", results.by_number, ["group", "things"]),
+        ("by number of objects", results.by_number, ["group", "things"]),
     ):
-        columns = [*names, "right", "interval", "of how many"]
+        columns = [*(name.replace("things", "objects") for name in names), "right", "interval", "of how many"]
         lines = [f"## What is right, {title}\n", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
         for _, row in table.iterrows():
             what = " | ".join(str(row[name]) for name in names)
@@ -130,37 +128,38 @@ def _accuracy(results: Results) -> list[str]:
 
 
 def _copies(results: Results, found: dict[str, str]) -> list[str]:
-    figures = results.metrics["evaluate"]
-    if "memorised" not in figures:
+    metrics = results.metrics["evaluate"]
+    if "memorised" not in metrics:
         return []
-    low, high, count = figures["memorised_low"], figures["memorised_high"], figures["memorised_prompts"]
-    if low >= SURE:
+    low, high, count = metrics["memorised_low"], metrics["memorised_high"], metrics["memorised_prompts"]
+    if low >= SOME_COPIES:
         verdict = (
-            f"**{_percent(figures['memorised'])} ({_percent(low)} to {_percent(high)}) of the samples lie nearer to a training "
-            "image than new pictures do, beyond what chance brings.** They may be copies, or between a copy and a new picture: "
+            f"**{_percent(metrics['memorised'])} ({_percent(low)} to {_percent(high)}) of the samples lie nearer to a training "
+            "image than new images do, beyond the rate of held-out images.** They may be copies, or between a copy and a new image: "
             "the pairs below show which. Against copies, more images, more captions of each, `encode.crops` or fewer epochs help."
         )
-    elif high <= FEW:
+    elif high <= FEW_COPIES:
         verdict = "There is no sign that the model copies its training images."
     else:
         images = "One held-out image is" if count == 1 else f"{count} held-out images are"
         verdict = (
             f"**{images} too few to tell:** between 0 % and {_percent(high)} of the samples may be copies. Look at the pairs."
         )
-    samples, held_out = figures["samples_same"], figures["held_out_same"]
+    samples, held_out = metrics["samples_same"], metrics["held_out_same"]
     rows = [
         "| the nearest training image | samples | held-out images, which training has not seen |",
         "|---|---|---|",
-        f"| is the same picture | {_percent(samples, 1)} | {_percent(held_out, 1)} |",
-        f"| is nearer than new pictures come (distance below {figures['near_distance']:.3f}) | "
-        f"{_percent(figures['nearer_than_held_out'] - samples, 1)} | {_percent(figures['held_out_repeats'] - held_out, 1)} |",
+        f"| is the same image | {_percent(samples, 1)} | {_percent(held_out, 1)} |",
+        f"| is nearer than new images are (distance below {metrics['near_distance']:.3f}) | "
+        f"{_percent(metrics['nearer_than_held_out'] - samples, 1)} | {_percent(metrics['held_out_repeats'] - held_out, 1)} |",
     ]
     text = "## Does it copy?\n\n" + verdict
     if held_out >= 0.01:
-        text += " The data repeat themselves, so some new pictures are the same as a training image by chance."
+        text += " The data repeat themselves, so some new images equal a training image although they are no copies."
     pairs = (
         "A sample on the left and its nearest training image on the right: the nearest pairs, and then those that only just "
-        "count. Pairs of captions whose held-out image is as near to a training image, too, are left out, as chance brings them."
+        "count. Pairs of captions whose held-out image is as near to a training image, too, are left out: new images of such a "
+        "caption are as near."
     )
     return [text, "\n".join(rows), f"{pairs}\n\n![nearest]({found['nearest']})"]
 
@@ -175,8 +174,8 @@ def _training(results: Results, found: dict[str, str]) -> list[str]:
     )
     return [
         f"## Training\n\n{train['images_per_second']:,.0f} images/s, {_percent(train['mfu'])} of the machine's matrix-product "
-        f"peak; sampling uses {_percent(results.metrics['sample']['sampling_mfu'])} of it. Pictures that go through the VAE and "
-        f"back keep a PSNR of {results.metrics['encode']['reconstruction_psnr']} dB. {losses}\n\n![curves]({found['curves']})"
+        f"peak; sampling uses {_percent(results.metrics['sample']['sampling_mfu'])} of it. Images that the VAE encodes and "
+        f"decodes have a PSNR of {results.metrics['encode']['reconstruction_psnr']} dB. {losses}\n\n![curves]({found['curves']})"
     ]
 
 
@@ -185,7 +184,7 @@ def _percent(share: float, digits: int = 0) -> str:
 
 
 def plot_curves(results: Results) -> Figure:
-    """Loss over the steps of the training, and the validation loss by timestep with its interval."""
+    """Plot the losses over the steps of the training, and the validation loss by timestep with its interval."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     curves = results.curves
@@ -203,19 +202,19 @@ def plot_curves(results: Results) -> Figure:
     return figure
 
 
-def _draw(figure: Figure) -> Image.Image:
+def _to_image(figure: Figure) -> Image.Image:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return Image.open(buffer)
 
 
-def _show(picture: Image.Image, name: str, report: Path, pictures: Path) -> str:
-    """Store `image` small enough for git; its address, as seen from `report`."""
-    picture = picture.convert("RGB")
-    if picture.width > WIDEST:
-        picture = picture.resize((WIDEST, round(picture.height * WIDEST / picture.width)), Image.Resampling.LANCZOS)
-    path = pictures / f"{name}.webp"
-    picture.save(path, quality=QUALITY)
+def _show(image: Image.Image, name: str, report: Path, images: Path) -> str:
+    """Save `image` as a small WebP in the folder `images`; return its path relative to that of `report`."""
+    image = image.convert("RGB")
+    if image.width > WIDEST:
+        image = image.resize((WIDEST, round(image.height * WIDEST / image.width)), Image.Resampling.LANCZOS)
+    path = images / f"{name}.webp"
+    image.save(path, quality=QUALITY)
     return path.relative_to(report.parent).as_posix()
 
 

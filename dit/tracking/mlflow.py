@@ -1,7 +1,7 @@
 """MLflow: one run per trained model, one child run per evaluation of it.
 
 Tracking never stops a training and loses nothing: what the store does not take goes into a store of the project's own, from
-which `dit sync-runs` sends it (dit/sync.py).
+which `dit sync-runs` sends it (dit/tracking/sync.py).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EXPERIMENT = "dit"
 PARENT = "mlflow.parentRunId"
 RUNS_CHANGE = (":!dvc.lock", ":!metrics", ":!params.yaml")  # tracked files that a run or an experiment changes
 BELONGS_TO = "dit.belongs_to"  # of an unsent run: the run of the store that it continues
-SENT_FROM = "dit.sent_from"  # of a run of the store: the unsent run that it was copied from
+SENT_FROM = "dit.sent_from"  # of a run of the store: the run of another store, mostly the unsent one, that it is a copy of
 
 
 def project_root() -> Path:
@@ -149,6 +149,14 @@ class Tracker:
             return
         print(problem + f"it is kept in {unsent_folder()}, and `dit sync-runs` sends it", flush=True)
         self.uri, self._store, self._run = unsent_uri(), None, None
+        if self._monitor:
+            self._monitor.finish()
+            self.log_system_metrics()
+
+    def has_earlier_logs(self) -> bool:
+        """Return whether the run holds what was logged before; False where its store is away and an unsent run continues it."""
+        self._do(lambda client, run: client.get_run(run))
+        return self._run == self.run_id
 
     def start_child(self, name: str) -> Tracker:
         """Start a run below this one, in the same store: an evaluation."""
@@ -182,7 +190,7 @@ class Tracker:
         def log(client: MlflowClient, run: str) -> None:
             if step is None:
                 client.log_image(run, image, artifact_file=f"{name}.png")
-            elif not (self._resumed and _has_image(client, run, name, step)):
+            elif not (self._resumed and (name, "step", str(step)) in {key[:3] for key in image_keys(client, run)}):
                 client.log_image(run, image, key=name, step=step)
 
         self._do(log)
@@ -208,7 +216,7 @@ class Tracker:
 
         self._do(register)
 
-    def watch_machine(self) -> None:
+    def log_system_metrics(self) -> None:
         """Log use of processor, memory, disk and GPU every ten seconds, until `finish`."""
 
         def watch(client: MlflowClient, run: str) -> None:
@@ -223,10 +231,16 @@ class Tracker:
         self._do(lambda client, run: client.update_run(run, status="RUNNING"))
 
     def finish(self, status: str = "FINISHED") -> None:
-        """End the run: FINISHED, KILLED (it can go on) or FAILED."""
+        """End the run: FINISHED, KILLED (it can be resumed) or FAILED. One that has ended keeps its status and its time."""
         if self._monitor:
             self._monitor.finish()
-        self._do(lambda client, run: client.set_terminated(run, status))
+            self._monitor = None
+
+        def end(client: MlflowClient, run: str) -> None:
+            if client.get_run(run).info.status == "RUNNING":
+                client.set_terminated(run, status)
+
+        self._do(end)
 
 
 def start_run(recipe: str, tags: dict[str, str] | None = None) -> Tracker:
@@ -235,29 +249,29 @@ def start_run(recipe: str, tags: dict[str, str] | None = None) -> Tracker:
     return Tracker(tracking_uri(), os.environ.get("DVC_EXP_NAME") or recipe, all_tags)
 
 
-def resume_run(run_id: str | None, recipe: str) -> Tracker | None:
-    """Resume a run of before, in whichever store it is; None if none knows it (a colleague's model, pulled)."""
+def resume_run(run_id: str | None, recipe: str, tags: dict[str, str] | None = None) -> Tracker | None:
+    """Resume an earlier run, in whichever store it is; None if none knows it (a colleague's model, pulled)."""
     if not run_id:
         return None
-    name, tags = os.environ.get("DVC_EXP_NAME") or recipe, {"recipe": recipe, **_code_tags()}
+    name, tags = os.environ.get("DVC_EXP_NAME") or recipe, {"recipe": recipe, **_code_tags(), **(tags or {})}
     if (unsent_folder() / "mlflow.db").exists():
         kept = _find_if_reachable(unsent_uri(), run_id, otherwise=None)
         if kept:
             print(f"MLflow: this run is kept in {unsent_folder()}, and `dit sync-runs` sends it", flush=True)
             return Tracker(unsent_uri(), name, tags, kept)
-    known = _find_if_reachable(tracking_uri(), run_id, otherwise=run_id)  # the tracker will say that the store is away
+    known = _find_if_reachable(tracking_uri(), run_id, otherwise=run_id)  # the tracker warns if the store is away
     return Tracker(tracking_uri(), name, tags, known) if known else None
 
 
 def _find_if_reachable(uri: str, run_id: str, otherwise: str | None) -> str | None:
     try:
-        return find_run(open_store(uri), run_id)
+        return find_run_id(open_store(uri), run_id)
     except Exception:  # whatever it is: no training ends because of its log
         return otherwise
 
 
-def find_run(store: Store, run_id: str) -> str | None:
-    """Find the run `run_id` in `store`, or the one that was made of it when it was sent there."""
+def find_run_id(store: Store, run_id: str) -> str | None:
+    """Find the run `run_id` in `store`, or the copy that was made of it there; return its id there."""
     try:
         if store.client.get_run(run_id).info.lifecycle_stage == "active":
             return run_id
@@ -268,10 +282,14 @@ def find_run(store: Store, run_id: str) -> str | None:
     return sent[0].info.run_id if sent else None
 
 
-def _has_image(client: MlflowClient, run: str, name: str, step: int) -> bool:
-    """Return whether the series `name` has an image of `step`: MLflow writes both into the name of the file."""
-    written = (re.split("[+%]", Path(item.path).name) for item in client.list_artifacts(run, "images"))
-    return any(parts[:3] == [name, "step", str(step)] for parts in written)
+def image_key(file: str) -> tuple[str, ...]:
+    """Return (name, "step", step, "timestamp", time) of an image of a series, as MLflow writes it into the file's name."""
+    return tuple(re.split("[+%]", Path(file).name)[:5])
+
+
+def image_keys(client: MlflowClient, run: str) -> list[tuple[str, ...]]:
+    """List the keys of all images of series that a run has."""
+    return [image_key(item.path) for item in client.list_artifacts(run, "images")]
 
 
 def _code_tags() -> dict[str, str]:

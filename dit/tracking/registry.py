@@ -17,7 +17,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from dit.config import DEFAULTS
 
 PACKAGE = Path(__file__).parent.parent  # dit/
-# What drawing needs, and no more. MLflow would guess, and find another package of the name dit on the public index.
+# What generating needs, and no more. MLflow would guess, and find another package of the name dit on the public index.
 REQUIREMENTS = (
     "accelerate",
     "diffusers",

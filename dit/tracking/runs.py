@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 
 from dit.config import Params
-from dit.tracking.mlflow import Tracker, flatten, resume_run, start_run
+from dit.tracking.mlflow import SENT_FROM, Tracker, flatten, resume_run, start_run
 
-LATENTS = "data/latents"
+LATENTS, MODEL = "data/latents", Path("models/dit")
 
 
 def begin_run(params: Params, latents_digest: str, state: Path) -> Tracker:
@@ -27,37 +27,52 @@ def begin_run(params: Params, latents_digest: str, state: Path) -> Tracker:
     if run:
         run.resume()
     else:
-        run = _new_run(params, latents_digest)
+        run = start_run(params.recipe, {"data.latents": latents_digest})
+        _log_inputs(run, params, latents_digest)
         state.mkdir(parents=True, exist_ok=True)
         noted.write_text(run.run_id or "", encoding="utf-8")
-    run.watch_machine()
+    run.log_system_metrics()
     return run
 
 
 def find_run(params: Params, latents_digest: str) -> Tracker:
     """Return the run of the trained model.
 
-    Where the store does not know it (a colleague's model, pulled) it is made again from what DVC tracks: settings, curves and
-    previews.
+    Where the store does not know it (a colleague's model, pulled), or is away and cannot be asked, the whole run is logged again
+    from what DVC tracks: settings, curves, previews and model. `dit sync-runs` sends of it only what the store does not have.
     """
     run_id = json.loads(Path("metrics/mlflow.json").read_text(encoding="utf-8"))["run_id"]
-    known = resume_run(run_id, params.recipe)
-    if known:
-        return known
-    run = _new_run(params, latents_digest, recreated_from=str(run_id))
+    tags = {"data.latents": latents_digest}
+    run = resume_run(run_id, params.recipe, tags)
+    if run and run.has_earlier_logs():
+        return run
+    run = run or start_run(params.recipe, tags | ({SENT_FROM: run_id} if run_id else {}))
+    _log_inputs(run, params, latents_digest)
     for step, values in pd.read_csv("metrics/curves.csv", index_col="step").to_dict("index").items():
         run.log_metrics({str(name): value for name, value in values.items() if value == value}, int(str(step)))
     for preview in sorted(Path("samples/progress").glob("step-*.png")):
         run.log_image(preview, "preview", int(preview.stem.removeprefix("step-")))
-    run.finish()
+    log_result(run, params, json.loads(Path("metrics/train.json").read_text(encoding="utf-8")))
     return run
 
 
-def _new_run(params: Params, latents_digest: str, **tags: str) -> Tracker:
-    run = start_run(params.recipe, tags={"data.latents": latents_digest, **tags})
+def _log_inputs(run: Tracker, params: Params, latents_digest: str) -> None:
     run.log_params(settings_of_training(params))
     run.log_dataset(params.recipe, latents_digest, LATENTS)
-    return run
+
+
+def log_result(run: Tracker, params: Params, summary: dict[str, float]) -> None:
+    """Log what a training ends with: its time and, with `runtime.register_model`, its model.
+
+    Args:
+        run: of the training.
+        params: all settings.
+        summary: of the training, as metrics/train.json has it: `steps`, `seconds`.
+    """
+    steps = int(summary["steps"])
+    run.log_metrics({"training_seconds": summary["seconds"]}, steps)
+    if params.runtime.register_model:
+        run.log_model(MODEL, f"dit-{params.recipe}", steps)
 
 
 def settings_of_training(params: Params) -> dict[str, Any]:

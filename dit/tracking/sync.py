@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from operator import attrgetter
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -17,7 +18,9 @@ from dit.tracking.mlflow import (
     PARENT,
     SENT_FROM,
     Store,
-    find_run,
+    find_run_id,
+    image_key,
+    image_keys,
     open_store,
     tracking_uri,
     unsent_folder,
@@ -65,26 +68,36 @@ def sync_runs() -> list[str]:
 def _send(client: MlflowClient, run: Run, store: Store) -> str:
     """Copy one run into `store`; return its id there."""
     source, tags = run.info.run_id, dict(run.data.tags)
-    target = tags.pop(BELONGS_TO, None) or find_run(store, source)
+    original = tags.pop(BELONGS_TO, source)
+    target = find_run_id(store, original)
     if target is None:
         if PARENT in tags:
-            tags[PARENT] = find_run(store, tags[PARENT]) or tags[PARENT]
+            tags[PARENT] = find_run_id(store, tags[PARENT]) or tags[PARENT]
         made = store.client.create_run(
-            store.experiment, start_time=run.info.start_time, run_name=run.info.run_name, tags=tags | {SENT_FROM: source}
+            store.experiment, start_time=run.info.start_time, run_name=run.info.run_name, tags=tags | {SENT_FROM: original}
         )
         target = made.info.run_id
-    store.client.log_batch(target, params=[Param(key, value) for key, value in run.data.params.items()])
+    known = store.client.get_run(target)
+    new_params = [Param(key, value) for key, value in run.data.params.items() if key not in known.data.params]
+    store.client.log_batch(target, params=new_params)
     for key in run.data.metrics:
-        there = {point.step for point in store.client.get_metric_history(target, key)}
-        points = [point for point in client.get_metric_history(source, key) if point.step not in there]
+        # System metrics count their steps anew in each store.
+        identity = attrgetter("timestamp" if key.startswith("system/") else "step")
+        there = {identity(point) for point in store.client.get_metric_history(target, key)}
+        points = [point for point in client.get_metric_history(source, key) if identity(point) not in there]
         for start in range(0, len(points), POINTS_AT_ONCE):
             store.client.log_batch(target, points[start : start + POINTS_AT_ONCE])
-    if not _data_sets(store.client.get_run(target)):
+    if not _data_sets(known):
         store.client.log_inputs(target, [DatasetInput(each.dataset, each.tags) for each in _data_sets(run)])
     with tempfile.TemporaryDirectory() as folder:
-        store.client.log_artifacts(target, client.download_artifacts(source, "", folder))
+        files = Path(client.download_artifacts(source, "", folder))
+        images = {key[:3]: key for key in image_keys(store.client, target)}
+        for path in (files / "images").glob("*"):
+            if images.get(image_key(path.name)[:3], image_key(path.name)) != image_key(path.name):
+                path.unlink()  # the target has another one of this step
+        store.client.log_artifacts(target, str(files))
     _send_models(client, source, store, target)
-    if run.info.status != "RUNNING":
+    if run.info.status != "RUNNING" and known.info.status != "FINISHED":
         store.client.set_terminated(target, run.info.status, run.info.end_time)
     return target
 

@@ -146,7 +146,7 @@ def check_shapes(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], trans
 
 
 class Checkpoints:
-    """Writes checkpoints into `folder` while training goes on, and keeps the last `keep`."""
+    """Writes checkpoints into `folder` during the training, and keeps the last `keep`."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep

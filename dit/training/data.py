@@ -38,7 +38,7 @@ class StepNoise:
 
 
 def global_batch(images: np.ndarray, seed: int, step: int, batch_size: int) -> np.ndarray:
-    """Return the numbers of the images of step `step`, (batch_size,): a window on an endless row of shuffled epochs."""
+    """Return the numbers of the images of step `step`, (batch_size,): a section of an endless sequence of shuffled epochs."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs = positions // len(images)
     chosen = np.empty(batch_size, dtype=np.int64)

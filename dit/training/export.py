@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import diffusers
 
@@ -14,24 +16,22 @@ from dit.model.objectives import euler_scheduler, make_objective
 from dit.model.transformer import DiT
 from dit.utils.files import write_json
 
+FACTS = "training.json"  # what the card is rendered from
+METADATA = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "license": "apache-2.0"}
 CARD = """\
----
-library_name: diffusers
-pipeline_tag: text-to-image
----
 # A text-to-image Diffusion Transformer
 
-{parameters:.1f} M parameters, trained from scratch with {objective} on {images} images of {size} x {size} pixels for
-{epochs} epochs at batch size {batch}. These are the moving average (EMA) weights, in fp32.
+{parameters:.1f} M parameters, trained from scratch with {objective} on {images} images of {image_size} x {image_size} pixels for
+{num_epochs} epochs at batch size {batch_size}. These are the moving average (EMA) weights, in fp32.
 
-    from dit.pipeline.pipeline import DiTTextToImagePipeline
+    from dit import DiTTextToImagePipeline
 
-    pipeline = DiTTextToImagePipeline.from_pretrained("models/dit")
-    pipeline("{prompt}").images[0].save("picture.png")
+    pipeline = DiTTextToImagePipeline.from_pretrained("{folder}")
+    pipeline("{prompt}").images[0].save("image.png")
 
-It needs the VAE `{vae}` and the CLIP text encoder `{clip}`, which are loaded with it. What it can draw is what the
-captions of its training set speak of; the data's own licence and biases apply.
-
+It needs the VAE `{vae}` and the CLIP text encoder `{clip}`, which are loaded with it. It can generate what the captions of its
+training set speak of. The licence above is that of the code; the licence and the biases of the training data apply, too.
+{sections}
 Settings:
 
 {settings}
@@ -47,7 +47,7 @@ def save_model(folder: Path, transformer: DiT, cache: LatentCache, model: Model,
     index = {
         "_class_name": "DiTTextToImagePipeline",
         "_diffusers_version": diffusers.__version__,
-        "transformer": ["dit.model.transformer", "DiT"],
+        "transformer": ["dit.model", "DiT"],
         "scheduler": ["diffusers", type(scheduler).__name__],
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
@@ -56,17 +56,31 @@ def save_model(folder: Path, transformer: DiT, cache: LatentCache, model: Model,
         "encoders": {"vae": cache.index["vae"], "clip": cache.index["clip"], "image_size": cache.index["image_size"]},
     }
     write_json(folder / "model_index.json", index)
-    settings = {"model": asdict(model), "optim": asdict(optim), "train": asdict(train)}
-    card = CARD.format(
-        parameters=transformer.num_parameters() / 1e6,
-        images=len(cache.train),
-        size=cache.index["image_size"],
-        objective="rectified flow" if train.objective == "flow" else f"DDPM ({train.prediction_type})",
-        epochs=optim.num_epochs,
-        batch=train.batch_size * train.gradient_accumulation_steps,
-        prompt=cache.captions(cache.val[:1])[0][0]["text"].replace('"', "'"),
-        vae=cache.index["vae"]["name"],
-        clip=cache.index["clip"]["name"],
-        settings="\n".join("    " + line for line in json.dumps(settings, indent=2).splitlines()),
-    )
+    facts = {
+        "parameters": transformer.num_parameters() / 1e6,
+        "objective": "rectified flow" if train.objective == "flow" else f"DDPM ({train.prediction_type})",
+        "images": len(cache.train),
+        "image_size": cache.index["image_size"],
+        "num_epochs": optim.num_epochs,
+        "batch_size": train.batch_size * train.gradient_accumulation_steps,
+        "prompt": cache.captions(cache.val[:1])[0][0]["text"].replace('"', "'"),
+        "vae": cache.index["vae"]["name"],
+        "clip": cache.index["clip"]["name"],
+        "settings": {"model": asdict(model), "optim": asdict(optim), "train": asdict(train)},
+    }
+    write_json(folder / FACTS, facts)
+    front_matter = "".join(f"{key}: {value}\n" for key, value in METADATA.items())
+    card = f"---\n{front_matter}---\n{render_card(facts, 'models/dit')}"
     (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
+
+
+def render_card(facts: dict[str, Any], folder: str, sections: Sequence[str] = ()) -> str:
+    """Render the model card, without its front matter.
+
+    Args:
+        facts: what `save_model` wrote into training.json.
+        folder: where the example loads the model from.
+        sections: Markdown that goes before the settings.
+    """
+    settings = "\n".join("    " + line for line in json.dumps(facts["settings"], indent=2).splitlines())
+    return CARD.format(**facts | {"settings": settings}, folder=folder, sections="".join(f"\n{text}\n" for text in sections))

@@ -201,7 +201,7 @@ class Trainer:
         return sample_step_noise(shape, self.settings.seed, step, self.batch_size, dropout, self.objective, self.device)
 
     def train_step_or_explain(self, step: int) -> None:
-        """Make one step; raise a `UserError` that says which batch size would fit where this one does not."""
+        """Make one step; raise a `UserError` that names the batch size that would fit where this one does not."""
         try:
             return self.train_step(step)
         except torch.OutOfMemoryError:

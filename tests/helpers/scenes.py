@@ -22,7 +22,7 @@ def clip() -> ClipFeatures:
 
 def features(images: Sequence[Image.Image], mirrored: bool = False) -> torch.Tensor:
     images = [ImageOps.mirror(image) for image in images] if mirrored else images
-    return clip().of_images(images, len(images), "CLIP")
+    return clip().embed_images(images, len(images), "CLIP")
 
 
 def descriptions(seed: int, count: int, wanted: Callable[[Description], bool] = lambda _: True) -> list[Description]:

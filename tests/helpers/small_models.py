@@ -1,4 +1,4 @@
-"""A small random transformer for the encoders in the box, and a model folder that holds it."""
+"""A small random transformer for the bundled encoders, and a model folder that holds it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from pathlib import Path
 
 import torch
 
-from dit.config import Model, load_config
+from dit.config import Model
 from dit.encoders.loading import EncoderSource
 from dit.model.transformer import DiT
 from dit.training.export import save_model
-from helpers import REPO
 from helpers.cache import write_cache
-
-PARAMS = load_config(REPO / "params.yaml")
+from helpers.training import OPTIM, TRAIN
 
 
 def random_transformer() -> DiT:
@@ -29,4 +27,4 @@ def save(folder: Path, **train) -> None:
     cache = write_cache(folder / "latents")
     model = Model(patch_size=2, hidden_size=32, num_layers=2, num_heads=2)
     cache.index["clip"] = cache.index["vae"] = EncoderSource("builtin").to_dict()
-    save_model(folder / "dit", random_transformer(), cache, model, PARAMS.shapes.optim, replace(PARAMS.train, **train))
+    save_model(folder / "dit", random_transformer(), cache, model, OPTIM, replace(TRAIN, **train))

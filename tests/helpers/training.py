@@ -1,4 +1,4 @@
-"""What the tests of training share: a small transformer, quick settings, and a journal in memory."""
+"""What the tests of training share: a small transformer, quick settings, and a logger in memory."""
 
 from __future__ import annotations
 
@@ -11,33 +11,65 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from dit.config import Model, Optim, Runtime, Train, load_config
+from dit.config import Model, Optim, Runtime, Train
 from dit.latents.cache import LatentCache
 from dit.model.transformer import DiT
 from dit.training.checkpoint import Checkpoint, Checkpoints
 from dit.training.logging import NullLogger
 from dit.training.trainer import Trainer
-from helpers import REPO
 
-PARAMS = load_config(REPO / "params.yaml")
+TRAIN = Train(
+    batch_size=6,
+    mixed_precision="no",
+    objective="flow",
+    prediction_type="v_prediction",
+    snr_gamma=None,
+    gradient_accumulation_steps=1,
+    gradient_checkpointing=False,
+    max_grad_norm=1.0,
+    weight_decay=0.01,
+    warmup_steps=2,
+    lr_scheduler="cosine",
+    ema_decay=0.999,
+    caption_dropout=0.1,
+    horizontal_flip=True,
+    validate_every=4,
+    early_stopping_patience=None,
+    max_nonfinite_steps=20,
+    seed=0,
+)
+RUNTIME = Runtime(
+    num_workers=0,
+    prefetch_factor=2,
+    num_processes=1,
+    checkpoint_every=4,
+    keep_checkpoints=2,
+    sample_every=4,
+    log_every=2,
+    deterministic=False,
+    download_connections=1,
+    data_on_device="auto",
+    register_model=False,
+)
+OPTIM = Optim(num_epochs=3, learning_rate=1e-3, logit_mean=0.0, compile_model=False)
 MODEL = Model(patch_size=2, hidden_size=64, num_layers=2, num_heads=4)
 CPU = torch.device("cpu")
 
 
-class Notes(NullLogger):
-    """A journal that only remembers."""
+class MemoryLogger(NullLogger):
+    """A logger that keeps everything in memory."""
 
     def __init__(self, on_log: Callable[[str], None] = lambda line: None):
         super().__init__()
-        self.pictures: dict[int, Image.Image] = {}
+        self.previews: dict[int, Image.Image] = {}
         self.on_log = on_log
 
     def log_metrics(self, step: int, values: dict[str, float]) -> None:
         values = {name: value for name, value in values.items() if math.isfinite(value)}  # as the real one
         self.curves.setdefault(step, {}).update(values)
 
-    def log_preview(self, step: int, picture: Image.Image) -> None:
-        self.pictures[step] = picture
+    def log_preview(self, step: int, image: Image.Image) -> None:
+        self.previews[step] = image
 
     def log_line(self, line: str, echo: bool = True) -> None:
         self.lines.append(line)
@@ -51,14 +83,8 @@ class Notes(NullLogger):
 
 
 def settings(train: dict | None = None, runtime: dict | None = None, **optim) -> tuple[Optim, Train, Runtime]:
-    """Settings for seconds: 9 steps of 6 of the 18 training images of `conftest.write_cache`, unless told otherwise."""
-    quick = {"batch_size": 6, "warmup_steps": 2, "mixed_precision": "no", "validate_every": 4}
-    often = {"log_every": 2, "sample_every": 4, "checkpoint_every": 4}
-    return (
-        Optim(**{"num_epochs": 3, "learning_rate": 1e-3, "logit_mean": 0.0, "compile_model": False} | optim),
-        replace(PARAMS.train, **quick | (train or {})),
-        replace(PARAMS.runtime, **often | (runtime or {})),
-    )
+    """Settings for seconds: 9 steps of 6 of the 18 training images of `write_cache`, unless told otherwise."""
+    return replace(OPTIM, **optim), replace(TRAIN, **train or {}), replace(RUNTIME, **runtime or {})
 
 
 def run(
@@ -66,7 +92,7 @@ def run(
     folder: Path,
     train: dict | None = None,
     runtime: dict | None = None,
-    journal: Notes | None = None,
+    logger: MemoryLogger | None = None,
     resume: Checkpoint | None = None,
     **optim,
 ) -> tuple[DiT, dict[str, float]]:
@@ -78,9 +104,9 @@ def run(
         return [Image.new("RGB", (64, 64))] * len(latents)
 
     blocks = (MODEL, *settings(train, runtime, **optim))
-    return Trainer(cache, *blocks, journal or Notes(), decode, checkpoints, resume).train()
+    return Trainer(cache, *blocks, logger or MemoryLogger(), decode, checkpoints, resume).train()
 
 
 def same(first: DiT, second: DiT) -> bool:
-    """Whether all weights are equal, bit by bit."""
+    """Return whether all weights are equal, bit by bit."""
     return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

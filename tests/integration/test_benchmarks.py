@@ -1,42 +1,70 @@
-"""The benchmarks run and print the tables of docs/performance.md; what they measure is judged by people, not here."""
+"""The benchmarks print the tables of docs/performance.md and write them as JSON; people assess what they measure."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from dit.benchmark.sampling import foreground_iou
+from dit.model.transformer import DiT, forward_flops
 from helpers import REPO
 
+DOCUMENTED = (REPO / "docs" / "performance.md").read_text(encoding="utf-8")
 
-@pytest.mark.parametrize(
-    ("arguments", "header"),
-    [
-        (["read", "--entries", "200"], "| entries | written in |"),
-        (["download", "--images", "1"], "| download over loopback |"),
-    ],
-)
-def test_a_benchmark_prints_a_table_that_the_documentation_has(tmp_path, arguments, header):
-    command = [sys.executable, "-m", "dit.benchmark.data", *arguments, "--folder", str(tmp_path)]
+
+def benchmark(*arguments: object, output: Path) -> tuple[str, dict]:
+    """Run `dit benchmark`; returns what it prints and the JSON that it writes."""
+    command = [sys.executable, "-m", "dit.cli", "benchmark", *map(str, arguments), "--output", str(output)]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.strip().splitlines()
-    assert lines[0].startswith(header) and lines[0] in (REPO / "docs" / "performance.md").read_text()
-    cells = [len(line.split("|")) for line in lines]
-    assert len(lines) == 3 and len(set(cells)) == 1
-    assert not list(tmp_path.iterdir())  # nothing is left behind
+    return done.stdout, json.loads(output.read_text(encoding="utf-8"))
 
 
-def test_dit_benchmark_measures_this_model_its_peers_and_encoding_at_every_step(tmp_path):
-    size = ["--hidden-size", "32", "--num-layers", "1", "--num-heads", "2", "--patch-size", "8", "--batch-size", "1"]
-    command = [sys.executable, "-m", "dit.cli", "benchmark", *size, "--steps", "1", "--output", str(tmp_path / "b.json")]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    documented = (REPO / "docs" / "performance.md").read_text()
-    assert "| a training step of | images/s |" in documented and "| a training step of | images/s |" in done.stdout
-    results = json.loads((tmp_path / "b.json").read_text())
+@pytest.mark.parametrize(("part", "size"), [("read", ["--entries", 200]), ("download", ["--images", 1])])
+def test_data_prints_a_documented_table(tmp_path, part, size):
+    (tmp_path / "temporary").mkdir()
+    printed, results = benchmark("data", part, *size, "--folder", tmp_path / "temporary", output=tmp_path / "data.json")
+    header, _, row, _, path = printed.strip().splitlines()
+    assert header in DOCUMENTED and header.count("|") == row.count("|") and path == str(tmp_path / "data.json")
+    assert list(results) == ["device", part]
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_sampling_prints_a_documented_table(tmp_path, model):
+    printed, results = benchmark("sampling", "editing", "--checkpoint", model, output=tmp_path / "sampling.json")
+    assert printed.strip().splitlines()[0] in DOCUMENTED
+    assert [row["strength"] for row in results["editing"]] == [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+
+
+def test_foreground_iou_compares_places():
+    def square(left: int) -> Image.Image:
+        pixels = np.full((32, 32, 3), 255, dtype=np.uint8)
+        pixels[8:16, left : left + 8] = (255, 0, 0)
+        return Image.fromarray(pixels)
+
+    assert foreground_iou(square(8), square(8)) == 1
+    assert foreground_iou(square(8), square(12)) == pytest.approx(1 / 3, rel=0.1)  # corners may be rounded
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory) -> tuple[str, dict]:
+    size = {"hidden-size": 32, "num-layers": 1, "num-heads": 2, "patch-size": 8, "batch-size": 1, "steps": 1}
+    flags = [f"--{name}={value}" for name, value in size.items()]
+    return benchmark("training", *flags, output=tmp_path_factory.mktemp("benchmark") / "training.json")
+
+
+def test_training_prints_a_documented_table(training):
+    assert "| a training step of | images/s |" in DOCUMENTED and "| a training step of | images/s |" in training[0]
+
+
+def test_training_measures_this_model_its_peers_and_encoding_first(training):
+    results = training[1]
     rows = {row["name"]: row for row in results["rows"]}
     assert list(rows) == [
         "this model",
@@ -49,5 +77,14 @@ def test_dit_benchmark_measures_this_model_its_peers_and_encoding_at_every_step(
     assert own["share"] == pytest.approx(own["images_per_second"] * results["flops_per_image_and_step"] / results["matmul_peak"])
     assert tutorial["ratio"] == pytest.approx(tutorial["seconds_per_step"] / own["seconds_per_step"])
     assert tutorial["ratio"] > 2  # a VAE of full size against a transformer of one block
-    assert results["checkpoint"]["gigabytes"] * 1e9 == pytest.approx(4 * 4 * results["parameters"], rel=0.02)
     assert results["attention"]
+
+
+def test_training_counts_operations_as_the_formula(training):
+    network = DiT(4, 8, 32, 1, 2, cross_attention_dim=768, pooled_projection_dim=768)
+    assert training[1]["flops_per_image_and_step"] == 3 * forward_flops(network, (32, 32), 24)
+
+
+def test_training_measures_a_checkpoint(training):
+    results = training[1]
+    assert results["checkpoint"]["gigabytes"] * 1e9 == pytest.approx(4 * 4 * results["parameters"], rel=0.02)

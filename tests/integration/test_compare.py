@@ -1,4 +1,4 @@
-"""`dit compare` says which runs are better, what was set differently, and shows what they drew for the same prompts."""
+"""`dit compare`: runs in order of a metric, the settings that differ, and samples of the same prompts."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import pytest
 from PIL import Image
 
 from dit import cli
-from dit.commands.comparison import CELL, MARGIN, comparison_picture, read_runs
+from dit.commands.compare import CELL, MARGIN, comparison_image, read_runs
 from dit.tracking import mlflow as tracking
 
 COLOURS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255)}
 
 
-def log_run(name: str, colours: list[str], accuracy: float | None, batch_size: int, monkeypatch, seed: int = 42) -> str:
-    """A run that drew each of its prompts in one plain colour."""
-    monkeypatch.setenv("DVC_EXP_NAME", name)
-    run = tracking.start_run("shapes")
+def log_run(name: str, colours: list[str], accuracy: float | None, batch_size: int, seed: int = 42) -> str:
+    """Log a run whose sample of each prompt has one plain colour; returns its id."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DVC_EXP_NAME", name)
+        run = tracking.start_run("shapes")
     run.log_params({"train.batch_size": batch_size, "train.seed": 0})
     if accuracy is not None:
         run.log_metrics({"prompt_accuracy": accuracy, "val_loss": 1 - accuracy, "frechet_distance_clip_n500": 1 - accuracy}, 9)
@@ -32,35 +33,49 @@ def log_run(name: str, colours: list[str], accuracy: float | None, batch_size: i
             child.log_metrics({"prompt_accuracy": accuracy if samples == batch_size else 1.0})
             child.finish()
     run.finish()
+    assert run.run_id
     return run.run_id
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """The folder of a store with three runs, and their ids by name."""
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DVC_ROOT", str(folder))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return folder, {
+            "worse": log_run("worse", ["red", "lime", "blue"], 0.25, 48),
+            "better": log_run("better", ["lime", "lime"], 0.75, 96),
+            "unevaluated": log_run("unevaluated", [], None, 96),
+        }
+
+
 @pytest.fixture
-def runs(tmp_path, monkeypatch) -> dict[str, str]:
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+def runs(store, tmp_path, monkeypatch) -> dict[str, str]:
+    monkeypatch.setenv("DVC_ROOT", str(store[0]))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
-    return {
-        "worse": log_run("worse", ["red", "lime", "blue"], 0.25, 48, monkeypatch),
-        "better": log_run("better", ["lime", "lime"], 0.75, 96, monkeypatch),
-        "unjudged": log_run("unjudged", [], None, 96, monkeypatch),
-    }
+    return store[1]
 
 
-def test_the_table_has_a_row_per_judged_run_the_best_first_and_what_differs(runs, capsys):
+def test_compare_lists_evaluated_runs_and_what_differs(runs, capsys):
     assert cli.main(["compare", "--csv", "tables/runs.csv"]) == 0
-    said = capsys.readouterr().out
-    assert said.index("better") < said.index("worse") and "unjudged" not in said and "evaluation" not in said
+    printed = capsys.readouterr().out
+    assert printed.index("better") < printed.index("worse") and "evaluat" not in printed
     table = pd.read_csv("tables/runs.csv")
     assert list(table["run"]) == ["better", "worse"] and list(table["train.batch_size"]) == [96, 48]
     assert list(table["id"]) == [runs["better"][:8], runs["worse"][:8]]
     assert list(table["sample.num_samples"]) == [96, 48]
     assert "train.seed" not in table and list(table["prompt_accuracy"]) == [0.75, 0.25]
-    for lowest in ("val_loss", "frechet_distance_clip_n500"):
-        assert list(read_runs([], lowest)["tags.mlflow.runName"]) == ["better", "worse"]
 
 
-def test_the_picture_has_a_row_per_run_and_the_prompts_that_all_drew(runs):
+@pytest.mark.parametrize("metric", ["prompt_accuracy", "val_loss", "frechet_distance_clip_n500"])
+def test_read_runs_puts_the_best_first(runs, metric):
+    assert list(read_runs([], metric)["tags.mlflow.runName"]) == ["better", "worse"]
+
+
+def test_image_has_a_row_per_run_and_shared_prompts(runs):
     assert cli.main(["compare"]) == 0
     pixels = np.asarray(Image.open("compare.png"))
     assert pixels.shape[1] == MARGIN + 2 * (CELL + 4)
@@ -72,15 +87,24 @@ def test_the_picture_has_a_row_per_run_and_the_prompts_that_all_drew(runs):
     assert centres == [COLOURS[colour] for colour in ("lime", "lime", "red", "lime")]
 
 
-def test_runs_are_chosen_by_name_or_id_and_what_is_not_there_is_one_line(runs, capsys, monkeypatch):
+def test_read_runs_takes_names_and_beginnings_of_ids(runs):
     assert list(read_runs(["worse"], "prompt_accuracy")["run_id"]) == [runs["worse"]]
     assert list(read_runs([runs["better"][:6]], "prompt_accuracy")["run_id"]) == [runs["better"]]
-    for arguments, says in (
-        (["compare", "other"], "has no run other"),
-        (["compare", "--metric", "taste"], "taste: no run has this metric; they have frechet_distance_clip_n500"),
-    ):
-        assert cli.main(arguments) == 1
-        assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["other"], "has no run other"),
+        (["--metric", "taste"], "taste: no run has this metric; they have frechet_distance_clip_n500"),
+    ],
+)
+def test_compare_refuses_unknown_names(runs, capsys, arguments, message):
+    assert cli.main(["compare", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_compare_prints_no_password_of_an_unreachable_server(runs, capsys, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://anna:secret@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     assert cli.main(["compare"]) == 1
@@ -88,6 +112,9 @@ def test_runs_are_chosen_by_name_or_id_and_what_is_not_there_is_one_line(runs, c
     assert error.startswith("dit: http://127.0.0.1:9 cannot be read") and "secret" not in error
 
 
-def test_pictures_of_other_seeds_are_not_compared(runs, monkeypatch):
-    log_run("other-seed", ["red"], 0.5, 96, monkeypatch, seed=7)
-    assert comparison_picture(read_runs(["better", "other-seed"], "prompt_accuracy"), "prompt_accuracy") is None
+def test_image_leaves_out_other_seeds(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    log_run("one-seed", ["red"], 0.5, 96)
+    log_run("other-seed", ["red"], 0.5, 96, seed=7)
+    assert comparison_image(read_runs([], "prompt_accuracy"), "prompt_accuracy") is None

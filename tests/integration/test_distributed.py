@@ -25,17 +25,17 @@ from safetensors.torch import save_file
 from dit.latents.cache import LatentCache
 from dit.training.checkpoint import Checkpoints
 from dit.training.logging import NullLogger
-from helpers.training import Notes, run
+from helpers.training import MemoryLogger, run
 state = PartialState(cpu=True)
-notes = Notes() if state.is_main_process else NullLogger()
+logger = MemoryLogger() if state.is_main_process else NullLogger()
 folder = Path({out!r}) / "checkpoints"
 resume = Checkpoints(folder, 2).newest(print)
 state.wait_for_everyone()
 if {resumes!r}:
     assert resume
-model, summary = run(LatentCache({cache!r}), folder, {train!r}, journal=notes, resume=resume, num_epochs={epochs})
+model, summary = run(LatentCache({cache!r}), folder, {train!r}, logger=logger, resume=resume, num_epochs={epochs})
 save_file(model.state_dict(), Path({out!r}) / f"rank{{state.process_index}}.safetensors")
-losses = [values["train_loss"] for values in notes.curves.values() if "train_loss" in values]
+losses = [values["train_loss"] for values in logger.curves.values() if "train_loss" in values]
 (Path({out!r}) / f"curve{{state.process_index}}.txt").write_text(" ".join(map(str, losses)))
 """
 

@@ -268,13 +268,20 @@ def test_an_export_of_an_export_names_its_own_scheduler(there):
     assert cards[0].replace("scheduler `stochastic`", "scheduler `dpm++`") == cards[1]
 
 
-@pytest.mark.parametrize("edited", [b"---\nlicense: [mit\n---\n", b"---\n- a\n- list\n---\n", b"caf\xe9", b"---\n\ta: 1\n---\n"])
-def test_a_card_that_cannot_be_read_is_one_line(there, capsys, edited):
-    Path("models/dit/README.md").write_bytes(edited)
+@pytest.mark.parametrize("damaged", [b"{", b"caf\xe9"])
+def test_export_names_unreadable_training_facts(there, capsys, damaged):
+    Path("models/dit/training.json").write_bytes(damaged)
     assert cli.main(["export", "a"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("dit: models/dit/README.md: not a model card (") and error.count("\n") == 1
+    assert error.startswith("dit: models/dit/training.json: not readable") and error.count("\n") == 1
     assert [path.name for path in there.iterdir()] == ["models"]
+
+
+def test_export_of_a_model_of_version_0_1_has_a_plain_card(there):
+    Path("models/dit/training.json").unlink()
+    assert cli.main(["export", "a"]) == 0
+    card = ModelCard.load(Path("a/README.md"))
+    assert card.data.license == "apache-2.0" and "dit generate --checkpoint" in card.text
 
 
 def without_a_weight(path: Path) -> None:

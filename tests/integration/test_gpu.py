@@ -17,21 +17,21 @@ def full_size(batch: int) -> TrainingStep:
     return own_step(DEFAULT, Inputs.random(batch, 24, torch.device("cuda")), torch.bfloat16, compiled=False)
 
 
-def test_the_mask_of_the_captions_does_not_push_attention_to_the_slow_kernel():
+def test_masked_attention_uses_a_fast_kernel():
     kernels = attention_kernels(full_size(2))
     assert kernels and not any("math" in name for name in kernels)
 
 
-def test_the_default_training_fits_an_rtx_4090():
+def test_default_training_fits_an_rtx_4090():
     step = full_size(96)
     torch.cuda.reset_peak_memory_stats()
     step()
     step()
-    averages = 4 * step.parameters
-    assert torch.cuda.max_memory_allocated() + averages < 21e9
+    ema = 4 * step.parameters  # bytes
+    assert torch.cuda.max_memory_allocated() + ema < 21e9
 
 
-def test_the_deterministic_mode_trains_the_same_bits_twice(cache, tmp_path):
+def test_deterministic_mode_repeats_the_same_bits(cache, tmp_path):
     first, second = (run(cache, tmp_path / name, runtime={"deterministic": True})[0] for name in ("a", "b"))
     torch.use_deterministic_algorithms(False)
     assert same(first, second)

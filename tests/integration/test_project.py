@@ -115,7 +115,7 @@ def test_pull_request_report_names_changes(clone):
 def test_speedrun_leaves_project_unchanged(clone):
     done = clone.run(sys.executable, "-m", "dit.cli", "benchmark", "speedrun", "--output", str(clone.root.parent / "s.json"))
     assert "speedrun: 0.95 was not reached" in done.stdout  # after a dozen steps
-    points = json.loads((clone.root.parent / "s.json").read_text())
+    points = json.loads((clone.root.parent / "s.json").read_text())["points"]
     assert points[-1]["step"] == clone.json("metrics/train.json")["steps"] == 12
     assert [point["step"] for point in points] == sorted({point["step"] for point in points})
     assert all(point["prompts"] == 8 and 0 <= point["accuracy"] <= 1 for point in points)

@@ -1,4 +1,4 @@
-"""A trained model in MLflow's registry loads and draws where this project is not installed, and nothing of it is pickled."""
+"""A trained model in MLflow's registry loads and generates where this project is not installed, and nothing of it is pickled."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ import mlflow, numpy, pandas
 mlflow.set_tracking_uri(sys.argv[1])
 model = mlflow.pyfunc.load_model("models:/dit-shapes/1")
 table = pandas.DataFrame({"prompt": json.loads(sys.argv[2])})
-pictures = model.predict(table, params={"seed": 3, "num_inference_steps": 2, "scheduler": "euler"})
+images = model.predict(table, params={"seed": 3, "num_inference_steps": 2, "scheduler": "euler"})
 import dit
-print(json.dumps({"dit": dit.__file__, "pixels": [numpy.asarray(picture).tolist() for picture in pictures]}))
+print(json.dumps({"dit": dit.__file__, "pixels": [numpy.asarray(image).tolist() for image in images]}))
 """
 
 
@@ -48,7 +48,7 @@ def register(model: Path) -> tracking.Tracker:
 
 
 def check(project: Path, model: Path, run_id: str) -> None:
-    store = f"sqlite:///{project / 'mlflow.db'}"
+    store = tracking.tracking_uri()
     (registered,) = MlflowClient(store).search_model_versions("name = 'dit-shapes'")
     assert int(registered.version) == 1 and registered.run_id == run_id
     logged = MlflowClient(store).get_logged_model(registered.source.removeprefix("models:/"))
@@ -63,15 +63,15 @@ def check(project: Path, model: Path, run_id: str) -> None:
     assert Path(result["dit"]).is_relative_to(folder)
     pipeline = load_pipeline(model, "euler")
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    drawn = pipeline(PROMPTS, num_inference_steps=2, guidance_scale=DEFAULTS.guidance_scale, generator=generators).images
-    assert np.array_equal(np.array(result["pixels"]), np.stack([np.asarray(picture) for picture in drawn]))
+    expected = pipeline(PROMPTS, num_inference_steps=2, guidance_scale=DEFAULTS.guidance_scale, generator=generators).images
+    assert np.array_equal(np.array(result["pixels"]), np.stack([np.asarray(image) for image in expected]))
     assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle", ".pt", ".bin")]
     needed = (folder / "requirements.txt").read_text().split()
     assert f"torch=={version('torch').split('+')[0]}" in needed
     assert not [line for line in needed if line.startswith(("dit", "latent-dit"))]
 
 
-def test_a_registered_model_draws_what_the_pipeline_draws(project, model):
+def test_registered_model_generates_as_pipeline(project, model):
     run = register(model)
     again = tracking.resume_run(run.run_id, "shapes")  # killed before it was done
     again.resume()
@@ -80,10 +80,15 @@ def test_a_registered_model_draws_what_the_pipeline_draws(project, model):
     check(project, model, run.run_id)
 
 
-def test_a_model_that_the_server_did_not_take_is_registered_later(project, model, monkeypatch):
+@pytest.mark.parametrize("layout", ["new", "old"])
+def test_sync_runs_registers_model(project, model, monkeypatch, layout):
+    """Also one that was logged when `pyfunc.py` was at the top of the package."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     register(model)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    if layout == "old":
+        (loader,) = (project / ".state" / "unsent").rglob("code/dit/tracking/pyfunc.py")
+        loader.rename(loader.parent.parent / "pyfunc.py")
     (run_id,) = sync.sync_runs()
     check(project, model, run_id)

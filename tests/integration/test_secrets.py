@@ -17,7 +17,7 @@ PASSWORD = f"planted-{token_hex(12)}"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reachable", [True, False])
-def test_no_credential_is_left_anywhere(tmp_path, reachable):
+def test_run_leaves_no_credential(tmp_path, reachable):
     clone = Clone(tmp_path / "project")
     clone.dvc("remote", "add", "-d", "bucket", "s3://planted/data")
     clone.dvc("remote", "modify", "--local", "bucket", "secret_access_key", PLANTED["AWS_SECRET_ACCESS_KEY"])

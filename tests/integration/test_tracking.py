@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
+import time
+from dataclasses import replace
 
 import mlflow
 import pytest
@@ -14,9 +17,13 @@ from mlflow.entities import ViewType
 from PIL import Image
 
 from dit import cli
+from dit.config import Params, load_config
 from dit.errors import UserError
 from dit.tracking import mlflow as tracking
 from dit.tracking import sync
+from dit.tracking.runs import find_run
+from dit.utils.files import write_json
+from helpers import REPO
 from helpers.tracking_server import mlflow_server
 
 
@@ -27,10 +34,21 @@ def store(tmp_path, monkeypatch) -> MlflowClient:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mlruns" / "0").mkdir(parents=True)  # left over by an old version of MLflow
     (tmp_path / "mlruns" / "0" / "meta.yaml").write_text("experiment_id: '0'\n")
-    return MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    return MlflowClient(tracking.tracking_uri())
 
 
-def test_a_run_holds_parameters_curves_pictures_and_the_data_set(store, tmp_path, monkeypatch):
+def _log_steps(run: tracking.Tracker, steps: range) -> None:
+    for step in steps:
+        run.log_metrics({"train_loss": 1 / step}, step)
+        run.log_image(Image.new("RGB", (8, 8)), "preview", step)
+
+
+def _preview_steps(client: MlflowClient, run_id: str) -> list[int]:
+    files = [item.path for item in client.list_artifacts(run_id, "images") if item.path.endswith(".png")]
+    return sorted(int(tracking.image_key(file)[2]) for file in files)
+
+
+def test_tracker_logs_params_curves_images_dataset(store, tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_EXP_NAME", "brave-idea")
     run = tracking.start_run("shapes", tags={"data.latents": "abc"})
     run.log_params({"train.batch_size": 48})
@@ -52,7 +70,7 @@ def test_a_run_holds_parameters_curves_pictures_and_the_data_set(store, tmp_path
     assert [path.name for path in (tmp_path / "mlruns").rglob("*")] == ["0", "meta.yaml"]
 
 
-def test_an_evaluation_is_a_child_of_its_training(store):
+def test_start_child_names_its_parent(store):
     parent = tracking.start_run("shapes")
     child = parent.start_child("shapes evaluation")
     assert store.get_run(child.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
@@ -60,29 +78,23 @@ def test_an_evaluation_is_a_child_of_its_training(store):
     assert tracking.resume_run("0" * 32, "shapes") is None and tracking.resume_run(None, "shapes") is None
 
 
-def test_a_run_that_goes_on_notes_no_point_and_no_picture_twice(store):
-    def log(run: tracking.Tracker, steps: range) -> None:
-        for step in steps:
-            run.log_metrics({"train_loss": 1 / step}, step)
-            run.log_image(Image.new("RGB", (8, 8)), "preview", step)
-
+def test_resume_logs_nothing_twice(store):
     killed = tracking.start_run("shapes")
-    log(killed, range(1, 5))
+    _log_steps(killed, range(1, 5))
     again = tracking.resume_run(killed.run_id, "shapes")
     again.resume()
-    log(again, range(3, 8))  # from the last checkpoint
+    _log_steps(again, range(3, 8))  # from the last checkpoint
     again.finish()
     assert [point.step for point in store.get_metric_history(killed.run_id, "train_loss")] == [1, 2, 3, 4, 5, 6, 7]
-    pictures = [item.path for item in store.list_artifacts(killed.run_id, "images") if item.path.endswith(".png")]
-    assert len(pictures) == 7
+    assert _preview_steps(store, killed.run_id) == [1, 2, 3, 4, 5, 6, 7]
     assert store.get_run(killed.run_id).info.status == "FINISHED"
 
 
-def test_the_machine_is_watched_and_goes_on_being_watched(store, monkeypatch):
+def test_system_metrics_resume(store, monkeypatch):
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
     run = tracking.start_run("shapes")
     for _ in range(2):
-        run.watch_machine()
+        run.log_system_metrics()
         subprocess.run([sys.executable, "-c", "import time; time.sleep(1)"], check=True)
         run.finish("KILLED")
         run.resume()
@@ -90,43 +102,36 @@ def test_the_machine_is_watched_and_goes_on_being_watched(store, monkeypatch):
     assert len(points) > 4 and len({point.step for point in points}) == len(points)
 
 
-def _log_everything(run: tracking.Tracker, steps: range) -> None:
-    for step in steps:
-        run.log_metrics({"train_loss": 1 / step}, step)
-        run.log_image(Image.new("RGB", (8, 8)), "preview", step)
-
-
 def _check_everything(client: MlflowClient, run_id: str, steps: range) -> None:
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params == {"a": "1"} and run.inputs.dataset_inputs[0].dataset.digest == "abc"
     assert [point.step for point in client.get_metric_history(run_id, "train_loss")] == list(steps)
-    pictures = [item.path for item in client.list_artifacts(run_id, "images") if item.path.endswith(".png")]
-    assert len(pictures) == len(steps)
+    assert _preview_steps(client, run_id) == list(steps)
     (child,) = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
     assert child.data.metrics == {"prompt_accuracy": 0.5}
 
 
 def _train_and_evaluate(run: tracking.Tracker, steps: range) -> None:
-    _log_everything(run, steps)
+    _log_steps(run, steps)
     run.finish()
     child = tracking.resume_run(run.run_id, "shapes").start_child("evaluation")
     child.log_metrics({"prompt_accuracy": 0.5})
     child.finish()
 
 
-def test_a_server_that_is_away_costs_a_line_and_no_point(store, monkeypatch, tmp_path, capsys):
+def test_sync_runs_after_server_was_away(store, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://anna:secret@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     run = tracking.start_run("shapes")
     run.log_params({"a": 1})
     run.log_dataset("shapes", "abc", "data/latents")
     _train_and_evaluate(run, range(1, 4))
-    said = capsys.readouterr().out
-    assert said.count("MLflow: http://127.0.0.1:9 does not take this run") == 1 and "dit sync-runs" in said
+    printed = capsys.readouterr().out
+    assert printed.count("MLflow: http://127.0.0.1:9 does not take this run") == 1 and "dit sync-runs" in printed
     with pytest.raises(UserError, match="does not take the runs .* what it did not take is kept"):
         sync.sync_runs()
-    assert "secret" not in said
+    assert "secret" not in printed
     (tmp_path / "params.yaml").touch()  # as in a project
     assert cli.main(["where"]) == 0 and "dit sync-runs" in capsys.readouterr().out
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
@@ -137,12 +142,12 @@ def test_a_server_that_is_away_costs_a_line_and_no_point(store, monkeypatch, tmp
     _check_everything(store, known.run_id, range(1, 4))
 
 
-def test_what_is_still_written_is_sent_as_far_as_it_is_and_once(store, monkeypatch):
+def test_sync_runs_while_run_is_written(store, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:./mlruns")  # MLflow refuses the old file store
     run = tracking.start_run("shapes")
     run.log_params({"a": 1})
     run.log_dataset("shapes", "abc", "data/latents")
-    _log_everything(run, range(1, 3))
+    _log_steps(run, range(1, 3))
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     (there,) = sync.sync_runs()
     assert store.get_run(there).info.status == "RUNNING"
@@ -151,36 +156,93 @@ def test_what_is_still_written_is_sent_as_far_as_it_is_and_once(store, monkeypat
     _check_everything(store, there, range(1, 5))
 
 
-def test_where_nothing_can_be_written_a_training_goes_on(store, monkeypatch, tmp_path, capsys):
+def test_tracker_where_nothing_can_be_written(store, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:./mlruns")
     (tmp_path / ".state").mkdir()
     (tmp_path / ".state" / "unsent").write_text("no folder")
     run = tracking.start_run("shapes")
     run.log_params({"a": 1})
-    _log_everything(run, range(1, 3))
+    _log_steps(run, range(1, 3))
     run.finish()
     run.start_child("evaluation").log_metrics({"prompt_accuracy": 0.5})
     assert tracking.resume_run(run.run_id, "shapes") is run.run_id is None
     assert capsys.readouterr().out.count("logging nothing") == 1
 
 
+@pytest.fixture
+def trained(store, tmp_path, model) -> Params:
+    """A project with what DVC brings of a model that was trained into another store as the run "f" * 32."""
+    write_json(tmp_path / "metrics" / "mlflow.json", {"run_id": "f" * 32})
+    write_json(tmp_path / "metrics" / "train.json", {"steps": 2, "seconds": 7.5})
+    (tmp_path / "metrics" / "curves.csv").write_text("step,train_loss,val_loss\n1,0.5,\n2,0.25,0.3\n")
+    (tmp_path / "samples" / "progress").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "samples" / "progress" / "step-000002.png")
+    shutil.copytree(model, tmp_path / "models" / "dit")
+    params = load_config(REPO / "params.yaml")
+    return replace(params, recipe="shapes", runtime=replace(params.runtime, register_model=True))
+
+
+def _check_trained(store: MlflowClient, run_id: str, status: str = "FINISHED") -> None:
+    run = store.get_run(run_id)
+    assert run.info.status == status and run.data.tags["data.latents"] == "abc"
+    assert int(run.data.params["train.batch_size"]) > 0 and run.inputs.dataset_inputs[0].dataset.digest == "abc"
+    assert [(point.step, point.value) for point in store.get_metric_history(run_id, "train_loss")] == [(1, 0.5), (2, 0.25)]
+    assert [(point.step, point.value) for point in store.get_metric_history(run_id, "val_loss")] == [(2, 0.3)]
+    assert [(point.step, point.value) for point in store.get_metric_history(run_id, "training_seconds")] == [(2, 7.5)]
+    assert _preview_steps(store, run_id) == [2]
+    assert [version.run_id for version in store.search_model_versions("name = 'dit-shapes'")] == [run_id]
+
+
+def test_find_run_of_a_colleague(store, trained):
+    run = find_run(trained, "abc")
+    run.finish()
+    _check_trained(store, run.run_id)
+    assert find_run(trained, "abc").run_id == run.run_id
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_find_run_while_server_is_away(store, trained, monkeypatch, tmp_path, known):
+    if known:
+        run_id = find_run(trained, "abc").run_id
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    run = find_run(trained, "abc")
+    child = run.start_child("evaluation")
+    run.finish()
+    child.finish()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    sent, child_id = sync.sync_runs()
+    assert sent == (run_id if known else find_run(trained, "abc").run_id)
+    _check_trained(store, sent)
+    assert store.get_run(child_id).data.tags["mlflow.parentRunId"] == sent
+    assert not (tmp_path / ".state" / "unsent").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["sqlite", "postgresql"])
-def test_a_server_that_dies_in_between_loses_nothing(store, monkeypatch, tmp_path, capsys, backend):
+def test_sync_runs_after_server_died(store, monkeypatch, tmp_path, capsys, backend):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with mlflow_server(tmp_path / "server", backend) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
         run = tracking.start_run("shapes")
         run.log_params({"a": 1})
         run.log_dataset("shapes", "abc", "data/latents")
-        _log_everything(run, range(1, 4))
+        run.log_system_metrics()
+        _log_steps(run, range(1, 4))
+        time.sleep(1)
         server.kill()
+        killed = time.time() * 1000
+        run.log_params({"a": 1})
+        time.sleep(1)
         _train_and_evaluate(run, range(4, 7))
-        said = capsys.readouterr().out
-        assert said.count("does not take this run") == 2  # the training, and its evaluation
+        printed = capsys.readouterr().out
+        assert printed.count("does not take this run") == 2  # the training, and its evaluation
         server.start()
         assert sync.sync_runs()[0] == run.run_id
         _check_everything(MlflowClient(server.address), run.run_id, range(1, 7))
+        points = MlflowClient(server.address).get_metric_history(run.run_id, "system/cpu_utilization_percentage")
+        assert {point.timestamp > killed for point in points} == {True, False}
         experiment = MlflowClient(server.address).get_experiment_by_name("dit")
         assert len(MlflowClient(server.address).search_runs([experiment.experiment_id], run_view_type=ViewType.ALL)) == 2
 
@@ -191,7 +253,7 @@ def _start(root: str, queue) -> None:
 
 
 @pytest.mark.slow
-def test_two_first_writers_at_once_make_one_store(store, tmp_path):
+def test_open_store_by_two_first_writers(store, tmp_path):
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     writers = [context.Process(target=_start, args=(str(tmp_path), queue)) for _ in range(2)]

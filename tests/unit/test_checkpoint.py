@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dit.errors import UserError
 from dit.training import setup
-from dit.training.checkpoint import Checkpoints, open_checkpoint, run_fingerprint
+from dit.training.checkpoint import Checkpoints, check_shapes, open_checkpoint, run_fingerprint
 from dit.training.stop import Stopped
-from helpers.training import PARAMS, Notes, run, same
+from helpers.training import MODEL, MemoryLogger, run, same
 
 
 def stop_at(step: int, number: int = signal.SIGTERM):
     """A logger that sends this process a signal when `step` is logged."""
-    return Notes(lambda line: os.kill(os.getpid(), number) if line.startswith(f"step {step}/9 loss") else None)
+    return MemoryLogger(lambda line: os.kill(os.getpid(), number) if line.startswith(f"step {step}/9 loss") else None)
 
 
-def curves(journal: Notes) -> dict:
+def curves(logger: MemoryLogger) -> dict:
     """What does not depend on the clock."""
     timed = ("images_per_second", "mfu")
-    return {step: {k: v for k, v in values.items() if k not in timed} for step, values in journal.curves.items()}
+    return {step: {k: v for k, v in values.items() if k not in timed} for step, values in logger.curves.items()}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", [2, 6])
 def test_signal_saves_and_training_resumes_bit_identically(cache, tmp_path, number, step):
     before = signal.getsignal(number)
-    whole, notes = run(cache, tmp_path / "whole", journal=(undisturbed := Notes()))[0], Notes()
+    whole, logger = run(cache, tmp_path / "whole", logger=(undisturbed := MemoryLogger()))[0], MemoryLogger()
     says = f"stopped by {signal.Signals(number).name} after step {step} of 9; the same command resumes there"
     with pytest.raises(Stopped, match=says):
-        run(cache, tmp_path / "halves", journal=stop_at(step, number))
+        run(cache, tmp_path / "halves", logger=stop_at(step, number))
     assert signal.getsignal(number) == before
     checkpoint = Checkpoints(tmp_path / "halves", 2).newest(pytest.fail)
     assert checkpoint.step == step
     torch.manual_seed(99)  # randomness that is in no counter would show
-    assert same(run(cache, tmp_path / "halves", journal=notes, resume=checkpoint)[0], whole)
-    assert curves(notes) == curves(undisturbed)
+    assert same(run(cache, tmp_path / "halves", logger=logger, resume=checkpoint)[0], whole)
+    assert curves(logger) == curves(undisturbed)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_signal_saves_and_training_resumes_bit_identically(cache, tmp_path, numb
 def test_resume_is_bit_identical_with_other_settings(cache, tmp_path, train):
     whole = run(cache, tmp_path / "whole", train)[0]
     with pytest.raises(Stopped):
-        run(cache, tmp_path / "halves", train, journal=stop_at(6))
+        run(cache, tmp_path / "halves", train, logger=stop_at(6))
     checkpoint = Checkpoints(tmp_path / "halves", 2).newest(pytest.fail)
     assert same(run(cache, tmp_path / "halves", train, resume=checkpoint)[0], whole)
 
@@ -64,7 +64,7 @@ def test_resume_keeps_precision(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "has_fast_bf16", lambda device: True)
     whole = run(cache, tmp_path / "whole", {"mixed_precision": "bf16"})[0]
     with pytest.raises(Stopped):
-        run(cache, tmp_path / "halves", {"mixed_precision": "bf16"}, journal=stop_at(6))
+        run(cache, tmp_path / "halves", {"mixed_precision": "bf16"}, logger=stop_at(6))
     monkeypatch.setattr(setup, "has_fast_bf16", lambda device: False)
     checkpoint = Checkpoints(tmp_path / "halves", 2).newest(pytest.fail)
     assert same(run(cache, tmp_path / "halves", {"mixed_precision": "bf16"}, resume=checkpoint)[0], whole)
@@ -111,7 +111,7 @@ def test_checkpoint_write_error_reaches_training(tmp_path):
 def test_checkpoint_is_a_copy(tmp_path):
     checkpoints, tensor = Checkpoints(tmp_path, 2), torch.zeros(1000, 1000)
     checkpoints.save(1, {"a": tensor}, {"b": 1})
-    tensor += 1  # training goes on while it is written
+    tensor += 1  # training continues while it is written
     checkpoints.wait()
     found = open_checkpoint(tmp_path / "step-00000001.json")
     assert not found.tensors()["a"].any() and found.record == {"b": 1} and found.step == 1
@@ -122,11 +122,17 @@ def test_resume_beyond_the_end_is_refused(cache, tmp_path):
     checkpoint = open_checkpoint(tmp_path / "step-00000008.json")
     with pytest.raises(UserError, match="of step 8, but the settings ask for 6 steps only"):
         run(cache, tmp_path, resume=checkpoint, num_epochs=2)
-    content = json.loads((tmp_path / "step-00000008.json").read_text())
-    assert content["record"]["logger"]["curves"][0][0] == 2
 
 
-def test_run_fingerprint_depends_on_settings_and_data(monkeypatch, tmp_path):
+def test_check_shapes_names_first_parameter_that_differs(cache, tmp_path):
+    run(cache, tmp_path, runtime={"checkpoint_every": 8})
+    checkpoint, narrow = open_checkpoint(tmp_path / "step-00000008.json"), replace(MODEL, hidden_size=32)
+    with pytest.raises(
+        UserError, match=r"another transformer .* weights\.x_embedder\.weight is \[64, 4, 2, 2\] in it, not \[32, 4, 2, 2\]"
+    ):
+        check_shapes(checkpoint, checkpoint.tensors(), setup.build_model(cache, narrow, 0))
+
+
+def test_run_fingerprint_depends_on_settings_and_data():
     keys = {run_fingerprint("data", {"seed": 0}), run_fingerprint("data", {"seed": 1}), run_fingerprint("other", {"seed": 0})}
     assert len(keys) == 3 and run_fingerprint("data", {"seed": 0}) in keys
-    assert PARAMS.runtime.keep_checkpoints >= 2  # one that is damaged leaves another

@@ -58,6 +58,12 @@ def module_path(name: str) -> str | None:
     return next((found.as_posix() for found in candidates if (REPO / found).is_file()), None)
 
 
+def is_dynamic_import(node: ast.AST) -> bool:
+    """Whether `node` is import_module(f"package.{name}"); what dit/__init__.py loads lazily has other arguments."""
+    name = getattr(node.func, "id", getattr(node.func, "attr", "")) if isinstance(node, ast.Call) else ""
+    return name == "import_module" and isinstance(node.args[0], ast.JoinedStr)
+
+
 def imported(tree: ast.AST) -> Iterator[str]:
     """The files of this project that `tree` imports by name; the packages that they lie in are not named."""
     for node in ast.walk(tree):
@@ -66,7 +72,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports are not followed here"
             names = [(f"{node.module}.{alias.name}", node.module) for alias in node.names]
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "import_module":
+        elif is_dynamic_import(node):
             package = node.args[0].values[0].value.rstrip(".")  # of f"package.{name}"
             names = [(f"{package}.{path.stem}",) for path in (REPO / package.replace(".", "/")).glob("[!_]*.py")]
         else:

@@ -1,4 +1,4 @@
-"""The encoders in the box and how any others are loaded."""
+"""The bundled encoders and how any others are loaded."""
 
 from __future__ import annotations
 

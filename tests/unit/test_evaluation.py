@@ -30,7 +30,7 @@ from dit.training.export import save_model
 from helpers import REPO
 from helpers.cache import write_cache
 from helpers.scenes import captions, descriptions, rendered
-from stages.evaluate import report
+from stages.evaluate import log_evaluation
 
 PARAMS = load_config(REPO / "params.yaml")
 SETTINGS = replace(PARAMS.evaluate, resamples=20, val_passes=2)
@@ -133,11 +133,11 @@ def test_mlflow_has_no_ends_beside_the_validation_loss_of_the_training(tmp_path,
     (tmp_path / "samples" / "images" / "prompts.json").write_text('[{"file": "0.png", "text": "a", "seed": 0}]')
     child, parent = MagicMock(), MagicMock()
     parent.start_child.return_value = child
-    monkeypatch.setattr("stages.evaluate.find_run", lambda params: parent)
+    monkeypatch.setattr("stages.evaluate.find_run", lambda params, latents_digest: parent)
     results = {f"{name}{end}": 0.3 for name in ("val_loss", "clip_score") for end in ("", "_low", "_high")}
-    report(PARAMS, results, [])
-    child.metrics.assert_called_once_with(results)
-    assert set(parent.metrics.call_args.args[0]) == {"clip_score", "clip_score_low", "clip_score_high"}
+    log_evaluation(PARAMS, results, [])
+    child.log_metrics.assert_called_once_with(results)
+    assert set(parent.log_metrics.call_args.args[0]) == {"clip_score", "clip_score_low", "clip_score_high"}
 
 
 def test_photographs_have_all_but_prompt_accuracy(tmp_path):

@@ -1,4 +1,4 @@
-"""From text to pictures with the encoders in the box and a small random transformer."""
+"""From text to pictures with the bundled encoders and a small random transformer."""
 
 from __future__ import annotations
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from dit.config import load_config
+from dit.config import GRID_PROMPTS, load_config
 from dit.dataset.reader import Entry
 from dit.evaluation.figures import plot_nearest, plot_worst
 from dit.evaluation.memorization import Nearest
-from dit.pipeline.sampling import CELLS, COLUMNS, MOMENTS, SHOWN, TIMES, settings_grid
+from dit.pipeline.sampling import COLUMNS, MOMENTS, SHOWN, TIMES, settings_grid
 from dit.report.report import WIDEST
 from dit.utils.images import grid, labelled_grid, wrap
 from helpers import REPO
@@ -66,9 +66,9 @@ def test_the_sheets_of_the_default_recipe_are_pixel_for_pixel_those_of_whole_enl
     assert labelled_grid(images, [LABEL] * SHOWN, columns=COLUMNS) == enlarged(images, [LABEL] * SHOWN, COLUMNS, 160)
     assert labelled_grid(images, [LABEL] * SHOWN, columns=TIMES) == enlarged(images, [LABEL] * SHOWN, TIMES, 160)
     assert labelled_grid(images, [LABEL] * SHOWN, MOMENTS, cell=128) == enlarged(images, [LABEL] * SHOWN, MOMENTS, 128)
-    cell = grid(images[:CELLS], columns=2, gap=2)
+    cell = grid(images[:GRID_PROMPTS], columns=2, gap=2)
     names = [f"guidance {scale:g}, {steps} steps" for scale in SAMPLE.grid_guidance_scales for steps in SAMPLE.grid_steps]
-    assert settings(images[:CELLS]) == enlarged([cell] * len(names), names, len(SAMPLE.grid_steps), 272)
+    assert settings(images[:GRID_PROMPTS]) == enlarged([cell] * len(names), names, len(SAMPLE.grid_steps), 272)
     names = [f"{LABEL}: CLIP score {k}" for k in range(18)]
     assert worst(tmp_path, images[:18]) == enlarged(images[:18], names, 6, 192)
     pairs = [grid([image, images[0]], columns=2, gap=2) for image in images[:2]]
@@ -81,7 +81,7 @@ def test_the_sheets_of_large_pictures_are_no_wider_than_the_report_shows(tmp_pat
     """So it does not shrink them, which would make their labels too small to read."""
     images = pictures(25, 256)
     sheets = [labelled_grid(images, [LABEL] * 25, columns) for columns in (COLUMNS, TIMES)]
-    sheets += [labelled_grid(images, [LABEL] * 25, MOMENTS, cell=128), settings(images[:CELLS])]
+    sheets += [labelled_grid(images, [LABEL] * 25, MOMENTS, cell=128), settings(images[:GRID_PROMPTS])]
     sheets += [worst(tmp_path, images), nearest(tmp_path, images)]
     assert all(WIDEST / 2 < sheet.width <= WIDEST for sheet in sheets)
 

@@ -18,7 +18,7 @@ from dit.training.logging import RunningMetrics
 from dit.training.setup import build_model, choose_precision, learning_rate_factor
 from dit.training.validation import validation_losses
 from helpers.cache import write_cache
-from helpers.training import CPU, MODEL, PARAMS, Notes, run, same, settings
+from helpers.training import CPU, MODEL, TRAIN, MemoryLogger, run, same, settings
 
 
 def test_read_batch_takes_all_crops_and_mirror_images(tmp_path):
@@ -86,23 +86,23 @@ def test_trainer_same_seed_same_weights(cache, tmp_path):
 
 
 def test_trainer_logs_curves_previews_and_lines(cache, tmp_path):
-    notes = Notes()
-    _, summary = run(cache, tmp_path, journal=notes)
-    curves = notes.curves
+    logger = MemoryLogger()
+    _, summary = run(cache, tmp_path, logger=logger)
+    curves = logger.curves
     assert summary["steps"] == 9 and summary["images_per_second"] > 0
     assert sorted(curves) == [2, 4, 6, 8, 9] and "val_loss" in curves[4] and "val_loss" not in curves[2]
     assert {"train_loss", "grad_norm", "learning_rate", "images_per_second", "mfu", "val_loss", "val_loss_raw"} <= set(curves[9])
     assert curves[4]["val_loss"] != curves[4]["val_loss_raw"]
-    assert sorted(notes.pictures) == [4, 8, 9] and notes.pictures[9].width > 500
-    assert any("step 9/9 loss" in line for line in notes.lines)
+    assert sorted(logger.previews) == [4, 8, 9] and logger.previews[9].width > 500
+    assert any("step 9/9 loss" in line for line in logger.lines)
 
 
 def test_trainer_logs_loss_by_timestep(cache, tmp_path):
-    notes = Notes()
-    run(cache, tmp_path, runtime={"log_every": 9}, journal=notes)
-    bins = [notes.curves[9][f"loss_t_{k / 5:.1f}_{(k + 1) / 5:.1f}"] for k in range(5)]
+    logger = MemoryLogger()
+    run(cache, tmp_path, runtime={"log_every": 9}, logger=logger)
+    bins = [logger.curves[9][f"loss_t_{k / 5:.1f}_{(k + 1) / 5:.1f}"] for k in range(5)]
     assert all(loss > 0 for loss in bins)
-    assert min(bins) < notes.curves[9]["train_loss"] < max(bins)
+    assert min(bins) < logger.curves[9]["train_loss"] < max(bins)
 
 
 class OneProcess:
@@ -129,9 +129,9 @@ def test_running_metrics_count_nonfinite_steps_in_a_row_over_resets():
 
 def test_trainer_bf16_is_close_to_fp32(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "has_fast_bf16", lambda device: True)  # slow where it is emulated, and the same numbers
-    fp32, bf16 = Notes(), Notes()
-    for precision, notes in (("no", fp32), ("bf16", bf16)):
-        run(cache, tmp_path, {"mixed_precision": precision}, journal=notes)
+    fp32, bf16 = MemoryLogger(), MemoryLogger()
+    for precision, logger in (("no", fp32), ("bf16", bf16)):
+        run(cache, tmp_path, {"mixed_precision": precision}, logger=logger)
     assert bf16.curves[8]["val_loss"] == pytest.approx(fp32.curves[8]["val_loss"], rel=0.02)
     assert bf16.curves[9]["train_loss"] == pytest.approx(fp32.curves[9]["train_loss"], rel=0.05)
 
@@ -139,11 +139,11 @@ def test_trainer_bf16_is_close_to_fp32(cache, tmp_path, monkeypatch):
 @pytest.mark.parametrize("objective", ["flow", "ddpm"])
 def test_trainer_learns_eight_images_by_heart(tmp_path, objective):
     """Random images of 256 numbers each: knowing nothing of them costs about 2 for the flow's target and 1 for v."""
-    cache, notes = write_cache(tmp_path / "cache", images=10, val=2, shards=1, captions=1, size=4), Notes()
+    cache, logger = write_cache(tmp_path / "cache", images=10, val=2, shards=1, captions=1, size=4), MemoryLogger()
     train = {"caption_dropout": 0.0, "horizontal_flip": False, "batch_size": 8, "objective": objective, "validate_every": 1000}
     often = {"log_every": 50, "sample_every": 1000, "checkpoint_every": 1000}
-    run(cache, tmp_path / "state", train, often, notes, num_epochs=800, learning_rate=3e-3)
-    losses = [values["train_loss"] for values in notes.curves.values() if "train_loss" in values]
+    run(cache, tmp_path / "state", train, often, logger, num_epochs=800, learning_rate=3e-3)
+    losses = [values["train_loss"] for values in logger.curves.values() if "train_loss" in values]
     assert losses[-1] < 0.1 * losses[0]
 
 
@@ -167,18 +167,18 @@ def poison(monkeypatch, calls_to_spoil: set[int], factor: float) -> None:
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e6])
 def test_trainer_skips_nonfinite_step(cache, tmp_path, monkeypatch, factor):
-    notes = Notes()
+    logger = MemoryLogger()
     poison(monkeypatch, {3}, factor)
-    model, _ = run(cache, tmp_path, journal=notes)
+    model, _ = run(cache, tmp_path, logger=logger)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
-    assert any("1 steps up to step 4 were skipped" in line for line in notes.lines)
-    assert [notes.curves[step]["skipped_steps"] for step in (2, 4, 6)] == [0, 1, 0]
+    assert any("1 steps up to step 4 were skipped" in line for line in logger.lines)
+    assert [logger.curves[step]["skipped_steps"] for step in (2, 4, 6)] == [0, 1, 0]
 
 
 def test_trainer_skipped_step_changes_no_weight(cache, tmp_path, monkeypatch):
     poison(monkeypatch, set(range(1, 100)), float("nan"))
     model = run(cache, tmp_path, {"max_nonfinite_steps": 100})[0]
-    assert same(model, build_model(cache, MODEL, PARAMS.train.seed))
+    assert same(model, build_model(cache, MODEL, TRAIN.seed))
 
 
 def test_trainer_ends_after_max_nonfinite_steps(cache, tmp_path, monkeypatch):
@@ -198,11 +198,11 @@ def test_trainer_early_stopping_takes_best_weights(cache, tmp_path, monkeypatch)
         return next(losses)
 
     monkeypatch.setattr(trainer, "validation_loss", validate)
-    notes = Notes()
-    model, summary = run(cache, tmp_path, {"validate_every": 1, "early_stopping_patience": 2}, journal=notes)
+    logger = MemoryLogger()
+    model, summary = run(cache, tmp_path, {"validate_every": 1, "early_stopping_patience": 2}, logger=logger)
     assert summary["steps"] == 4 and summary["val_loss"] == 0.4
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), seen[2], strict=True))
-    assert "stopped early at step 4: the lowest validation loss was at step 2" in notes.lines
+    assert "stopped early at step 4: the lowest validation loss was at step 2" in logger.lines
 
 
 def test_trainer_validation_and_previews_change_no_weight(cache, tmp_path):
@@ -258,10 +258,10 @@ def test_validation_losses_of_some_rows_are_those_of_all(cache):
 
 
 def test_trainer_trains_on_latents_of_sixteen_channels(tmp_path):
-    notes = Notes()
-    model, summary = run(write_cache(tmp_path / "cache", channels=16), tmp_path / "state", journal=notes)
+    logger = MemoryLogger()
+    model, summary = run(write_cache(tmp_path / "cache", channels=16), tmp_path / "state", logger=logger)
     assert model.config.in_channels == 16 and summary["steps"] == 9 and np.isfinite(summary["val_loss"])
-    assert sorted(notes.pictures) == [4, 8, 9]
+    assert sorted(logger.previews) == [4, 8, 9]
 
 
 def test_choose_precision_refuses_fp16_without_gpu(monkeypatch):
@@ -277,6 +277,15 @@ def test_choose_precision_without_bf16_instructions_is_fp32(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
     assert choose_precision("bf16", lines.append) == "no"
     assert lines == ["this processor has no bf16 instructions: training in fp32"]
+
+
+def test_trainer_without_bf16_instructions_trains_in_fp32(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    logger = MemoryLogger()
+    model, _ = run(cache, tmp_path, {"mixed_precision": "bf16"}, logger=logger)
+    assert same(model, run(cache, tmp_path)[0])
+    assert len([line for line in logger.lines if "no bf16 instructions: training in fp32" in line]) == 1
 
 
 def test_choose_precision_keeps_that_of_the_checkpoint(monkeypatch):

@@ -1,0 +1,52 @@
+"""Several processes that share the work of the encode stage."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+from dit.encode import encode as encode_module
+from helpers import REPO
+from helpers.encoding import SHARD_BYTES, contents, encode, write_raw
+from stages.processes import ProcessFailed, run_processes
+
+SHARE = """
+import sys
+from pathlib import Path
+from dit.encode import encode as encode_module
+from helpers.encoding import SHARD_BYTES, encode
+encode_module.SHARD_BYTES = SHARD_BYTES
+result = encode(Path(sys.argv[1]), Path(sys.argv[2]))
+Path(sys.argv[2]).with_name(f"result-{result is None}").touch()
+"""
+
+
+@pytest.fixture
+def shared(tmp_path, monkeypatch):
+    """The folder in which one process and then two have encoded the same data set, into `one` and `two`."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(encode_module, "SHARD_BYTES", SHARD_BYTES)
+    raw = write_raw(tmp_path / "raw")
+    encode(raw, tmp_path / "one")
+    (tmp_path / "share.py").write_text(SHARE)
+    monkeypatch.setenv("PYTHONPATH", f"{REPO}{os.pathsep}{REPO / 'tests'}")
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    run_processes([sys.executable, *map(str, (tmp_path / "share.py", raw, tmp_path / "two"))], 2)
+    return tmp_path
+
+
+def test_two_processes_write_the_same_bytes_as_one(shared):
+    assert contents(shared / "one") == contents(shared / "two")
+    assert sorted(path.name for path in shared.glob("result-*")) == ["result-False", "result-True"]  # one reports
+
+
+def test_failure_of_one_process_is_printed_and_ends_the_others(tmp_path, capfd):
+    (tmp_path / "fail.py").write_text(
+        "import os, sys, time\nif os.environ['RANK'] == '1':\n    sys.exit('the disk of 1 is full')\ntime.sleep(600)\n"
+    )
+    with pytest.raises(ProcessFailed, match="process 1 of 2 failed"):
+        run_processes([sys.executable, str(tmp_path / "fail.py")], 2)
+    assert "the disk of 1 is full" in capfd.readouterr().out
