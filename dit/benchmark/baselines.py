@@ -75,11 +75,16 @@ class Inputs:
         return cls(latents, torch.rand(batch, device=device), text, mask, torch.randn(batch, TEXT_SIZE, device=device))
 
 
+def own_network(model: Model) -> DiT:
+    """Make this project's transformer, for the latents and text embeddings of `Inputs`."""
+    size = {"cross_attention_dim": TEXT_SIZE, "pooled_projection_dim": TEXT_SIZE}
+    return DiT(LATENT[0], model.patch_size, model.hidden_size, model.num_layers, model.num_heads, **size)
+
+
 def own_step(model: Model, inputs: Inputs, dtype: torch.dtype, compiled: bool) -> TrainingStep:
     """Make a step of this project's transformer."""
     device = inputs.latents.device
-    size = {"cross_attention_dim": TEXT_SIZE, "pooled_projection_dim": TEXT_SIZE}
-    network = DiT(LATENT[0], model.patch_size, model.hidden_size, model.num_layers, model.num_heads, **size).to(device)
+    network = own_network(model).to(device)
     run = compile_network(network, compiled, device, print)
     arguments = (inputs.latents, inputs.timesteps, inputs.text, inputs.mask, inputs.pooled)
     return TrainingStep(network, lambda: run(*arguments), dtype, device)

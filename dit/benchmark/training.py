@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
 from dit.benchmark.baselines import (
+    LATENT,
     Inputs,
     Step,
     TrainingStep,
@@ -23,6 +24,7 @@ from dit.benchmark.baselines import (
     class_dit_step,
     count_flops,
     encode_first,
+    own_network,
     own_step,
     pixart_step,
 )
@@ -30,6 +32,7 @@ from dit.benchmark.results import default_device, device_name, markdown_table
 from dit.benchmark.synthetic import write_synthetic
 from dit.config import Model, Params
 from dit.latents.cache import LatentCache
+from dit.model.transformer import forward_flops
 from dit.training.checkpoint import Checkpoints, open_checkpoint
 from dit.training.logging import NullLogger
 from dit.training.setup import DTYPES, choose_precision, keep_freed_memory
@@ -113,12 +116,13 @@ def benchmark_training(
     precision = choose_precision(precision, print)
     dtype = DTYPES[precision]
     inputs = Inputs.random(batch, tokens, device)
-    plain = {name: make(model, inputs, dtype, False) for name, make in ({OWN: own_step} | PEERS).items()}
-    flops = {name: 3 * count_flops(step.forward) // batch for name, step in plain.items()}  # of an image, with the way back
-    kernels, parameters = attention_kernels(plain[OWN]), plain[OWN].parameters
-    plain.clear()
+    kernels = attention_kernels(own_step(model, inputs, dtype, compiled=False))
+    # Operations of an image, forward and backward.
+    flops = {name: 3 * count_flops(make(model, inputs, dtype, False).forward) // batch for name, make in PEERS.items()}
+    flops[OWN] = 3 * forward_flops(own_network(model), LATENT[1:], tokens)
 
     own = own_step(model, inputs, dtype, compiled)
+    parameters = own.parameters
     steps: dict[str, Step] = {OWN: own}
     for compiles in (False, True) if compiled else (False,):
         for name, make in PEERS.items():

@@ -7,7 +7,7 @@ size d, L text tokens of width E, P the width of the pooled text vector.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -314,7 +314,7 @@ class DiT(ModelMixin, ConfigMixin):
     def text_keys_values(self, text: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return every block's keys and values of `text` (N, L, E): compute once per prompt, reuse over all sampling steps."""
         text = ((text - self.tokens_mean) / self.tokens_std).to(self.x_embedder.weight.dtype)
-        return [block.cross_attn.keys_values(text) for block in self.blocks if isinstance(block, Block)]
+        return [cast(Block, block).cross_attn.keys_values(text) for block in self.blocks]
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""What the pipeline needs to change a given image rather than to draw a new one: image-to-image and inpainting.
+"""Change an image rather than generate a new one: image-to-image and inpainting.
 
 Image-to-image begins part of the way, at the image with noise on it (SDEdit: Meng et al. 2022, arXiv:2108.01073).
 Inpainting puts the noisy original back outside the mask after every step (RePaint: Lugmayr et al. 2022, arXiv:2201.09865,
@@ -7,31 +7,107 @@ equation 8, without its resampling).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import SchedulerMixin
+from diffusers import AutoencoderKL, SchedulerMixin
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from PIL import Image
 
+from dit.encoders.vae import encode_image
+from dit.errors import UserError, one_line
 from dit.pipeline.schedulers import timesteps_to_sigmas
 
 
-def side_lengths(pictures: Any) -> tuple[int, int]:
-    """Return width and height of what diffusers takes for an image, or of the first of several; (0, 0) of what is none.
+@dataclass(frozen=True)
+class SourceImage:
+    """The image that each of N generated ones starts from.
+
+    Attributes:
+        pixels: (N, 3, H, W) float32 in [-1, 1].
+        latents: (N, C, h, w), of the VAE.
+        noise: (N, C, h, w), what the latents are mixed with.
+        mask: (N, 1, H, W), 1 where pixels change and 0 elsewhere; None where all do.
+        latent_mask: (N, 1, h, w), the same of latents.
+    """
+
+    pixels: torch.Tensor
+    latents: torch.Tensor
+    noise: torch.Tensor
+    mask: torch.Tensor | None = None
+    latent_mask: torch.Tensor | None = None
+
+    @classmethod
+    def prepare(
+        cls,
+        vae: AutoencoderKL,
+        image_processor: VaeImageProcessor,
+        mask_processor: VaeImageProcessor,
+        image: PipelineImageInput,
+        mask_image: PipelineImageInput | None,
+        noise: torch.Tensor,
+        prompts: int,
+        times: int,
+    ) -> SourceImage:
+        """Preprocess what a call of the pipeline is given, for `times` images of each of the `prompts`.
+
+        Raises:
+            UserError: an argument is no image, or there are too few or too many.
+        """
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        size = (noise.shape[2] * factor, noise.shape[3] * factor)
+        pixels = _preprocess("image", image_processor, 3, image, size, prompts, times).to(noise.device)
+        latents = encode_image(vae, pixels)
+        if mask_image is None:
+            return cls(pixels, latents, noise)
+        mask = _preprocess("mask_image", mask_processor, 1, mask_image, size, prompts, times).to(noise.device)
+        return cls(pixels, latents, noise, mask, latent_mask(mask, factor))
+
+    def add_noise(self, scheduler: SchedulerMixin, k: int) -> torch.Tensor:
+        """Return the latents with as much noise as `scheduler` expects before its step `k`."""
+        return add_noise(scheduler, self.latents, self.noise, k)
+
+    def restore_latents(self, scheduler: SchedulerMixin, latents: torch.Tensor, k: int) -> torch.Tensor:
+        """Return `latents` with the noisy original outside the mask, as before step `k`."""
+        if self.latent_mask is None:
+            return latents
+        return torch.where(self.latent_mask > 0, latents, self.add_noise(scheduler, k))
+
+    def restore_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return `pixels` (N, 3, H, W) with those of the original outside the mask."""
+        return pixels if self.mask is None else torch.where(self.mask > 0, pixels, self.pixels)
+
+
+def check_source(image: Any, mask_image: Any, strength: float) -> None:
+    """Raise a `UserError` where the arguments of a call that change an image do not fit each other."""
+    if not 0 <= strength <= 1:
+        raise UserError(f"strength: {strength} is not between 0 and 1")
+    if image is None:
+        if mask_image is not None or strength < 1:
+            raise UserError("strength, mask_image: they need an image to change")
+        return
+    (width, height), (mask_width, mask_height) = side_lengths(image), side_lengths(mask_image)
+    if mask_image is not None and width * mask_height != height * mask_width:
+        raise UserError(f"mask_image: {mask_width} x {mask_height} pixels do not lie over the image's {width} x {height}")
+
+
+def side_lengths(images: Any) -> tuple[int, int]:
+    """Return width and height of what diffusers takes for an image, or of the first of several; (0, 0) of anything else.
 
     That is a PIL image, a numpy array (…, H, W, C) or (H, W), or a tensor (…, H, W).
     """
-    if isinstance(pictures, (list, tuple)) and pictures:
-        return side_lengths(pictures[0])
-    if isinstance(pictures, Image.Image):
-        return pictures.size
-    if isinstance(pictures, np.ndarray) and pictures.ndim > 1:
-        height, width = pictures.shape[-3:-1] if pictures.ndim > 2 else pictures.shape
+    if isinstance(images, (list, tuple)) and images:
+        return side_lengths(images[0])
+    if isinstance(images, Image.Image):
+        return images.size
+    if isinstance(images, np.ndarray) and images.ndim > 1:
+        height, width = images.shape[-3:-1] if images.ndim > 2 else images.shape
         return width, height
-    if isinstance(pictures, torch.Tensor) and pictures.ndim > 1:
-        return pictures.shape[-1], pictures.shape[-2]
+    if isinstance(images, torch.Tensor) and images.ndim > 1:
+        return images.shape[-1], images.shape[-2]
     return 0, 0
 
 
@@ -40,15 +116,15 @@ def get_timesteps(scheduler: SchedulerMixin, strength: float) -> int:
 
     Levels are those of the training, 1 is pure noise: so `strength` means the same with every scheduler and step count.
     """
-    times = timesteps_to_sigmas(scheduler)
-    for k in range(0, len(times), scheduler.order):  # a step of order 2 has two timesteps, and begins at its first
-        if times[k] <= strength + 1e-6:
+    sigmas = timesteps_to_sigmas(scheduler)
+    for k in range(0, len(sigmas), scheduler.order):  # a step of order 2 has two timesteps, and begins at its first
+        if sigmas[k] <= strength + 1e-6:
             return k
-    return len(times)
+    return len(sigmas)
 
 
 def add_noise(scheduler: SchedulerMixin, latents: torch.Tensor, noise: torch.Tensor, k: int) -> torch.Tensor:
-    """`latents` (N, C, h, w) with as much of `noise` as `scheduler` expects before its step `k`; none after the last."""
+    """Return `latents` (N, C, h, w) with as much of `noise` as `scheduler` expects before its step `k`; none after the last."""
     if k == len(scheduler.timesteps):
         return latents
     timestep = scheduler.timesteps[k : k + 1]
@@ -58,5 +134,24 @@ def add_noise(scheduler: SchedulerMixin, latents: torch.Tensor, noise: torch.Ten
 
 
 def latent_mask(mask: torch.Tensor, factor: int) -> torch.Tensor:
-    """Which latents are redrawn: (N, 1, H / factor, W / factor), 1 where any pixel of `mask` (N, 1, H, W) is 1."""
+    """Return which latents change: (N, 1, H / factor, W / factor), 1 where any pixel of `mask` (N, 1, H, W) is 1."""
     return F.max_pool2d(mask, factor)
+
+
+def _preprocess(
+    name: str, processor: VaeImageProcessor, channels: int, images: Any, size: tuple[int, int], prompts: int, times: int
+) -> torch.Tensor:
+    """Return the argument `name` as (N, channels, H, W) float32, one for each generated image; `size` is (H, W)."""
+    images = list(images) if isinstance(images, tuple) else images
+    if getattr(images, "dtype", None) in (bool, torch.bool):
+        images = images * 1.0
+    try:
+        pixels = processor.preprocess(images, *size, resize_mode="crop")
+        shape = tuple(pixels.shape)
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+        raise UserError(f"{name}: not an image, nor several ({one_line(error)})") from None
+    if shape[1:] != (channels, *size):
+        raise UserError(f"{name}: {shape} are no images of {channels} x {size[0]} x {size[1]}")
+    if len(pixels) not in (1, prompts):
+        raise UserError(f"{name}: one for all, or one for each of {prompts} prompts")
+    return pixels.to(torch.float32).repeat_interleave(times * (prompts if len(pixels) == 1 else 1), 0)

@@ -135,8 +135,9 @@ def _copies(results: Results, found: dict[str, str]) -> list[str]:
     if low >= SOME_COPIES:
         verdict = (
             f"**{_percent(metrics['memorised'])} ({_percent(low)} to {_percent(high)}) of the samples lie nearer to a training "
-            "image than new images do, beyond the rate of held-out images.** They may be copies, or between a copy and a new image: "
-            "the pairs below show which. Against copies, more images, more captions of each, `encode.crops` or fewer epochs help."
+            "image than new images do, beyond the rate of held-out images.** They may be copies, or between a copy and a new "
+            "image: the pairs below show which. Against copies, more images, more captions of each, `encode.crops` or fewer "
+            "epochs help."
         )
     elif high <= FEW_COPIES:
         verdict = "There is no sign that the model copies its training images."

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import subprocess
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass
@@ -30,7 +29,6 @@ from dit.errors import one_line, without_password
 
 EXPERIMENT = "dit"
 PARENT = "mlflow.parentRunId"
-RUNS_CHANGE = (":!dvc.lock", ":!metrics", ":!params.yaml")  # tracked files that a run or an experiment changes
 BELONGS_TO = "dit.belongs_to"  # of an unsent run: the run of the store that it continues
 SENT_FROM = "dit.sent_from"  # of a run of the store: the run of another store, mostly the unsent one, that it is a copy of
 
@@ -243,33 +241,6 @@ class Tracker:
         self._do(end)
 
 
-def start_run(recipe: str, tags: dict[str, str] | None = None) -> Tracker:
-    """Begin a run in the experiment `dit`, named after the DVC experiment where there is one."""
-    all_tags = {"recipe": recipe, **_code_tags(), **(tags or {})}
-    return Tracker(tracking_uri(), os.environ.get("DVC_EXP_NAME") or recipe, all_tags)
-
-
-def resume_run(run_id: str | None, recipe: str, tags: dict[str, str] | None = None) -> Tracker | None:
-    """Resume an earlier run, in whichever store it is; None if none knows it (a colleague's model, pulled)."""
-    if not run_id:
-        return None
-    name, tags = os.environ.get("DVC_EXP_NAME") or recipe, {"recipe": recipe, **_code_tags(), **(tags or {})}
-    if (unsent_folder() / "mlflow.db").exists():
-        kept = _find_if_reachable(unsent_uri(), run_id, otherwise=None)
-        if kept:
-            print(f"MLflow: this run is kept in {unsent_folder()}, and `dit sync-runs` sends it", flush=True)
-            return Tracker(unsent_uri(), name, tags, kept)
-    known = _find_if_reachable(tracking_uri(), run_id, otherwise=run_id)  # the tracker warns if the store is away
-    return Tracker(tracking_uri(), name, tags, known) if known else None
-
-
-def _find_if_reachable(uri: str, run_id: str, otherwise: str | None) -> str | None:
-    try:
-        return find_run_id(open_store(uri), run_id)
-    except Exception:  # whatever it is: no training ends because of its log
-        return otherwise
-
-
 def find_run_id(store: Store, run_id: str) -> str | None:
     """Find the run `run_id` in `store`, or the copy that was made of it there; return its id there."""
     try:
@@ -290,25 +261,3 @@ def image_key(file: str) -> tuple[str, ...]:
 def image_keys(client: MlflowClient, run: str) -> list[tuple[str, ...]]:
     """List the keys of all images of series that a run has."""
     return [image_key(item.path) for item in client.list_artifacts(run, "images")]
-
-
-def _code_tags() -> dict[str, str]:
-    """Tag which code and which DVC experiment this is; of MLflow's own tags those that its pages show.
-
-    `git.dirty` is of the code: what a run writes by itself, and the settings, which are the run's parameters, do not count.
-    """
-    tags: dict[str, str | None] = {"mlflow.source.name": "stages/train.py", "mlflow.source.type": "LOCAL"}
-    tags |= {"dvc.exp_name": os.environ.get("DVC_EXP_NAME"), "dvc.baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV")}
-    commit = _git("rev-parse", "HEAD")
-    if commit:
-        tags |= {
-            "git.commit": commit,
-            "mlflow.source.git.commit": commit,
-            "git.dirty": str(bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", *RUNS_CHANGE))).lower(),
-        }
-    return {key: value for key, value in tags.items() if value}
-
-
-def _git(*arguments: str) -> str | None:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None

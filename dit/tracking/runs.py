@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from dit.config import Params
-from dit.tracking.mlflow import SENT_FROM, Tracker, flatten, resume_run, start_run
+from dit.tracking.mlflow import SENT_FROM, Tracker, find_run_id, flatten, open_store, tracking_uri, unsent_folder, unsent_uri
 
+RUNS_CHANGE = (":!dvc.lock", ":!metrics", ":!params.yaml")  # tracked files that a run or an experiment changes
 LATENTS, MODEL = "data/latents", Path("models/dit")
 
 
@@ -81,3 +84,52 @@ def settings_of_training(params: Params) -> dict[str, Any]:
     blocks: dict[str, Any] = {"data": recipe.data, "encode": recipe.encode, "model": recipe.model, "optim": recipe.optim}
     blocks["train"] = params.train
     return {name: value for block, settings in blocks.items() for name, value in flatten(block, settings).items()}
+
+
+def start_run(recipe: str, tags: dict[str, str] | None = None) -> Tracker:
+    """Begin a run in the experiment `dit`, named after the DVC experiment where there is one."""
+    all_tags = {"recipe": recipe, **_code_tags(), **(tags or {})}
+    return Tracker(tracking_uri(), os.environ.get("DVC_EXP_NAME") or recipe, all_tags)
+
+
+def resume_run(run_id: str | None, recipe: str, tags: dict[str, str] | None = None) -> Tracker | None:
+    """Resume an earlier run, in whichever store it is; None if none knows it (a colleague's model, pulled)."""
+    if not run_id:
+        return None
+    name, tags = os.environ.get("DVC_EXP_NAME") or recipe, {"recipe": recipe, **_code_tags(), **(tags or {})}
+    if (unsent_folder() / "mlflow.db").exists():
+        kept = _find_if_reachable(unsent_uri(), run_id, otherwise=None)
+        if kept:
+            print(f"MLflow: this run is kept in {unsent_folder()}, and `dit sync-runs` sends it", flush=True)
+            return Tracker(unsent_uri(), name, tags, kept)
+    known = _find_if_reachable(tracking_uri(), run_id, otherwise=run_id)  # the tracker warns if the store is away
+    return Tracker(tracking_uri(), name, tags, known) if known else None
+
+
+def _find_if_reachable(uri: str, run_id: str, otherwise: str | None) -> str | None:
+    try:
+        return find_run_id(open_store(uri), run_id)
+    except Exception:  # whatever it is: no training ends because of its log
+        return otherwise
+
+
+def _code_tags() -> dict[str, str]:
+    """Tag which code and which DVC experiment this is; of MLflow's own tags those that its pages show.
+
+    `git.dirty` is of the code: what a run writes by itself, and the settings, which are the run's parameters, do not count.
+    """
+    tags: dict[str, str | None] = {"mlflow.source.name": "stages/train.py", "mlflow.source.type": "LOCAL"}
+    tags |= {"dvc.exp_name": os.environ.get("DVC_EXP_NAME"), "dvc.baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV")}
+    commit = _git("rev-parse", "HEAD")
+    if commit:
+        tags |= {
+            "git.commit": commit,
+            "mlflow.source.git.commit": commit,
+            "git.dirty": str(bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", *RUNS_CHANGE))).lower(),
+        }
+    return {key: value for key, value in tags.items() if value}
+
+
+def _git(*arguments: str) -> str | None:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dit import cli
 from dit.commands.compare import CELL, MARGIN, comparison_image, read_runs
-from dit.tracking import mlflow as tracking
+from dit.tracking.runs import start_run
 
 COLOURS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -18,7 +18,7 @@ def log_run(name: str, colours: list[str], accuracy: float | None, batch_size: i
     """Log a run whose sample of each prompt has one plain colour; returns its id."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_EXP_NAME", name)
-        run = tracking.start_run("shapes")
+        run = start_run("shapes")
     run.log_params({"train.batch_size": batch_size, "train.seed": 0})
     if accuracy is not None:
         run.log_metrics({"prompt_accuracy": accuracy, "val_loss": 1 - accuracy, "frechet_distance_clip_n500": 1 - accuracy}, 9)

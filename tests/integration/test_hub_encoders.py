@@ -15,16 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from dit.encoders.loading import BUILTIN
 from helpers import REPO
 from helpers.hub_server import commit_of, serve_hub
-
-BOX = REPO / "dit" / "encoders" / "builtin"
 
 LOAD = """
 import json, sys
 import torch
-from dit.encoders.loading import EncoderSource, load_clip, load_text_encoder, load_vae
-from dit.encoders.loading import find_encoder
+from dit.encoders.loading import EncoderSource, find_encoder, load_clip, load_text_encoder, load_vae
 from dit.errors import UserError
 
 results = []
@@ -53,7 +51,7 @@ print("RESULTS" + json.dumps(results))
 
 
 def load(home: Path, wanted: list[list], **environment: str) -> list:
-    """What a fresh process gets of each (kind, name, revision, resolved): facts, or the error's line."""
+    """Load each (kind, name, revision, resolved) in a new process; return facts about it, or the line of the error."""
     rows = [[*row, None, None][:4] for row in wanted]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     settings = {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_ETAG_TIMEOUT": "3", "PYTHONPATH": str(REPO)}
@@ -77,8 +75,8 @@ def repositories(tmp_path_factory) -> Path:
     modern = AutoencoderKL(**size, latent_channels=16, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
     modern.save_pretrained(root / "some" / "model" / "vae")
     (root / "some" / "model" / "model_index.json").write_text("{}")
-    shutil.copytree(BOX / "clip", root / "some" / "clip")
-    for name in ("vae", "clip"):  # what must not be downloaded
+    shutil.copytree(BUILTIN / "clip", root / "some" / "clip")
+    for name in ("vae", "clip"):  # files that must not be downloaded
         for file in (
             "pytorch_model.bin",
             "flax_model.msgpack",
@@ -109,14 +107,14 @@ def repositories(tmp_path_factory) -> Path:
     return root
 
 
-def test_encoders_are_downloaded_once_and_load_offline_afterwards(repositories, tmp_path):
+def test_load_downloads_once(repositories, tmp_path):
     wanted = [["vae", "some/vae"], ["vae", "some/model/vae", "v1"], ["clip", "some/clip", "main"], ["whole", "some/clip"]]
     with serve_hub(repositories) as (address, hub):
         hub.cut.add("model.safetensors")
         online = load(tmp_path, wanted, HF_ENDPOINT=address)
         asked = list(hub.asked)
         pinned = load(tmp_path, [["vae", "some/vae", None, commit_of("some/vae")]], HF_ENDPOINT=address)
-        assert hub.asked == asked  # nothing is fetched twice
+        assert hub.asked == asked  # nothing is downloaded twice
     local = load(tmp_path, [["vae", str(repositories / "some/vae")], ["vae", str(repositories / "some/model/vae")]])
     for row, repository, shape in zip(online, ("some/vae", "some/model"), (4, 16), strict=False):
         assert row[0]["resolved"] == commit_of(repository) and row[1] == [1, shape, 8, 8]
@@ -136,8 +134,8 @@ def test_encoders_are_downloaded_once_and_load_offline_afterwards(repositories, 
     assert load(tmp_path, wanted, HF_ENDPOINT=address) == online  # the server is gone
 
 
-def test_what_cannot_be_had_is_one_clear_line(repositories, tmp_path):
-    box = ", or set it to a local folder written by save_pretrained, or to builtin"
+def test_load_problem_is_one_line(repositories, tmp_path):
+    otherwise = ", or set it to a local folder written by save_pretrained, or to builtin"
     with serve_hub(repositories) as (address, hub):
         hub.gated.add("some/gated")
         expected = {
@@ -162,14 +160,14 @@ def test_what_cannot_be_had_is_one_clear_line(repositories, tmp_path):
         }
         lines = load(tmp_path, [list(case) for case in expected], HF_ENDPOINT=address)
         assert not any("model.safetensors" in name for name, _ in hub.asked if "quarter" in name or "clip" in name)
-    for (kind, name, *_), says, line in zip(expected, expected.values(), lines, strict=True):
-        assert says in line, (name, line)
-        if says != "fine":
-            assert line.startswith(f"encode.{kind.replace('check', 'vae')}: {name!r} ") and line.endswith(box), line
+    for (kind, name, *_), problem, line in zip(expected, expected.values(), lines, strict=True):
+        assert problem in line, (name, line)
+        if problem != "fine":
+            assert line.startswith(f"encode.{kind.replace('check', 'vae')}: {name!r} ") and line.endswith(otherwise), line
             assert "\n" not in line and len(line) < 600
 
 
-def test_a_line_that_is_down_or_breaks_off_for_good_is_one_clear_line(repositories, tmp_path):
+def test_load_broken_connection_is_one_line(repositories, tmp_path):
     with serve_hub(repositories) as (address, hub):
         hub.always_cut.add("diffusion_pytorch_model.safetensors")
         (cut,) = load(tmp_path / "a", [["vae", "some/cut"]], HF_ENDPOINT=address)
@@ -177,10 +175,10 @@ def test_a_line_that_is_down_or_breaks_off_for_good_is_one_clear_line(repositori
         (again,) = load(tmp_path / "a", [["vae", "some/cut"]], HF_ENDPOINT=address)
         hub.down = True
         (down,) = load(tmp_path / "b", [["vae", "some/vae"]], HF_ENDPOINT=address)
-    assert "did not arrive whole from" in cut and "run again, it goes on where it broke off" in cut and "\n" not in cut
+    assert f"is incomplete, {address} broke off" in cut and "run again to resume the download" in cut and "\n" not in cut
     assert again[0]["resolved"] == commit_of("some/cut")
-    assert f"cannot be had from {address} (" in down and "500" in down and "\n" not in down
+    assert f"cannot be downloaded from {address} (" in down and "500" in down and "\n" not in down
     (gone,) = load(tmp_path / "b", [["vae", "some/vae"]], HF_ENDPOINT=address)
-    assert f"cannot be had from {address} (ConnectError: " in gone and "check your network and HF_ENDPOINT" in gone
+    assert f"cannot be downloaded from {address} (ConnectError: " in gone and "check your network and HF_ENDPOINT" in gone
     (offline,) = load(tmp_path / "b", [["vae", "some/vae"]], HF_HUB_OFFLINE="1")
     assert f"is not in the cache {tmp_path / 'b' / 'hub'}, and HF_HUB_OFFLINE is set; unset it once, to download" in offline

@@ -17,6 +17,7 @@ from dit.config import DEFAULTS
 from dit.pipeline.generate import load_pipeline
 from dit.tracking import mlflow as tracking
 from dit.tracking import sync
+from dit.tracking.runs import resume_run, start_run
 
 PROMPTS = ["a red circle", "a blue star"]
 USE = """
@@ -40,7 +41,7 @@ def project(tmp_path, monkeypatch) -> Path:
 
 
 def register(model: Path) -> tracking.Tracker:
-    run = tracking.start_run("shapes")
+    run = start_run("shapes")
     run.log_metrics({"val_loss": 0.5}, 9)
     run.log_model(model, "dit-shapes", 9)
     run.finish()
@@ -73,7 +74,7 @@ def check(project: Path, model: Path, run_id: str) -> None:
 
 def test_registered_model_generates_as_pipeline(project, model):
     run = register(model)
-    again = tracking.resume_run(run.run_id, "shapes")  # killed before it was done
+    again = resume_run(run.run_id, "shapes")  # killed before it was done
     again.resume()
     again.log_model(model, "dit-shapes", 9)
     again.finish()

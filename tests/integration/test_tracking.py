@@ -21,7 +21,7 @@ from dit.config import Params, load_config
 from dit.errors import UserError
 from dit.tracking import mlflow as tracking
 from dit.tracking import sync
-from dit.tracking.runs import find_run
+from dit.tracking.runs import find_run, resume_run, start_run
 from dit.utils.files import write_json
 from helpers import REPO
 from helpers.tracking_server import mlflow_server
@@ -50,7 +50,7 @@ def _preview_steps(client: MlflowClient, run_id: str) -> list[int]:
 
 def test_tracker_logs_params_curves_images_dataset(store, tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_EXP_NAME", "brave-idea")
-    run = tracking.start_run("shapes", tags={"data.latents": "abc"})
+    run = start_run("shapes", tags={"data.latents": "abc"})
     run.log_params({"train.batch_size": 48})
     for step in (1, 2):
         run.log_metrics({"train_loss": 1 / step}, step)
@@ -71,17 +71,17 @@ def test_tracker_logs_params_curves_images_dataset(store, tmp_path, monkeypatch)
 
 
 def test_start_child_names_its_parent(store):
-    parent = tracking.start_run("shapes")
+    parent = start_run("shapes")
     child = parent.start_child("shapes evaluation")
     assert store.get_run(child.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
-    assert tracking.resume_run(parent.run_id, "shapes").run_id == parent.run_id
-    assert tracking.resume_run("0" * 32, "shapes") is None and tracking.resume_run(None, "shapes") is None
+    assert resume_run(parent.run_id, "shapes").run_id == parent.run_id
+    assert resume_run("0" * 32, "shapes") is None and resume_run(None, "shapes") is None
 
 
 def test_resume_logs_nothing_twice(store):
-    killed = tracking.start_run("shapes")
+    killed = start_run("shapes")
     _log_steps(killed, range(1, 5))
-    again = tracking.resume_run(killed.run_id, "shapes")
+    again = resume_run(killed.run_id, "shapes")
     again.resume()
     _log_steps(again, range(3, 8))  # from the last checkpoint
     again.finish()
@@ -92,7 +92,7 @@ def test_resume_logs_nothing_twice(store):
 
 def test_system_metrics_resume(store, monkeypatch):
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
-    run = tracking.start_run("shapes")
+    run = start_run("shapes")
     for _ in range(2):
         run.log_system_metrics()
         subprocess.run([sys.executable, "-c", "import time; time.sleep(1)"], check=True)
@@ -115,7 +115,7 @@ def _check_everything(client: MlflowClient, run_id: str, steps: range) -> None:
 def _train_and_evaluate(run: tracking.Tracker, steps: range) -> None:
     _log_steps(run, steps)
     run.finish()
-    child = tracking.resume_run(run.run_id, "shapes").start_child("evaluation")
+    child = resume_run(run.run_id, "shapes").start_child("evaluation")
     child.log_metrics({"prompt_accuracy": 0.5})
     child.finish()
 
@@ -123,7 +123,7 @@ def _train_and_evaluate(run: tracking.Tracker, steps: range) -> None:
 def test_sync_runs_after_server_was_away(store, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://anna:secret@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    run = tracking.start_run("shapes")
+    run = start_run("shapes")
     run.log_params({"a": 1})
     run.log_dataset("shapes", "abc", "data/latents")
     _train_and_evaluate(run, range(1, 4))
@@ -138,13 +138,13 @@ def test_sync_runs_after_server_was_away(store, monkeypatch, tmp_path, capsys):
     assert cli.main(["sync-runs"]) == 0 and "2 runs sent" in capsys.readouterr().out
     assert not (tmp_path / ".state" / "unsent").exists()
     assert sync.sync_runs() == []
-    known = tracking.resume_run(run.run_id, "shapes")  # by the id that the training noted
+    known = resume_run(run.run_id, "shapes")  # by the id that the training noted
     _check_everything(store, known.run_id, range(1, 4))
 
 
 def test_sync_runs_while_run_is_written(store, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:./mlruns")  # MLflow refuses the old file store
-    run = tracking.start_run("shapes")
+    run = start_run("shapes")
     run.log_params({"a": 1})
     run.log_dataset("shapes", "abc", "data/latents")
     _log_steps(run, range(1, 3))
@@ -160,12 +160,12 @@ def test_tracker_where_nothing_can_be_written(store, monkeypatch, tmp_path, caps
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:./mlruns")
     (tmp_path / ".state").mkdir()
     (tmp_path / ".state" / "unsent").write_text("no folder")
-    run = tracking.start_run("shapes")
+    run = start_run("shapes")
     run.log_params({"a": 1})
     _log_steps(run, range(1, 3))
     run.finish()
     run.start_child("evaluation").log_metrics({"prompt_accuracy": 0.5})
-    assert tracking.resume_run(run.run_id, "shapes") is run.run_id is None
+    assert resume_run(run.run_id, "shapes") is run.run_id is None
     assert capsys.readouterr().out.count("logging nothing") == 1
 
 
@@ -225,7 +225,7 @@ def test_sync_runs_after_server_died(store, monkeypatch, tmp_path, capsys, backe
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with mlflow_server(tmp_path / "server", backend) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
-        run = tracking.start_run("shapes")
+        run = start_run("shapes")
         run.log_params({"a": 1})
         run.log_dataset("shapes", "abc", "data/latents")
         run.log_system_metrics()
@@ -249,7 +249,7 @@ def test_sync_runs_after_server_died(store, monkeypatch, tmp_path, capsys, backe
 
 def _start(root: str, queue) -> None:
     os.environ["DVC_ROOT"] = root
-    queue.put(tracking.start_run("shapes").run_id)
+    queue.put(start_run("shapes").run_id)
 
 
 @pytest.mark.slow

@@ -1,5 +1,4 @@
-"""Distances between sets of pictures: equal to references that are computed otherwise, and moved the right way by what is done
-to real drawings."""
+"""Distances between sets of images agree with independent references, and react as they should to spoiled rendered scenes."""
 
 from __future__ import annotations
 
@@ -31,8 +30,8 @@ SETTINGS = replace(load_config(REPO / "params.yaml").evaluate, resamples=20)
 COUNT = 500
 
 
-def exactly(mean, covariance, count: int = 400) -> torch.Tensor:
-    """Points whose mean and covariance are these, to the last digits: random ones, whitened and stretched."""
+def points_with(mean, covariance, count: int = 400) -> torch.Tensor:
+    """Random points, whitened and stretched so that their mean and covariance are exactly these."""
     points = np.random.default_rng(len(mean) + count).normal(size=(count, len(mean)))
     points -= points.mean(0)
     white = points @ np.linalg.inv(np.linalg.cholesky(np.cov(points.T))).T
@@ -44,22 +43,24 @@ def units(count: int, size: int, seed: int) -> torch.Tensor:
     return torch.nn.functional.normalize(points, dim=1)
 
 
-def test_the_frechet_distance_is_the_closed_form_of_two_gaussians():
+def test_frechet_distance_closed_form():
     """In the plane the trace of the root of a product P is sqrt(trace P + 2 sqrt(det P))."""
     first, second = np.array([[2.0, 0.6], [0.6, 1.0]]), np.array([[1.0, -0.4], [-0.4, 3.0]])
     product = first @ second
     root = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
     expected = (3.0**2 + 1.0**2) + np.trace(first) + np.trace(second) - 2 * root
-    assert frechet_distance(exactly([0, 0], first), exactly([3, -1], second, 300)) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(points_with([0, 0], first), points_with([3, -1], second, 300)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_frechet_distance_of_independent_features_adds_up():
+def test_frechet_distance_of_independent_features():
     a, b = np.array([1.0, 4.0, 9.0, 0.25]), np.array([4.0, 1.0, 9.0, 1.0])
     expected = 4 * 0.5**2 + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
-    assert frechet_distance(exactly([0] * 4, np.diag(a)), exactly([0.5] * 4, np.diag(b))) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(points_with([0] * 4, np.diag(a)), points_with([0.5] * 4, np.diag(b))) == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
-def test_kid_is_a_double_sum_over_pairs():
+def test_kernel_distance_is_a_double_sum():
     real, fake = units(12, 5, 1), units(12, 5, 2)
 
     def kernel(x, y) -> float:
@@ -70,7 +71,7 @@ def test_kid_is_a_double_sum_over_pairs():
     assert kernel_distance(real, fake) == pytest.approx(within - 2 * between, abs=1e-7)
 
 
-def test_kid_is_the_same_whatever_was_drawn_before_and_changes_nothing_that_is_drawn_after():
+def test_kernel_distance_leaves_the_random_state():
     real, fake = units(50, 8, 1), units(50, 8, 2)
     found = set()
     for seed in range(3):
@@ -79,8 +80,11 @@ def test_kid_is_the_same_whatever_was_drawn_before_and_changes_nothing_that_is_d
         found.add(kernel_distance(real, fake))
         assert torch.rand(1) == expected
     assert len(found) == 1
+
+
+def test_kernel_distance_needs_sets_of_the_same_size():
     with pytest.raises(ValueError, match="50 and 49"):
-        kernel_distance(real, fake[:49])
+        kernel_distance(units(50, 8, 1), units(49, 8, 2))
 
 
 def brute_force(points: torch.Tensor, others: torch.Tensor, k: int) -> float:
@@ -95,7 +99,7 @@ def brute_force(points: torch.Tensor, others: torch.Tensor, k: int) -> float:
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_precision_and_recall_are_those_of_a_brute_force_search(k):
+def test_precision_recall_brute_force(k):
     source = torch.Generator().manual_seed(0)
     real, fake = torch.randn(30, 2, generator=source), torch.randn(40, 2, generator=source) + 1.5
     fake[:5] = fake[0]  # balls of radius 0
@@ -105,7 +109,7 @@ def test_precision_and_recall_are_those_of_a_brute_force_search(k):
     assert 0 < precision < 1 and 0 < recall < 1
 
 
-def test_the_mean_distance_is_over_all_pairs():
+def test_mean_distance_is_over_all_pairs():
     points = units(6, 4, 3)
     pairs = [1 - float(points[i] @ points[j]) for i in range(6) for j in range(i)]
     assert mean_distance(points) == pytest.approx(np.mean(pairs), abs=1e-6)
@@ -113,7 +117,7 @@ def test_the_mean_distance_is_over_all_pairs():
 
 @functools.cache
 def references() -> tuple[torch.Tensor, ...]:
-    """What is held out, three times over."""
+    """Three sets of held-out images."""
     return tuple(features(rendered(descriptions(seed, COUNT), seed)) for seed in (1, 101, 102))
 
 
@@ -124,45 +128,45 @@ def held_out() -> torch.Tensor:
 @functools.cache
 def fresh() -> tuple[list[Image.Image], list[str], torch.Tensor]:
     described = descriptions(2, COUNT)
-    pictures = rendered(described, 2)
-    return pictures, captions(described), features(pictures)
+    images = rendered(described, 2)
+    return images, captions(described), features(images)
 
 
 @functools.cache
 def spoiled(spoil: Callable[[Image.Image], Image.Image]) -> torch.Tensor:
-    return features([spoil(picture) for picture in fresh()[0]])
+    return features([spoil(image) for image in fresh()[0]])
 
 
-def blurred(picture: Image.Image) -> Image.Image:
-    return Image.fromarray(ndimage.gaussian_filter(np.asarray(picture), (3, 3, 0)))
+def blurred(image: Image.Image) -> Image.Image:
+    return Image.fromarray(ndimage.gaussian_filter(np.asarray(image), (3, 3, 0)))
 
 
-def noisy(picture: Image.Image) -> Image.Image:
-    noise = np.random.default_rng(0).normal(0, 40, (*picture.size, 3))
-    return Image.fromarray(np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8))
+def noisy(image: Image.Image) -> Image.Image:
+    noise = np.random.default_rng(0).normal(0, 40, (*image.size, 3))
+    return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
 
-def test_the_clip_score_is_transformers_own():
-    pictures, texts, found = fresh()
-    inputs = clip().processor(text=texts[:20], images=pictures[:20], padding="max_length", max_length=77, return_tensors="pt")
+def test_clip_scores_agree_with_transformers():
+    images, texts, found = fresh()
+    inputs = clip().processor(text=texts[:20], images=images[:20], padding="max_length", max_length=77, return_tensors="pt")
     with torch.no_grad():
         logits = clip().clip(**inputs).logits_per_image.diag() / clip().clip.logit_scale.exp()
-    scores = clip_scores(found[:20], clip().of_texts(texts[:20]))
+    scores = clip_scores(found[:20], clip().embed_texts(texts[:20]))
     assert scores.tolist() == pytest.approx((100 * logits.clamp(min=0)).tolist(), abs=1e-3)
 
 
-def test_the_clip_score_falls_with_shuffled_captions_blur_and_noise():
-    pictures, texts, found = fresh()
-    of_texts = clip().of_texts(texts)
-    score = float(clip_scores(found, of_texts).mean())
-    assert float(clip_scores(found, of_texts.roll(1, 0)).mean()) < 0.5 * score
+def test_clip_scores_fall_with_spoiled_pairs():
+    _, texts, found = fresh()
+    features_of_texts = clip().embed_texts(texts)
+    score = float(clip_scores(found, features_of_texts).mean())
+    assert float(clip_scores(found, features_of_texts.roll(1, 0)).mean()) < 0.5 * score
     for spoil in (blurred, noisy):
-        assert float(clip_scores(spoiled(spoil), of_texts).mean()) < 0.9 * score
+        assert float(clip_scores(spoiled(spoil), features_of_texts).mean()) < 0.9 * score
 
 
 @pytest.mark.parametrize("spoil", [blurred, noisy])
 @pytest.mark.parametrize("reference", range(3))
-def test_blur_and_noise_raise_the_distances_and_lower_recall(spoil, reference):
+def test_compare_sets_blur_and_noise(spoil, reference):
     real = references()[reference]
     good, bad = compare_sets(real, fresh()[2], SETTINGS), compare_sets(real, spoiled(spoil), SETTINGS)
     n = f"_clip_n{COUNT}"
@@ -172,8 +176,8 @@ def test_blur_and_noise_raise_the_distances_and_lower_recall(spoil, reference):
 
 
 @pytest.mark.parametrize("spoil", [blurred, noisy])
-def test_blur_and_noise_lower_precision_in_the_mean_over_references(spoil):
-    """By little: of twelve such means, over nine references and for four sets of drawings, it is 0.02 to 0.10."""
+def test_precision_falls_with_blur_and_noise(spoil):
+    """By 0.02 to 0.10 in twelve such means, over nine references and for four sets of rendered scenes."""
 
     def precision(samples: torch.Tensor) -> float:
         return np.mean([precision_recall(distance_matrices(real, samples))[0] for real in references()])
@@ -181,8 +185,8 @@ def test_blur_and_noise_lower_precision_in_the_mean_over_references(spoil):
     assert precision(spoiled(spoil)) < precision(fresh()[2]) - 0.01
 
 
-def test_missing_modes_lower_recall_and_leave_precision():
-    described = descriptions(3, COUNT, lambda d: all(thing.shape in ("circle", "square") for thing in d.objects))
+def test_compare_sets_missing_modes():
+    described = descriptions(3, COUNT, lambda d: all(each.shape in ("circle", "square") for each in d.objects))
     few = compare_sets(held_out(), features(rendered(described, 3)), SETTINGS)
     good = compare_sets(held_out(), fresh()[2], SETTINGS)
     n = f"_clip_n{COUNT}"
@@ -191,7 +195,7 @@ def test_missing_modes_lower_recall_and_leave_precision():
     assert few[f"frechet_distance{n}"] > 2 * good[f"frechet_distance{n}"]
 
 
-def test_sets_of_different_size_are_cut_to_the_smaller_one_and_the_name_says_so():
+def test_compare_sets_of_different_size():
     metrics = compare_sets(held_out()[:40], fresh()[2][:90], SETTINGS)
     assert metrics == compare_sets(held_out()[:40], fresh()[2][:40], SETTINGS)
     names = [f"{name}_clip_n40" for name in ("frechet_distance", "kid", "precision", "recall")]
@@ -201,13 +205,13 @@ def test_sets_of_different_size_are_cut_to_the_smaller_one_and_the_name_says_so(
 
 
 @pytest.mark.parametrize(("count", "left"), [(0, ""), (3, ""), (4, "fk"), (7, "fk"), (8, "fkpr")])
-def test_tiny_sets_have_the_metrics_that_they_are_large_enough_for(count, left):
+def test_compare_sets_tiny(count, left):
     metrics = compare_sets(held_out()[:count], fresh()[2][:50], SETTINGS)
     assert {name[0] for name in metrics} == set(left) and np.isfinite(list(metrics.values())).all()
 
 
-def test_diversity_is_of_pictures_of_one_prompt():
-    pictures, texts, found = fresh()
+def test_measure_diversity():
+    _, texts, found = fresh()
     of = {text: found[k] for k, text in enumerate(texts[:5])}
     same = torch.stack([row for row in of.values() for _ in range(4)])
     repeated = [text for text in of for _ in range(4)]

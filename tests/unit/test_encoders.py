@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -9,7 +10,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from dit.config import load_config
 from dit.encode.moments import encode_moments
 from dit.encoders.loading import BUILTIN, EncoderSource, load_clip, load_text_encoder, load_vae
 from dit.encoders.text import TextEncoder
@@ -17,7 +17,7 @@ from dit.errors import UserError
 from dit.shapes.captions import describe
 from dit.shapes.prompts import TRAIN_STREAM, UNSEEN_STREAM
 from dit.shapes.scene import UNSEEN_PAIRS
-from helpers import REPO
+from helpers.encoding import SETTINGS
 from tools.fit_encoders.alternatives import alternatives
 from tools.fit_encoders.clip import choice_accuracy, embed_images, embed_texts
 from tools.fit_encoders.fit import CLIP_STREAM, MEASURE_STREAM, VAE_STREAM, render_scenes
@@ -31,15 +31,16 @@ def fresh():
     return render_scenes(FRESH, 4242)
 
 
-def test_the_vae_in_the_box_is_a_plain_one_and_reconstructs_unseen_drawings(fresh):
+def test_bundled_vae_reconstructs_new_scenes(fresh):
     vae, source = load_vae(EncoderSource("builtin"))
     assert isinstance(vae, AutoencoderKL) and vae.config.latent_channels == 4
     assert len(vae.config.block_out_channels) == 4  # 8x down
-    assert source.resolved.startswith("sha256:")
+    weights = (BUILTIN / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert source.resolved == f"sha256:{hashlib.sha256(weights).hexdigest()}"
     assert reconstruction_psnr(vae, fresh[0]) >= 36
 
 
-def test_the_clip_in_the_box_picks_the_right_caption_among_32_that_differ_in_one_attribute():
+def test_bundled_clip_picks_the_right_caption_among_32():
     images, descriptions, _ = render_scenes(1700, 4343)
     clip, processor = load_clip(EncoderSource("builtin"))
     share, count = choice_accuracy(clip, processor.tokenizer, images, descriptions)
@@ -47,7 +48,7 @@ def test_the_clip_in_the_box_picks_the_right_caption_among_32_that_differ_in_one
 
 
 @torch.no_grad()
-def test_the_clip_in_the_box_knows_every_attribute():
+def test_bundled_clip_knows_every_attribute():
     images, descriptions, _ = render_scenes(200, 4343)
     clip, processor = load_clip(EncoderSource("builtin"))
     right: dict[str, list[float]] = {}
@@ -61,15 +62,15 @@ def test_the_clip_in_the_box_knows_every_attribute():
     assert all(share >= 0.96 for share in shares.values()), shares
 
 
-def test_nothing_unseen_is_in_what_the_encoders_were_fitted_on():
+def test_fit_encoders_leaves_out_unseen_pairs():
     assert len({TRAIN_STREAM, UNSEEN_STREAM, CLIP_STREAM, VAE_STREAM, MEASURE_STREAM}) == 5
     for stream in (CLIP_STREAM, VAE_STREAM):
         _, descriptions, scenes = render_scenes(1000, stream)
         for description, scene in zip(descriptions, scenes, strict=True):
-            assert not {thing.pair for thing in (*description.objects, *scene.objects)} & UNSEEN_PAIRS
+            assert not {each.pair for each in (*description.objects, *scene.objects)} & UNSEEN_PAIRS
 
 
-def test_any_text_can_be_tokenised():
+def test_bundled_tokenizer_of_any_text():
     _, tokenizer, _ = load_text_encoder(EncoderSource("builtin"))
     text = "a man riding a wave, 7 €!"
     ids = tokenizer(text).input_ids
@@ -77,34 +78,37 @@ def test_any_text_can_be_tokenised():
     assert tokenizer.eos_token_id not in ids[1:-1]
 
 
-def test_text_is_ragged_and_does_not_depend_on_its_neighbours():
+def test_text_encoder_does_not_depend_on_neighbours():
     encoder = TextEncoder(EncoderSource("builtin"), torch.float32, torch.device("cpu"))
+    longer = ["a red circle", "a small blue star to the left of a large green cross"]
     (short, _), short_pooled = encoder.encode(["a red circle", "a star"])
-    among, among_pooled = encoder.encode(["a red circle", "a small blue star to the left of a large green cross"])
+    among, among_pooled = encoder.encode(longer)
     assert torch.equal(short, among[0]) and torch.equal(short_pooled[0], among_pooled[0])  # in batches of one size
     assert len(among[0]) < len(among[1]) < 77
-    assert [len(row) for row in among] == encoder.count_tokens(
-        ["a red circle", "a small blue star to the left of a large green cross"]
-    )
-    assert len(encoder.encode(["word " * 200])[0][0]) == 77 == encoder.count_tokens(["word " * 200])[0]
 
 
-def test_moments_of_the_mirror_image_are_those_of_the_mirrored_image(fresh):
+@pytest.mark.parametrize("caption", ["a red circle", "a small blue star to the left of a large green cross", "word " * 200])
+def test_text_encoder_counts_its_tokens(caption):
+    encoder = TextEncoder(EncoderSource("builtin"), torch.float32, torch.device("cpu"))
+    (tokens,), _ = encoder.encode([caption])
+    assert encoder.count_tokens([caption]) == [len(tokens)] and len(tokens) <= 77
+
+
+def test_encode_moments_of_the_mirror_image(fresh):
     vae, _ = load_vae(EncoderSource("builtin"))
-    settings = load_config(REPO / "params.yaml").shapes.encode
     pixels = torch.from_numpy(fresh[0][:2])[:, None]  # (B, 1, H, W, 3)
-    assert torch.equal(encode_moments(vae, pixels, settings)[:, 1], encode_moments(vae, pixels.flip(-2), settings)[:, 0])
+    assert torch.equal(encode_moments(vae, pixels, SETTINGS)[:, 1], encode_moments(vae, pixels.flip(-2), SETTINGS)[:, 0])
 
 
-def test_a_local_folder_is_loaded_like_the_one_in_the_box(tmp_path):
-    vae, source = load_vae(EncoderSource("builtin"))
+def test_load_vae_from_a_folder(tmp_path):
+    vae, _ = load_vae(EncoderSource("builtin"))
     vae.half().save_pretrained(tmp_path)
     again, again_source = load_vae(EncoderSource(str(tmp_path)))
     assert torch.equal(again.encoder.conv_in.weight, vae.float().encoder.conv_in.weight)
     assert again_source.resolved.startswith("sha256:")
 
 
-def test_weights_that_changed_since_are_refused(tmp_path):
+def test_load_vae_rejects_changed_weights(tmp_path):
     vae, _ = load_vae(EncoderSource("builtin"))
     vae.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="the weights have changed"):
@@ -112,14 +116,14 @@ def test_weights_that_changed_since_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "problem"),
     [
         ("missing", "is no folder"),
         ("empty", "has no config.json"),
         ("other class", "is of class 'UNet2DModel', and AutoencoderKL is needed"),
     ],
 )
-def test_weights_that_cannot_be_loaded_are_one_clear_line(tmp_path, damage, says):
+def test_load_vae_problem_is_one_line(tmp_path, damage, problem):
     folder = tmp_path / "vae"
     if damage != "missing":
         folder.mkdir()
@@ -127,10 +131,8 @@ def test_weights_that_cannot_be_loaded_are_one_clear_line(tmp_path, damage, says
         (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     with pytest.raises(UserError) as error:
         load_vae(EncoderSource(str(folder)))
-    assert f"encode.vae: '{folder}' {says}" in str(error.value) and "\n" not in str(error.value)
+    assert f"encode.vae: '{folder}' {problem}" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_box_is_small_and_says_how_good_it_is():
+def test_bundled_encoders_are_small():
     assert sum(path.stat().st_size for path in BUILTIN.rglob("*") if path.is_file()) < 8e6
-    assert "dB" in (BUILTIN / "README.md").read_text()
-    assert np.isfinite(json.loads((BUILTIN / "vae" / "config.json").read_text())["scaling_factor"])

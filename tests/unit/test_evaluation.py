@@ -1,4 +1,4 @@
-"""The evaluation as a whole: what it reports of a small run, twice the same, and of sets that are too small for some of it."""
+"""The evaluation as a whole: its metrics of a small run, twice the same, and of sets that are too small for some of them."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ SETTINGS = replace(PARAMS.evaluate, resamples=20, val_passes=2)
 
 
 def make_run(folder: Path, images: int, held_out: int, groups: dict[str, list[str]], about_shapes: bool = True, **train) -> Path:
-    """A run as the stages before leave it, in `folder`: data set, latents, a random model, and a drawing for each prompt."""
+    """Make a run as the earlier stages leave it: data set, latents, a random model, and a rendered scene for each prompt."""
     described = descriptions(31, images)
     texts = captions(described) if about_shapes else [f"photograph {k}" for k in range(images)]
     writer = DatasetWriter(folder / "raw", replace(PARAMS.shapes.data, val_fraction=held_out / images), images)
-    for k, (picture, text) in enumerate(zip(rendered(described, 31), texts, strict=True)):
+    for k, (image, text) in enumerate(zip(rendered(described, 31), texts, strict=True)):
         content = io.BytesIO()
-        picture.save(content, "PNG")
+        image.save(content, "PNG")
         writer.add(f"images/{k}.png", content.getvalue(), [text])
     writer.close(FetchResult())
     cache = write_cache(folder / "latents", images=images, val=held_out)
@@ -56,8 +56,8 @@ def make_run(folder: Path, images: int, held_out: int, groups: dict[str, list[st
     save_model(folder / "dit", transformer, cache, model, PARAMS.shapes.optim, replace(PARAMS.train, **train))
     prompts = [(text, group) for group, texts in groups.items() for text in texts]
     (folder / "images").mkdir()
-    for k, picture in enumerate(rendered(descriptions(32, len(prompts)), 32)):
-        picture.save(folder / "images" / f"{k}.png")
+    for k, image in enumerate(rendered(descriptions(32, len(prompts)), 32)):
+        image.save(folder / "images" / f"{k}.png")
     rows = [{"file": f"{k}.png", "text": text, "seed": k, "group": group} for k, (text, group) in enumerate(prompts)]
     (folder / "images" / "prompts.json").write_text(json.dumps(rows))
     return folder
@@ -88,7 +88,7 @@ def small(tmp_path_factory) -> tuple[Path, Evaluation, dict[str, list[str]]]:
     return folder, evaluate(folder), groups
 
 
-def test_every_metric_is_there_with_its_interval(small):
+def test_evaluate_every_metric_has_its_interval(small):
     metrics = small[1].metrics
     names = {name for name in metrics if not name.endswith(("_low", "_high", "_prompts", "_distance"))}
     assert names == {
@@ -104,16 +104,16 @@ def test_every_metric_is_there_with_its_interval(small):
     assert np.isfinite(list(metrics.values())).all()
 
 
-def test_an_evaluation_gives_the_same_bytes_twice_and_wherever_chance_stands(small):
+def test_evaluate_ignores_the_global_seeds(small):
     folder, first, _ = small
-    pictures = [(folder / name).read_bytes() for name in ("worst.png", "nearest.png")]
+    figures = [(folder / name).read_bytes() for name in ("worst.png", "nearest.png")]
     torch.manual_seed(123)
     np.random.seed(123)
     assert evaluate(folder) == first
-    assert [(folder / name).read_bytes() for name in ("worst.png", "nearest.png")] == pictures
+    assert [(folder / name).read_bytes() for name in ("worst.png", "nearest.png")] == figures
 
 
-def test_accuracy_by_number_of_things_adds_up_to_that_of_all(small):
+def test_accuracy_by_number_adds_up(small):
     metrics, rows = small[1].metrics, small[1].by_number
     for group, name in (("val", "prompt_accuracy"), ("unseen", "prompt_accuracy_unseen")):
         own = [row for row in rows if row["group"] == group]
@@ -123,8 +123,8 @@ def test_accuracy_by_number_of_things_adds_up_to_that_of_all(small):
         assert right == pytest.approx(metrics[name] * metrics[f"{name}_prompts"], abs=0.01)
 
 
-def test_mlflow_has_no_ends_beside_the_validation_loss_of_the_training(tmp_path, monkeypatch):
-    """Which is another than that of the evaluation; the child run has the latter with its ends."""
+def test_log_evaluation_leaves_the_training_its_val_loss(tmp_path, monkeypatch):
+    """It differs from that of the evaluation, which the child run has with its ends."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics" / "curves.csv").write_text("step,train_loss,val_loss\n1,0.5,0.4\n")
@@ -140,7 +140,7 @@ def test_mlflow_has_no_ends_beside_the_validation_loss_of_the_training(tmp_path,
     assert set(parent.log_metrics.call_args.args[0]) == {"clip_score", "clip_score_low", "clip_score_high"}
 
 
-def test_photographs_have_all_but_prompt_accuracy(tmp_path):
+def test_evaluate_photographs_have_all_but_prompt_accuracy(tmp_path):
     texts = [f"photograph {k}" for k in range(5)]
     evaluation = evaluate(make_run(tmp_path, 20, 5, {"val": texts}, about_shapes=False, objective="ddpm"))
     assert not [name for name in evaluation.metrics if name.startswith("prompt_accuracy")] and evaluation.by_attribute == []
@@ -150,7 +150,7 @@ def test_photographs_have_all_but_prompt_accuracy(tmp_path):
 
 
 @pytest.mark.parametrize(("images", "held_out", "count"), [(4, 2, 2), (3, 1, 1)])
-def test_tiny_sets_have_what_can_be_measured(tmp_path, images, held_out, count):
+def test_evaluate_tiny_sets(tmp_path, images, held_out, count):
     folder = make_run(tmp_path, images, held_out, {"val": prompted(33, count)})
     metrics = evaluate(folder).metrics
     assert {"clip_score", "prompt_accuracy", "val_loss"} <= set(metrics) and not [name for name in metrics if "_clip_n" in name]
@@ -158,13 +158,13 @@ def test_tiny_sets_have_what_can_be_measured(tmp_path, images, held_out, count):
     assert (folder / "nearest.png").exists() and (folder / "worst.png").exists()
 
 
-def test_without_pictures_it_says_what_to_do(tmp_path):
-    with pytest.raises(UserError, match="no pictures to judge; `dvc repro` draws them first"):
+def test_evaluate_without_samples(tmp_path):
+    with pytest.raises(UserError, match="no samples to evaluate; `dvc repro` generates them first"):
         evaluate(tmp_path)
 
 
-def test_the_loss_by_timestep_is_that_of_a_constant_where_the_model_says_nothing(small):
-    """A network of zeros errs by noise - image at every timestep, and the noise is the same at all."""
+def test_measure_losses_by_timestep(small):
+    """The error of a network of zeros is noise - image at every timestep, and the noise is the same at all."""
     folder = small[0]
     model = DiT.from_pretrained(folder / "dit", subfolder="transformer").eval()
     for parameter in model.parameters():
@@ -177,19 +177,19 @@ def test_the_loss_by_timestep_is_that_of_a_constant_where_the_model_says_nothing
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 5), (1, 5), (490, 500), (500, 500)])
-def test_wilsons_interval_is_scipys(right, count):
+def test_wilson_agrees_with_scipy(right, count):
     expected = binomtest(right, count).proportion_ci(0.9, method="wilson")
     assert wilson(right / count, count, 0.9) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-def test_newcombes_interval_is_the_published_one():
+def test_paired_difference_agrees_with_newcombe():
     """Of 50 cases 20 have both, 12 the first, 2 the second and 16 neither: 0.0562 to 0.3292."""
     first = np.array([True] * 32 + [False] * 18)
     second = np.array([True] * 20 + [False] * 12 + [True] * 2 + [False] * 16)
     assert paired_difference(first, second, 0.95) == pytest.approx((0.0562, 0.3292), abs=5e-5)
 
 
-def test_the_interval_of_a_mean_is_the_textbooks_and_covers_it_as_often_as_it_says():
+def test_half_samples_agrees_with_the_t_interval_and_its_coverage():
     rng, covered, settings = np.random.default_rng(0), 0, replace(SETTINGS, resamples=100)
     for _ in range(100):
         values = rng.normal(3, 2, 41)

@@ -1,4 +1,4 @@
-"""metrics/report.md: every figure and picture of a run, nothing that it does not have, the same bytes each time."""
+"""metrics/report.md: every metric and image of a run, nothing that it does not have, the same bytes each time."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ import pytest
 from PIL import Image
 
 from dit.config import load_config
-from dit.evaluation import figures as pictures
-from dit.evaluation.memorization import memorization
-from dit.pipeline import sampling
-from dit.report.report import CELLS, WORST, Results, write_report
+from dit.evaluation.memorization import measure_memorization
+from dit.report.report import Results, write_report
 from helpers import REPO
 
 PARAMS = load_config(REPO / "params.yaml")
-FIGURES = {
+METRICS = {
     "prompt_accuracy": 0.9,
     "prompt_accuracy_low": 0.85,
     "prompt_accuracy_high": 0.94,
@@ -40,17 +38,17 @@ FIGURES = {
 
 @pytest.fixture
 def run(tmp_path):
-    """What the stages leave of a run with prompts that can be judged."""
+    """What the stages leave of a run with prompts that can be scored."""
     stages = {
         "download": {"train_images": 7440},
         "encode": {"reconstruction_psnr": 42.7},
         "train": {"steps": 4030, "seconds": 378.4, "parameters": 2_588_352, "images_per_second": 1022.5, "mfu": 0.206},
         "sample": {"sampling_images_per_second": 71.2, "sampling_mfu": 0.05},
-        "evaluate": FIGURES,
+        "evaluate": METRICS,
     }
     (tmp_path / "metrics").mkdir()
-    for name, figures in stages.items():
-        (tmp_path / "metrics" / f"{name}.json").write_text(json.dumps(figures))
+    for name, metrics in stages.items():
+        (tmp_path / "metrics" / f"{name}.json").write_text(json.dumps(metrics))
     tables = {
         "curves": [{"step": k, "train_loss": 1 / k, "val_loss": 1 / k if k % 5 == 0 else None} for k in range(1, 21)],
         "accuracy_by_attribute": [{"attribute": "colour", "accuracy": 0.991, "low": 0.98, "high": 0.995, "count": 833}],
@@ -72,11 +70,11 @@ def write(run, **sample) -> str:
     return (metrics / "report.md").read_text()
 
 
-def change(run, **figures) -> None:
-    (run / "metrics" / "evaluate.json").write_text(json.dumps({k: v for k, v in (FIGURES | figures).items() if v is not None}))
+def change(run, **metrics) -> None:
+    (run / "metrics" / "evaluate.json").write_text(json.dumps({k: v for k, v in (METRICS | metrics).items() if v is not None}))
 
 
-def test_every_picture_is_there_small_enough_for_a_page_and_shown(run):
+def test_write_report_shows_every_image_scaled_down(run):
     shown = re.findall(r"!\[(\w+)\]\(([^)]+)\)", write(run))
     assert [name for name, _ in shown] == ["val", "own", "settings", "worst", "nearest", "curves"]
     for _, address in shown:
@@ -84,13 +82,13 @@ def test_every_picture_is_there_small_enough_for_a_page_and_shown(run):
     assert len(list((run / "metrics" / "report").iterdir())) == len(shown)
 
 
-def test_the_figures_have_their_intervals_and_say_what_they_mean(run):
+def test_write_report_tables(run):
     text = write(run)
-    assert "| `prompt_accuracy` | **0.9** | 0.85 to 0.94 | pictures with everything right" in text
+    assert "| `prompt_accuracy` | **0.9** | 0.85 to 0.94 | share of images with everything right" in text
     assert "| `frechet_distance_clip_n200` | **0.0242** |  | distance between samples and held-out images" in text
     assert "prompt_accuracy_prompts" not in text
     assert "| colour | 0.991 | 0.980 to 0.995 | 833 |" in text
-    assert "| group | things | right | interval | of how many |\n" in text
+    assert "| group | objects | right | interval | of how many |\n" in text
     assert "| unseen | 3 | 0.750 | 0.600 to 0.860 | 40 |" in text
     assert "2.6 M parameters, trained on 7,440 images for 4,030 steps in 6 min" in text
     how = PARAMS.sample
@@ -100,11 +98,11 @@ def test_the_figures_have_their_intervals_and_say_what_they_mean(run):
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
-def test_it_says_whether_the_model_copies(run):
+def test_write_report_copies(run):
     text = write(run)
-    assert "**30 % (20 % to 40 %) of the samples lie nearer to a training image than new pictures do" in text
-    assert "| is the same picture | 25.0 % | 0.0 % |\n" in text
-    assert "| is nearer than new pictures come (distance below 0.493) | 6.0 % | 1.0 % |\n" in text
+    assert "**30 % (20 % to 40 %) of the samples lie nearer to a training image than new images do" in text
+    assert "| is the same image | 25.0 % | 0.0 % |\n" in text
+    assert "| is nearer than new images are (distance below 0.493) | 6.0 % | 1.0 % |\n" in text
     change(run, memorised_low=0.004, memorised_high=0.08)
     assert "There is no sign that the model copies" in write(run)
     change(run, memorised_low=0.0, memorised_high=0.08)
@@ -120,22 +118,22 @@ def test_it_says_whether_the_model_copies(run):
         (250, "**100 % (97 % to 100 %) of the samples lie nearer", "There is no sign that the model copies"),
     ],
 )
-def test_a_few_held_out_images_tell_little_about_copies(run, count, if_copies, if_new):
+def test_write_report_copies_with_few_held_out_images(run, count, if_copies, if_new):
     held_out = np.linspace(0.5, 1.2, count)
     for samples, says in ((np.zeros(count), if_copies), (held_out + 0.1, if_new)):
-        change(run, **memorization(samples, held_out, 0.95))
+        change(run, **measure_memorization(samples, held_out, 0.95))
         text = write(run)
         assert f"## Does it copy?\n\n{says}" in text and "repeat themselves" not in text
 
 
-def test_that_the_data_repeat_themselves_is_said_where_held_out_images_are_the_same_as_training_images(run):
+def test_write_report_copies_of_repetitive_data(run):
     held_out = np.concatenate([np.zeros(3), np.linspace(0.5, 1.2, 5)])
-    change(run, **memorization(np.full(8, 1.3), held_out, 0.95))
+    change(run, **measure_memorization(np.full(8, 1.3), held_out, 0.95))
     text = write(run)
-    assert "The data repeat themselves" in text and "| is the same picture | 0.0 % | 37.5 % |" in text
+    assert "The data repeat themselves" in text and "| is the same image | 0.0 % | 37.5 % |" in text
 
 
-def test_without_a_figure_of_copies_there_are_no_pairs(run):
+def test_write_report_without_memorised(run):
     change(run, memorised=None)
     assert "Does it copy?" not in write(run)
     assert not (run / "metrics" / "report" / "nearest.webp").exists()
@@ -149,41 +147,39 @@ def test_without_a_figure_of_copies_there_are_no_pairs(run):
         ([], "in each cell: captions of the validation set."),
     ],
 )
-def test_the_prompts_of_the_grid_of_settings_are_those_that_are_drawn(run, prompts, says):
+def test_write_report_prompts_of_the_settings_grid(run, prompts, says):
     assert says in write(run, prompts=tuple(prompts))
-    assert CELLS == sampling.CELLS
 
 
-def test_only_a_stochastic_scheduler_is_said_to_add_noise(run):
+def test_write_report_noise_of_the_scheduler(run):
     text = write(run, scheduler="stochastic")
-    assert "a second; `stochastic` adds fresh noise at each step." in text and "so that layouts differ, too" in text
+    assert "a second; `stochastic` adds fresh noise at each step." in text and "and so do layouts" in text
     text = write(run, scheduler="euler")
-    assert "noise at each step" not in text and "layouts differ" not in text
+    assert "noise at each step" not in text and "layouts" not in text
 
 
 @pytest.mark.parametrize(
-    ("figures", "says"),
+    ("metrics", "expected"),
     [
-        ({}, "18 of the 20 pictures with something wrong, those of the lowest CLIP score."),
-        ({"prompt_accuracy_unseen": 0.955, "prompt_accuracy_unseen_prompts": 200}, "18 of the 29 pictures with something wrong"),
-        ({"prompt_accuracy": 0.99}, "Pictures with something wrong, of which there are 2, and then those of the lowest CLIP"),
-        ({"prompt_accuracy": None}, "## The worst\n\nThose of the lowest CLIP score."),
+        ({}, "18 of the 20 samples with something wrong, those of the lowest CLIP score."),
+        ({"prompt_accuracy_unseen": 0.955, "prompt_accuracy_unseen_prompts": 200}, "18 of the 29 samples with something wrong"),
+        ({"prompt_accuracy": 0.99}, "The samples with something wrong (2), and then those of the lowest CLIP"),
+        ({"prompt_accuracy": None}, "## The worst\n\nThe samples of the lowest CLIP score."),
     ],
 )
-def test_it_says_how_many_of_the_wrong_pictures_are_shown(run, figures, says):
-    change(run, **figures)
-    assert says in write(run)
-    assert WORST == pictures.WORST
+def test_write_report_worst_samples(run, metrics, expected):
+    change(run, **metrics)
+    assert expected in write(run)
 
 
-def test_a_recipe_that_cannot_be_judged_has_no_attributes(run):
+def test_write_report_without_accuracy(run):
     for name, columns in (("attribute", ["attribute"]), ("number", ["group", "things"])):
         empty = pd.DataFrame(columns=[*columns, "accuracy", "low", "high", "count"])
         empty.to_csv(run / "metrics" / f"accuracy_by_{name}.csv", index=False)
     assert "What is right" not in write(run)
 
 
-def test_the_same_results_give_the_same_bytes(run):
+def test_write_report_is_reproducible(run):
     def content():
         write(run)
         return {path.name: path.read_bytes() for path in (run / "metrics").rglob("*") if path.is_file()}
@@ -191,7 +187,7 @@ def test_the_same_results_give_the_same_bytes(run):
     assert content() == content()
 
 
-def test_a_long_training_is_told_in_hours(run):
+def test_write_report_long_training_in_hours(run):
     results = Results.read(run / "metrics")
     results.metrics["train"]["seconds"] = 11 * 3600
     later = replace(results, metrics=results.metrics)

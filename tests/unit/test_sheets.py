@@ -73,7 +73,7 @@ def test_the_sheets_of_the_default_recipe_are_pixel_for_pixel_those_of_whole_enl
     assert worst(tmp_path, images[:18]) == enlarged(images[:18], names, 6, 192)
     pairs = [grid([image, images[0]], columns=2, gap=2) for image in images[:2]]
     names = ["Distance 0.200", "Distance 1.000, does not count"]
-    names = [f"{says}. Drawn: . Training: " for says in names]
+    names = [f"{says}. Sample: . Training: " for says in names]
     assert nearest(tmp_path, images[:2]) == enlarged(pairs, names, 2, 384)
 
 
