@@ -1,7 +1,4 @@
-"""Write the latent cache: shards, whose format dit/latents/shards.py documents, and the index that makes a cache of them.
-
-Beside each shard lie its captions, a JSON row a line, and its record, written last: a shard without one is incomplete.
-"""
+"""Write the latent cache: shards, in the format that dit/latents/shards.py describes, and the index that makes them a cache."""
 
 from __future__ import annotations
 

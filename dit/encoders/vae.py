@@ -21,7 +21,7 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Encode and decode `pixels` (N, 3, H, W) in [-1, 1]; returns the same shape, float32, clipped to [-1, 1]."""
+    """Encode and decode `pixels` (N, 3, H, W) in [-1, 1]; return the same shape, float32, clipped to [-1, 1]."""
     return decode_latents(vae, encode_image(vae, pixels)).clamp(-1, 1)
 
 
