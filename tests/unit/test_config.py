@@ -8,6 +8,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 import yaml
 
+from dit.commands.check import RAW_BYTES
 from dit.config import DEFAULTS, RECIPES, load_config, parse_config
 from dit.errors import UserError
 from helpers import REPO
@@ -28,6 +29,10 @@ def changed(path: str, value) -> dict:
 def test_config_committed_file_is_valid_for_every_recipe():
     for recipe in RECIPES:
         assert parse_config(changed("recipe", recipe)).active.data.source == recipe
+
+
+def test_check_knows_every_recipe():
+    assert set(RAW_BYTES) == set(RECIPES)
 
 
 def test_config_defaults_equal_sample_block():

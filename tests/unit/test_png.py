@@ -56,7 +56,7 @@ def test_inspect_says_what_is_no_picture_of_ours(there, capsys):
     Path("text.png").write_text("no picture")
     Path("text").write_text("no picture")
     for name, says in (
-        ("plain.png", "nothing is noted in it"),
+        ("plain.png", "nothing is written in it"),
         ("text.png", "not a picture"),
         ("text", "not a picture"),
         ("none.png", "no such file"),
