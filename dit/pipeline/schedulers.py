@@ -82,9 +82,10 @@ def scheduler_name(scheduler: SchedulerMixin) -> str:
     if prediction_type is None:
         return type(scheduler).__name__
     for name in get_args(Scheduler):
-        if name == "ddim" and prediction_type == "flow_prediction":
+        try:
+            made = make_scheduler(name, prediction_type)
+        except UserError:  # a scheduler for other predictions, as ddim
             continue
-        made = make_scheduler(name, prediction_type)
         if type(made) is type(scheduler) and _settings(made) == _settings(scheduler):
             return name
     return type(scheduler).__name__

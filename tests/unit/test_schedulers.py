@@ -67,7 +67,7 @@ def test_a_saved_scheduler_is_known_by_its_name(name, prediction_type, tmp_path)
     assert scheduler_name(other) == type(loaded).__name__
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "dpm++", "unipc", "stochastic"])
+@pytest.mark.parametrize("name", [*SOLVERS, "stochastic"])
 @pytest.mark.parametrize("evaluations", [1, 2, 9, 30])
 def test_no_step_is_spent_where_there_is_no_noise_left(name, evaluations):
     scheduler = make_scheduler(name, "flow_prediction")
@@ -83,6 +83,14 @@ def test_a_flows_timesteps_are_the_noise_levels_and_not_rounded(name):
     set_timesteps(scheduler, 7)
     assert torch.allclose(timesteps_to_sigmas(scheduler), scheduler.sigmas[:7].float())
     assert (timesteps_to_sigmas(scheduler) * 1000 - scheduler.timesteps).abs().max() > 0.1  # diffusers' own are
+
+
+@pytest.mark.parametrize("name", [*SOLVERS, "stochastic"])
+@pytest.mark.parametrize("evaluations", [5, 10, 30])
+def test_flow_scheduler_ends_without_noise(name, evaluations):
+    scheduler = make_scheduler(name, "flow_prediction")
+    set_timesteps(scheduler, evaluations)
+    assert scheduler.sigmas[-1] == 0 < scheduler.sigmas[-2]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
