@@ -19,7 +19,7 @@ from dit.errors import UserError
 from dit.latents.cache import LatentCache
 from dit.model.transformer import DiT
 from dit.pipeline.generate import load_pipeline
-from dit.pipeline.sampling import choose_prompts, draw_prompts
+from dit.pipeline.sampling import choose_prompts, sample_prompts
 from dit.shapes.scoring import score_image
 from dit.training.checkpoint import Checkpoints, open_checkpoint
 from dit.training.export import save_model
@@ -62,12 +62,8 @@ def speedrun(params: Params, latents: Path, raw: Path, first_share: float = 0.0)
         for step, seconds, transformer in train_in_stops(params, cache, Path(folder) / "state", first_share):
             save_model(model, transformer, cache, params.active.model, params.active.optim, params.train)
             pipeline = load_pipeline(model, params.sample.scheduler)
-            pipeline.set_progress_bar_config(disable=True)
-            scores = [
-                score_image(image, prompt.text)
-                for chunk, images, _ in draw_prompts(pipeline, prompts, params.sample)
-                for prompt, image in zip(chunk, images, strict=True)
-            ]
+            sampled = sample_prompts(pipeline, prompts, params.sample)
+            scores = [score_image(image, prompt.text) for prompt, image in sampled]
             right = sum(score is not None and not score.problem for score in scores)
             points.append(Point(step, seconds, right / len(scores), len(scores)))
             if points[-1].accuracy >= GOAL:

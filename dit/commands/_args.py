@@ -49,10 +49,10 @@ def make_folder_of(path: Path, flag: str = "--output") -> None:
         raise UserError(f"{flag} {path}: you may not write {'it' if path.exists() else f'into {path.parent}'}")
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
+def save_image(image: Image.Image, path: Path) -> None:
     """Write an image, in the format that the end of its name says, into a folder that is made if it is missing."""
     make_folder_of(path)
     try:
-        picture.save(path)
+        image.save(path)
     except ValueError as error:
         raise UserError(f"--output {path}: {error}; a name that ends in .png will do") from None

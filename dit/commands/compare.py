@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dit.commands._args import make_folder_of, save_picture
+from dit.commands._args import make_folder_of, save_image
 from dit.errors import UserError, one_line, without_password
 
 if TYPE_CHECKING:  # they take seconds to import
@@ -62,7 +62,7 @@ def run_compare(arguments: argparse.Namespace) -> None:
         written.append(arguments.csv)
     image = comparison_image(runs, arguments.metric)
     if image:
-        save_picture(image, arguments.output)
+        save_image(image, arguments.output)
         written.append(arguments.output)
     else:
         print("no image: these runs have no prompt in common")

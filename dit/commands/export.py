@@ -7,13 +7,16 @@ import json
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from dit.commands.find_metrics import find_evaluation
 from dit.config import DEFAULTS, Scheduler
 from dit.errors import UserError, one_line
 from dit.pipeline.model_folder import read_index
 from dit.utils.files import write_json
+
+if TYPE_CHECKING:
+    from dit.pipeline.pipeline import DiTTextToImagePipeline
 
 CARD = "README.md"
 WRITTEN = {
@@ -35,11 +38,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "export",
         help="write the model and its encoders into one folder, for others",
-        description="Write a folder that holds all that drawing needs - transformer, scheduler, VAE, text encoder, tokenizer\n"
+        description="Write a folder that holds the whole pipeline - transformer, scheduler, VAE, text encoder, tokenizer\n"
         "and a model card with the evaluation - and that DiTTextToImagePipeline.from_pretrained loads.",
-        epilog="examples:\n"
-        "  dit export my-model\n"
-        "  dit export my-model --scheduler dpm++             what Python draws with where nothing else is set",
+        epilog="examples:\n  dit export my-model\n  dit export my-model --scheduler dpm++             the default of the export",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="the folder; an earlier export in its place is replaced")
@@ -84,9 +85,9 @@ def export(arguments: argparse.Namespace) -> None:
     print(f"{output}: {size / 1e6:.1f} MB: transformer, scheduler, VAE, text encoder, tokenizer, {CARD}")
     if missing:
         print(f"{CARD} is without an evaluation: {missing}")
-    print("load it:   from dit.pipeline.pipeline import DiTTextToImagePipeline")
+    print("load it:   from dit import DiTTextToImagePipeline")
     print(f'           pipeline = DiTTextToImagePipeline.from_pretrained("{output}")')
-    print(f'or draw:   dit generate --checkpoint {output} --prompt "a red circle above a blue star"')
+    print(f'or run:    dit generate --checkpoint {output} --prompt "a red circle above a blue star"')
 
 
 def check_place(output: Path, checkpoint: Path) -> None:
@@ -109,8 +110,8 @@ def check_place(output: Path, checkpoint: Path) -> None:
         raise UserError(f"{output}: holds {min(found - WRITTEN)}, which no export wrote; name another folder, or move it away")
 
 
-def save_pipeline(pipeline, folder: Path) -> None:
-    """As `pipeline.save_pretrained`, without the paths that its files were loaded from, and for all to read."""
+def save_pipeline(pipeline: DiTTextToImagePipeline, folder: Path) -> None:
+    """Save as `pipeline.save_pretrained`, without the paths that its files were loaded from, and readable for all."""
     pipeline.save_pretrained(folder, safe_serialization=True)
     for config in folder.rglob("config.json"):
         values = json.loads(config.read_text(encoding="utf-8"))
@@ -130,7 +131,7 @@ def write_card(checkpoint: Path, folder: Path, scheduler: str) -> str:
     if facts is None:  # else it is an export of an export
         evaluation, missing = find_evaluation(checkpoint)
         facts = evaluation_facts(evaluation) if evaluation else None
-        image = evaluation.picture or image if evaluation else image
+        image = evaluation.image or image if evaluation else image
     for name, content in ((FACTS, training), (EVALUATION, facts)):
         if content:
             write_json(folder / name, content)

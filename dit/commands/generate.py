@@ -1,4 +1,4 @@
-"""`dit generate`: draw what captions say, or change an image as they say."""
+"""`dit generate`: generate images from captions, or change an image by a caption."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import get_args
 
 from dit import __version__
 from dit.commands._args import add_flag
-from dit.commands.inputs import InputImage, check_numbers, check_output, check_text, read_pictures, read_prompts
+from dit.commands.inputs import InputImage, check_numbers, check_output, check_text, read_images, read_prompts
 from dit.config import DEFAULTS, STRENGTH, Scheduler
 from dit.pipeline.model_folder import read_index, weights_hash
 
@@ -19,37 +19,33 @@ EXAMPLES = """\
 examples:
   dit generate --prompt "a large red circle above a small blue star"
   dit generate --prompt "a red heart" --prompt "a green cross" --seed 7 --grid --output two.png
-  dit generate --prompts-file prompts.txt --output pictures/picture.png    pictures/picture-0.png, picture-1.png, ...
+  dit generate --prompts-file prompts.txt --output images/image.png    images/image-0.png, image-1.png, ...
   dit generate --prompt "a green cross" --image generated.png --strength 0.8
   dit generate --prompt "a red circle" --image generated.png --mask mask.png --output mended.png
-  dit inspect generated.png                                                how a picture was drawn
+  dit inspect generated.png                                                how an image was generated
 """
-POOR = 25  # dB that a VAE keeps of an image: the one bundled has 42 of drawings, and 15 to 20 of photographs
+LOW_PSNR = 25  # dB of a VAE's reconstruction: the bundled one has 42 for rendered scenes, and 15 to 20 for photographs
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add `generate` and its flags, which are spelled as diffusers' arguments are."""
     parser = commands.add_parser(
         "generate",
-        help="draw captions with the trained model",
-        description="Draw what captions say with a trained model, or change a picture as they say. The same\n"
+        help="generate images from captions with the trained model",
+        description="Generate images from captions with a trained model, or change an image by a caption. The same\n"
         "command gives the same file; each PNG holds its prompt, seed, settings and the model's hash.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
     what = parser.add_argument_group("what")
-    add_flag(what, "prompt", action="append", default=[], metavar="TEXT", help="what to draw; may be given several times")
+    add_flag(what, "prompt", action="append", default=[], metavar="TEXT", help="what to generate; may be given several times")
     add_flag(what, "prompts-file", type=Path, metavar="FILE", help="more prompts, one a line")
-    add_flag(what, "negative_prompt", default="", metavar="TEXT", help="what to keep away from, for all pictures")
-    add_flag(
-        what, "num_images_per_prompt", type=int, default=1, metavar="N", help="pictures of each prompt; default: %(default)s"
-    )
-    add_flag(what, "height", type=int, metavar="PIXELS", help="default: of the pictures it was trained on")
+    add_flag(what, "negative_prompt", default="", metavar="TEXT", help="what no image should show")
+    add_flag(what, "num_images_per_prompt", type=int, default=1, metavar="N", help="images of each prompt; default: %(default)s")
+    add_flag(what, "height", type=int, metavar="PIXELS", help="default: of the images it was trained on")
     add_flag(what, "width", type=int, metavar="PIXELS", help="the same")
-    add_flag(
-        what, "seed", type=int, default=0, metavar="N", help="of the first picture; the next has N + 1; default: %(default)s"
-    )
+    add_flag(what, "seed", type=int, default=0, metavar="N", help="of the first image; the next has N + 1; default: %(default)s")
     how = parser.add_argument_group("how")
     add_flag(how, "checkpoint", type=Path, default=Path("models/dit"), metavar="FOLDER", help="the model; default: %(default)s")
     add_flag(
@@ -66,7 +62,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         type=float,
         default=DEFAULTS.guidance_scale,
         metavar="X",
-        help="how strictly to follow the prompt; 1 is without, 3 breaks drawings, photographs want 3 to 7; default: %(default)s",
+        help="how strictly to follow the prompt; 1 is without, 3 breaks shapes, photographs need 3 to 7; default: %(default)s",
     )
     add_flag(
         how,
@@ -84,9 +80,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help=f"{', '.join(get_args(Scheduler))}; default: the checkpoint's, {DEFAULTS.scheduler} for what `dvc repro` trained",
         metavar="NAME",
     )
-    add_flag(how, "batch_size", type=int, default=16, metavar="N", help="pictures drawn at once; default: %(default)s")
-    change = parser.add_argument_group("change a picture")
-    add_flag(change, "image", type=Path, metavar="FILE", help="start from this picture instead of from noise")
+    add_flag(how, "batch_size", type=int, default=16, metavar="N", help="images generated at once; default: %(default)s")
+    change = parser.add_argument_group("change an image")
+    add_flag(change, "image", type=Path, metavar="FILE", help="start from this image instead of from noise")
     add_flag(
         change,
         "strength",
@@ -94,7 +90,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="X",
         help=f"from 0, no change, to 1, nothing is kept; few steps have no small ones; default: {STRENGTH}, with a mask 1",
     )
-    add_flag(change, "mask", type=Path, metavar="FILE", help="draw only where this picture is white")
+    add_flag(change, "mask", type=Path, metavar="FILE", help="change only where this image is white")
     where = parser.add_argument_group("where to")
     add_flag(
         where,
@@ -102,18 +98,18 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         type=Path,
         default=Path("generated.png"),
         metavar="FILE.png",
-        help="of several pictures, k goes into FILE-k.png, from 0 on; default: %(default)s",
+        help="of several images, k goes into FILE-k.png, from 0 on; default: %(default)s",
     )
-    add_flag(where, "grid", action="store_true", help="write one sheet with all pictures and their prompts, instead of each")
+    add_flag(where, "grid", action="store_true", help="write one sheet with all images and their prompts, instead of each")
     parser.set_defaults(action=generate)
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    """Draw, write, and say what was written. Everything that can be wrong is looked at before anything heavy is loaded."""
+    """Generate and write images, and print their names. All inputs are checked before anything heavy is loaded."""
     check_numbers(arguments)
     prompts = read_prompts(arguments.prompt, arguments.prompts_file)
     check_text("--negative_prompt", arguments.negative_prompt)
-    image, mask = read_pictures(arguments.image, arguments.mask, arguments.strength)
+    image, mask = read_images(arguments.image, arguments.mask, arguments.strength)
     read_index(arguments.checkpoint)
     check_output(arguments.output)
 
@@ -127,33 +123,35 @@ def generate(arguments: argparse.Namespace) -> None:
     from dit.pipeline.schedulers import scheduler_name
     from dit.utils.images import labelled_grid
 
-    disable_progress_bar()  # the weights are loaded at once; the bar is for the drawing
+    disable_progress_bar()  # the weights are loaded at once; the bar is for the steps
     pipeline = load_pipeline(arguments.checkpoint, arguments.scheduler)
     for prompt in dict.fromkeys([*prompts, arguments.negative_prompt]):
         for line in prompt_warnings(pipeline.tokenizer, prompt):
             print(f"dit: {line}", file=sys.stderr)
     cell = pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
-    for line in notes(arguments, image, mask, pipeline.config.image_size, cell):
+    for line in input_warnings(arguments, image, mask, pipeline.config.image_size, cell):
         print(f"dit: {line}", file=sys.stderr)
     if image:
-        small = image.picture.resize((pipeline.config.image_size,) * 2)
+        small = image.image.resize((pipeline.config.image_size,) * 2)
         pixels = pipeline.image_processor.preprocess(small)
         quality = psnr(pixels.to(pipeline.vae.device), reconstruct(pipeline.vae, pixels))
-        if quality < POOR:
+        if quality < LOW_PSNR:
             print(
-                f"dit: the VAE of this model keeps little of this picture ({quality:.0f} dB): it comes out changed",
+                f"dit: the VAE of this model keeps little of this image ({quality:.0f} dB): it comes out changed",
                 file=sys.stderr,
             )
 
     prompts = [prompt for prompt in prompts for _ in range(arguments.num_images_per_prompt)]
-    drawing = generate_images(
+    seeds = range(arguments.seed, arguments.seed + len(prompts))
+    images = generate_images(
         pipeline,
         prompts,
-        arguments.seed,
+        seeds,
         arguments.batch_size,
+        progress=True,
         negative_prompt=arguments.negative_prompt,
-        image=image and image.picture,
-        mask_image=mask and mask.picture,
+        image=image and image.image,
+        mask_image=mask and mask.image,
         strength=arguments.strength,
         height=arguments.height,
         width=arguments.width,
@@ -162,25 +160,27 @@ def generate(arguments: argparse.Namespace) -> None:
         guidance_interval=tuple(arguments.guidance_interval),
     )
     made_with = {"scheduler": scheduler_name(pipeline.scheduler), "dtype": str(pipeline.transformer.dtype).removeprefix("torch.")}
-    shared = settings_of(arguments, image, mask, made_with, pipeline.config.image_size)
-    seeds = [str(arguments.seed + k) for k in range(len(prompts))]
+    shared = png_facts(arguments, image, mask, made_with, pipeline.config.image_size)
     output: Path = arguments.output
     if arguments.grid:
-        pictures = list(drawing)
-        cell = max(160, pictures[0].width)  # none is reduced
-        sheet = labelled_grid(pictures, prompts, columns=min(6, len(prompts)), cell=cell)
-        lines = {"prompt": "\n".join(" ".join(prompt.split()) for prompt in prompts), "seed": "\n".join(seeds)}  # one per image
+        generated = list(images)
+        cell = max(160, generated[0].width)  # none is reduced
+        sheet = labelled_grid(generated, prompts, columns=min(6, len(prompts)), cell=cell)
+        lines = {
+            "prompt": "\n".join(" ".join(prompt.split()) for prompt in prompts),
+            "seed": "\n".join(map(str, seeds)),
+        }  # one per image
         write_png(output, sheet, lines | shared)
         print(output)
         return
-    with closing(drawing) as generated:  # and its progress bar, before anything is said of a file that cannot be written
-        for k, (picture, prompt, seed) in enumerate(zip(generated, prompts, seeds, strict=True)):
+    with closing(images):  # and its progress bar, before an error of a file that cannot be written is printed
+        for k, (generated_image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
             path = output if len(prompts) == 1 else output.with_name(f"{output.stem}-{k}{output.suffix}")
-            write_png(path, picture, {"prompt": prompt, "seed": seed} | shared)
+            write_png(path, generated_image, {"prompt": prompt, "seed": str(seed)} | shared)
             tqdm.write(str(path))  # above the progress bar
 
 
-def notes(
+def input_warnings(
     arguments: argparse.Namespace, image: InputImage | None, mask: InputImage | None, trained: int, cell: int
 ) -> Iterator[str]:
     """Return a line for each thing that is done as asked, and may not be what was meant.
@@ -193,24 +193,24 @@ def notes(
     width, height = arguments.width or trained, arguments.height or trained
     if (width, height) != (trained, trained) and not (width % cell or height % cell):
         yield f"the model was trained on {trained} x {trained} pixels; at {width} x {height} things may come out twice"
-    if image and image.picture.size != (width, height):
-        own_width, own_height = image.picture.size
+    if image and image.image.size != (width, height):
+        own_width, own_height = image.image.size
         how = "it is resized to" if own_width * height == own_height * width else "its middle is taken, at"
-        yield f"the picture to start from has {own_width} x {own_height} pixels; {how} {width} x {height}"
-    if mask and mask.picture.histogram()[128:] == 128 * [0]:
-        yield "the mask is white nowhere, so that nothing is drawn"
+        yield f"the image to start from has {own_width} x {own_height} pixels; {how} {width} x {height}"
+    if mask and mask.image.histogram()[128:] == 128 * [0]:
+        yield "the mask is white nowhere, so that nothing changes"
     if arguments.negative_prompt and arguments.guidance_scale == 1:
         yield "--negative_prompt changes nothing where --guidance_scale is 1"
 
 
-def settings_of(
+def png_facts(
     arguments: argparse.Namespace,
     image: InputImage | None,
     mask: InputImage | None,
     made_with: dict[str, str],
     trained_size: int,
 ) -> dict[str, str]:
-    """Return what determines an image beside its prompt and seed, as a PNG's text: no path, no machine, no time.
+    """Return the settings of an image, for its PNG: all but its prompt and seed; no path, no machine, no time.
 
     Args:
         arguments, image, mask: what was asked for.

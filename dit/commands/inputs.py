@@ -1,4 +1,4 @@
-"""What `dit generate` is given by its user, read and checked before anything heavy is loaded."""
+"""Read and check the inputs of `dit generate`, before anything heavy is loaded."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ POSITIVE = ("num_inference_steps", "height", "width", "num_images_per_prompt", "
 
 @dataclass(frozen=True)
 class InputImage:
-    """A image to start from, or a mask, and the SHA-256 of its file."""
+    """An image to start from, or a mask, and the SHA-256 of its file."""
 
-    picture: Image.Image
+    image: Image.Image
     sha256: str
 
 
@@ -53,12 +53,12 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
         UserError: there is none, one is empty, or the file cannot be read.
     """
     if not all(prompt.strip() for prompt in prompts):
-        raise UserError("--prompt: one is empty; say what to draw")
+        raise UserError("--prompt: one is empty")
     for prompt in prompts:
         check_text("--prompt", prompt)
     if file is None:
         if not prompts:
-            raise UserError('no prompt; say what to draw: dit generate --prompt "a red circle above a blue star"')
+            raise UserError('no prompt; for instance: dit generate --prompt "a red circle above a blue star"')
         return prompts
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
@@ -78,7 +78,7 @@ def check_text(flag: str, value: str) -> None:
         raise UserError(f"{flag} {value!r}: not UTF-8; set the terminal to UTF-8, or write it into a --prompts-file")
 
 
-def read_pictures(image: Path | None, mask: Path | None, strength: float | None) -> tuple[InputImage | None, InputImage | None]:
+def read_images(image: Path | None, mask: Path | None, strength: float | None) -> tuple[InputImage | None, InputImage | None]:
     """Return the image to start from (RGB) and the mask (L), each turned as its EXIF data say.
 
     Raises:
@@ -87,22 +87,22 @@ def read_pictures(image: Path | None, mask: Path | None, strength: float | None)
     if image is None:
         for flag, value in (("--mask", mask), ("--strength", strength)):
             if value is not None:
-                raise UserError(f"{flag}: there is no picture to change; name one with --image")
+                raise UserError(f"{flag}: there is no image to change; name one with --image")
         return None, None
-    given = _read_picture("--image", image, "RGB")
+    given = _read_image("--image", image, "RGB")
     if mask is None:
         return given, None
-    over = _read_picture("--mask", mask, "L")
-    (width, height), (mask_width, mask_height) = given.picture.size, over.picture.size
+    over = _read_image("--mask", mask, "L")
+    (width, height), (mask_width, mask_height) = given.image.size, over.image.size
     if width * mask_height != height * mask_width:
         raise UserError(
-            f"--mask {mask}: {mask_width} x {mask_height} pixels do not lie over the picture's {width} x {height}; "
+            f"--mask {mask}: {mask_width} x {mask_height} pixels do not lie over the image's {width} x {height}; "
             f"paint it on a copy of {image}"
         )
     return given, over
 
 
-def _read_picture(flag: str, path: Path, mode: str) -> InputImage:
+def _read_image(flag: str, path: Path, mode: str) -> InputImage:
     from dit.dataset.image_io import to_8bit  # here, since it imports torch
 
     try:
@@ -112,8 +112,8 @@ def _read_picture(flag: str, path: Path, mode: str) -> InputImage:
     problem = check_image(content)
     if problem:
         raise UserError(f"{flag} {path}: {problem}")
-    picture = to_8bit(ImageOps.exif_transpose(Image.open(io.BytesIO(content)))).convert(mode)
-    return InputImage(picture, hashlib.sha256(content).hexdigest())
+    image = to_8bit(ImageOps.exif_transpose(Image.open(io.BytesIO(content)))).convert(mode)
+    return InputImage(image, hashlib.sha256(content).hexdigest())
 
 
 def check_output(path: Path) -> None:
@@ -123,5 +123,5 @@ def check_output(path: Path) -> None:
         UserError: `path` is no name for a PNG file, or cannot be written.
     """
     if path.suffix.lower() != ".png":
-        raise UserError(f"--output {path}: its name must end in .png, since only a PNG keeps every pixel and how it was drawn")
+        raise UserError(f"--output {path}: its name must end in .png, since only a PNG keeps every pixel and its settings")
     make_folder_of(path)

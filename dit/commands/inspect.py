@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from dit.commands._args import save_picture
+from dit.commands._args import save_image
 from dit.errors import UserError
 
 if TYPE_CHECKING:  # it takes a second to import torch
@@ -61,7 +61,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     cache.verify()
     print(f"{'checked':16} every file has the hash in {what / 'index.json'}")
     if arguments.decode > 0:
-        save_picture(decode_images(cache, arguments.raw, arguments.decode), arguments.output)
+        save_image(decode_images(cache, arguments.raw, arguments.decode), arguments.output)
         print(f"{'image':16} {arguments.output}: originals on the left, decoded latents on the right")
 
 

@@ -47,8 +47,8 @@ def evaluation_facts(evaluation: Evaluation) -> dict[str, Any]:
     """Return what an export keeps of an evaluation: the metrics, and how they were measured."""
     params = evaluation.params
     how = {key: getattr(params.sample, key) for key in ("scheduler", "num_inference_steps", "guidance_scale")}
-    facts = {"recipe": params.recipe, "confidence": params.evaluate.confidence, "sample": how, "metrics": evaluation.figures}
-    return facts | ({"image": IMAGE} if evaluation.picture else {})
+    facts = {"recipe": params.recipe, "confidence": params.evaluate.confidence, "sample": how, "metrics": evaluation.metrics}
+    return facts | ({"image": IMAGE} if evaluation.image else {})
 
 
 def export_card(training: dict[str, Any] | None, evaluation: dict[str, Any] | None, scheduler: str) -> str:

@@ -1,4 +1,4 @@
-"""Images that say how they were drawn: PNG files with text chunks."""
+"""PNG files whose text chunks say how the image was generated."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from dit.errors import UserError
+from dit.errors import UserError, one_line
 
 
-def write_png(path: Path, picture: Image.Image, facts: dict[str, str]) -> None:
+def write_png(path: Path, image: Image.Image, facts: dict[str, str]) -> None:
     """Write `image` with a text chunk for each of `facts`, first to a neighbour, then renamed. The same gives the same bytes.
 
     Args:
@@ -23,10 +23,10 @@ def write_png(path: Path, picture: Image.Image, facts: dict[str, str]) -> None:
         chunks.add_text(key, value)
     part = path.with_name(path.name + ".part")
     try:
-        picture.save(part, format="PNG", pnginfo=chunks)
+        image.save(part, format="PNG", pnginfo=chunks)
         part.replace(path)
     except BaseException:
-        part.unlink(missing_ok=True)  # the disk is full, or somebody has had enough
+        part.unlink(missing_ok=True)  # the disk is full, or Ctrl-C
         raise
 
 
@@ -37,12 +37,12 @@ def read_facts(path: Path) -> dict[str, str]:
         UserError: the file cannot be read, or is no image.
     """
     try:
-        with Image.open(path) as picture:
-            picture.load()  # chunks may follow the pixels
-            return dict(getattr(picture, "text", {}))
+        with Image.open(path) as image:
+            image.load()  # chunks may follow the pixels
+            return dict(getattr(image, "text", {}))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not a picture") from None
+        raise UserError(f"{path}: not an image") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None

@@ -25,7 +25,7 @@ from dit.evaluation.metrics import SCORED_GROUPS
 from dit.latents.cache import LatentCache
 from dit.pipeline.generate import load_pipeline
 from dit.pipeline.pipeline import DiTTextToImagePipeline
-from dit.pipeline.sampling import Prompt, choose_prompts, draw_batch
+from dit.pipeline.sampling import Prompt, choose_prompts, generate_prompts
 from dit.pipeline.schedulers import make_scheduler
 from dit.shapes.scoring import score_image
 
@@ -112,7 +112,7 @@ def _sample_and_score(
     full = ceil(len(prompts) / ceil(len(prompts) / batch_size))
     scores, seconds = np.empty((len(settings), len(prompts))), np.full(len(settings), np.inf)
     # To warm up.
-    draw_batch(pipeline, prompts[:full], 1, max(setting.guidance_scale for setting in settings))
+    list(generate_prompts(pipeline, prompts[:full], 1, max(setting.guidance_scale for setting in settings)))
     with tqdm(total=scores.size, desc="sweep", unit="image") as progress:
         for start in range(0, len(prompts), full):
             chunk = prompts[start : start + full]
@@ -120,7 +120,7 @@ def _sample_and_score(
                 progress.set_postfix_str(describe(setting))
                 pipeline.scheduler = schedulers[setting.scheduler]
                 began = time.perf_counter()
-                images = draw_batch(pipeline, chunk, setting.num_inference_steps, setting.guidance_scale)
+                images = list(generate_prompts(pipeline, chunk, setting.num_inference_steps, setting.guidance_scale))
                 took = 100 * (time.perf_counter() - began) / len(chunk)
                 seconds[k] = min(seconds[k], took) if len(chunk) == full else seconds[k]
                 scores[k, start : start + len(chunk)] = score(chunk, images, clip)

@@ -1,9 +1,10 @@
-"""Generate images for any number of prompts, in batches, each from its own seed."""
+"""Load a trained model, and generate images for any number of prompts, in batches, each from its own seed."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,7 @@ from dit.pipeline.pipeline import DiTTextToImagePipeline
 from dit.pipeline.schedulers import make_scheduler
 from dit.utils.hardware import has_fast_bf16
 
-
-def generate_batch(
-    pipeline: DiTTextToImagePipeline, prompts: list[str], seeds: Iterable[int], **settings: Any
-) -> list[Image.Image]:
-    """Generate an image for each of `prompts`, each from its own seed, in one batch.
-
-    The generators are on the CPU, so that the noise is the same on every machine.
-    """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    (images,) = pipeline(prompts, generator=generators, return_dict=False, **settings)
-    return list(images)
+ALLOCATOR = "DefaultCPUAllocator"  # what a CPU's memory error names; its class is RuntimeError
 
 
 def load_pipeline(folder: str | Path, scheduler: str | None = None) -> DiTTextToImagePipeline:
@@ -43,55 +34,74 @@ def load_pipeline(folder: str | Path, scheduler: str | None = None) -> DiTTextTo
     return pipeline
 
 
-ALLOCATOR = "DefaultCPUAllocator"  # what a CPU's memory error names; its class is RuntimeError
-
-
 def generate_images(
-    pipeline: DiTTextToImagePipeline, prompts: list[str], seed: int, batch_size: int, **settings: Any
+    pipeline: DiTTextToImagePipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    batch_size: int,
+    progress: bool = False,
+    **settings: Any,
 ) -> Generator[Image.Image, None, None]:
-    """Yield an image for each of `prompts`, prompt k from `seed` + k: an image does not depend on its neighbours.
+    """Yield an image for each of `prompts`, each from its own seed: an image does not depend on its neighbours.
 
-    The batch size changes no more than how sums are rounded.
+    The batch size changes no more than how sums are rounded. The noise is the same on every machine: it comes from the CPU.
 
     Args:
-        pipeline: what draws.
+        pipeline: the model; its own progress bar and its warnings of long prompts, of each batch again, are switched off.
         prompts: one for each image.
-        seed: of the first image.
-        batch_size: how many are drawn at once.
-        settings: what else the pipeline is called with, the same for all.
+        seeds: one for each image.
+        batch_size: the number of images that are generated at once.
+        progress: whether a bar counts the steps.
+        settings: other arguments of the pipeline's call, the same for all images.
 
     Raises:
         UserError: a setting is impossible, or the memory does not hold a batch.
     """
     pipeline.set_progress_bar_config(disable=True)
-    bar = None
+    bar: tqdm | None = None
 
-    def advance(pipeline, step, timestep, tensors) -> dict:
+    def advance(pipeline: DiTTextToImagePipeline, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict:
         nonlocal bar
-        if bar is None:  # now it is known how many steps there are
-            pictures = "1 picture" if len(prompts) == 1 else f"{len(prompts)} pictures"
-            bar = tqdm(total=len(prompts) * pipeline.num_timesteps, desc=f"drawing {pictures}", unit=" steps", dynamic_ncols=True)
+        if bar is None:  # now the number of steps is known
+            images = "1 image" if len(prompts) == 1 else f"{len(prompts)} images"
+            bar = tqdm(total=len(prompts) * pipeline.num_timesteps, desc=f"generate {images}", unit=" steps", dynamic_ncols=True)
         bar.update(len(tensors["latents"]))  # steps of one image: the last batch may be smaller
         return {}
 
-    logger = logging.getLogger("dit.pipeline.pipeline")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it would warn of a long prompt in each batch; `prompt_warnings` does so once
+    if progress:
+        settings["callback_on_step_end"] = advance
     try:
         for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            seeds = range(seed + start, seed + start + len(batch))
-            pictures = generate_batch(pipeline, batch, seeds, callback_on_step_end=advance, **settings)
+            batch = list(prompts[start : start + batch_size])
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+            with _quiet(logging.getLogger("dit.pipeline.pipeline")), _memory_errors(len(batch)):
+                (images,) = pipeline(batch, generator=generators, return_dict=False, **settings)
             if bar is not None and start + len(batch) == len(prompts):
-                bar.close()  # before the last images are handed on, so that it does not go on over what is said of them
-            yield from pictures
+                bar.close()  # before the last images are handed on, so that their names are not printed over it
+            yield from images
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+@contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _memory_errors(count: int) -> Iterator[None]:
+    """Turn what torch raises where the memory does not hold `count` images into a `UserError`."""
+    try:
+        yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and ALLOCATOR not in str(error):
             raise
-        if len(batch) == 1:
-            raise UserError("the memory does not hold this picture; a smaller --height and --width may fit") from None
-        raise UserError(f"the memory does not hold {len(batch)} pictures at once; try --batch_size {len(batch) // 2}") from None
-    finally:
-        logger.setLevel(level)
-        if bar is not None:
-            bar.close()
+        if count == 1:
+            raise UserError("the memory does not hold this image; a smaller height and width may fit") from None
+        raise UserError(f"the memory does not hold {count} images at once; try a batch_size of {count // 2}") from None

@@ -1,4 +1,4 @@
-"""The parts of the pipeline, from a trained model's folder: `models/dit`, or what `dit export` and `save_pretrained` write."""
+"""Load the components of the pipeline from the folder of a trained model, `models/dit` or an export."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from dit.model.transformer import DiT
 from dit.pipeline.model_folder import read_index
 from dit.pipeline.schedulers import make_scheduler
 
-# What the libraries raise where files are missing, cut short, or not what they say they are.
+# What the libraries raise for files that are missing, incomplete or of another kind.
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, SafetensorError)
 
 
 def load_components(folder: Path, dtype: torch.dtype, transformer_dtype: torch.dtype) -> dict[str, Any]:
-    """Load what `DiTTextToImagePipeline` is made of, as its arguments.
+    """Load the components of `DiTTextToImagePipeline`, as its arguments.
 
-    The encoders are in the folder where it is self-contained; else they are those that the encode stage recorded. The scheduler
-    is the saved one or, in what the train stage wrote, which is Euler's method whatever is best, the one that `dit generate`
-    takes. The base class of the pipeline would look the transformer up in diffusers' own module of the name `dit`.
+    An export holds its encoders and its scheduler. For the folder of the train stage, the encoders are those that the encode
+    stage recorded, and the scheduler is the default of `dit generate`. diffusers' own `from_pretrained` cannot load either: it
+    looks the transformer up in its own module `dit`.
 
     Raises:
-        UserError: there is no such folder, it holds another kind of model, it is damaged, or an encoder is not to be had.
+        UserError: there is no such folder, it holds another kind of model, it is damaged, or an encoder cannot be loaded.
     """
     index = read_index(folder)
     try:
@@ -50,7 +50,7 @@ def load_components(folder: Path, dtype: torch.dtype, transformer_dtype: torch.d
         sources = {kind: EncoderSource(**index["encoders"][kind]) for kind in ("vae", "clip")}
         parts["scheduler"] = make_scheduler(DEFAULTS.scheduler, prediction_type)
     except DAMAGE as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
+        reason = one_line(error, with_type=True)
         raise UserError(f"{folder}: not a trained model, or a damaged one ({reason}); `dvc repro` trains one") from None
     vae, _ = load_vae(sources["vae"], dtype)
     text_encoder, tokenizer, _ = load_text_encoder(sources["clip"], dtype)
@@ -71,10 +71,10 @@ def _load_network(network_class: Any, folder: Path, part: str, **dtype: torch.dt
             folder, subfolder=part, use_safetensors=True, output_loading_info=True, **dtype
         )
     finally:
-        torch.set_default_dtype(default)  # which diffusers leaves changed where the configuration is impossible
-    astray = [*loading["missing_keys"], *loading["unexpected_keys"]]
-    if astray:  # the libraries fill in at random what is missing
-        raise ValueError(f"the weights do not fit {part}/config.json: {astray[0]}")
+        torch.set_default_dtype(default)  # diffusers leaves it changed where the configuration is impossible
+    misfits = [*loading["missing_keys"], *loading["unexpected_keys"]]
+    if misfits:  # the libraries initialise what is missing at random
+        raise ValueError(f"the weights do not fit {part}/config.json: {misfits[0]}")
     return network.requires_grad_(False).eval()
 
 
@@ -86,7 +86,7 @@ def _load_scheduler(folder: Path, name: str) -> SchedulerMixin:
 
 
 def _load_own_encoders(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    for name in ("tokenizer_config.json", "tokenizer.json"):  # without them the library makes a tokenizer that knows no word
+    for name in ("tokenizer_config.json", "tokenizer.json"):  # without them the library makes an empty tokenizer
         if not (folder / "tokenizer" / name).is_file():
             raise FileNotFoundError(f"there is no tokenizer/{name}")
     return {

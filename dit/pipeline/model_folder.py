@@ -1,4 +1,4 @@
-"""What lies at a path that should be a trained model's folder. Reads JSON and headers, no weights: it takes no time."""
+"""Check the folder of a trained model, without loading it: this module imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """model_index.json of `models/dit`, or of what `dit export` and `save_pretrained` wrote.
 
     Raises:
-        UserError: there is none, or it is that of another architecture; one line that says what there is, and what to do.
+        UserError: there is none, or it is that of another architecture; one line that says what was found, and what to do.
     """
     if folder.is_file():
         raise UserError(f"{folder}: {_kind(folder)}; a model's folder is needed, such as models/dit")
@@ -46,7 +46,7 @@ def weights_hash(folder: Path) -> str:
 def _kind(file: Path) -> str:
     """Return what kind of file somebody took for a model, in a few words."""
     if file.suffix == ".safetensors" and file.name.startswith("step-"):
-        return f"a checkpoint of a training that is not done (`python -m stages.train --resume {file}` goes on from it)"
+        return f"a checkpoint of a training that is not done (`python -m stages.train --resume {file}` resumes it)"
     if file.suffix in (".pt", ".pth", ".ckpt", ".bin", ".pkl"):
         return "a pickle, which may hold code and is never loaded"
     return "weights alone, without what they belong to" if file.suffix == ".safetensors" else "a file"

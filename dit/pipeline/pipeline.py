@@ -216,7 +216,10 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         device = self.transformer.device
         # Noise and latents are fp32 throughout, whatever the dtype of the networks is.
         noise = randn_tensor(shape, generators, device, torch.float32) if latents is None else latents.to(device, torch.float32)
-        source = None if image is None else self._prepare_source(image, mask_image, noise, len(prompts), num_images_per_prompt)
+        source = None
+        if image is not None:
+            processors, counts = (self.image_processor, self.mask_processor), (len(prompts), num_images_per_prompt)
+            source = SourceImage.prepare(self.vae, *processors, image, mask_image, noise, *counts)
         start = source.add_noise(self.scheduler, first) if source else noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
         text = self._encode_texts([text for text in prompts for _ in range(num_images_per_prompt)], negatives, guidance_scale > 1)
 
@@ -279,12 +282,6 @@ class DiTTextToImagePipeline(DiffusionPipeline):
                 "change; more strength or more steps would be right"
             )
         return first, sigmas
-
-    def _prepare_source(
-        self, image: PipelineImageInput, mask: PipelineImageInput | None, noise: torch.Tensor, prompts: int, times: int
-    ) -> SourceImage:
-        """Preprocess the image to change, and its mask, for `times` images of each of the `prompts`."""
-        return SourceImage.prepare(self.vae, self.image_processor, self.mask_processor, image, mask, noise, prompts, times)
 
     def _encode_texts(self, prompts: list[str], negatives: list[str], guided: bool) -> Text:
         """Encode the prompts and, if `guided`, the negative ones after them: each different text once, (2 N or N) rows."""

@@ -1,4 +1,4 @@
-"""What of a prompt the text encoder does not take in: what is too long for it, and what it has no word for."""
+"""What the text encoder does not read of a prompt: what is beyond its length, and words that it does not know."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from difflib import get_close_matches
 from transformers import CLIPTokenizer
 
 # A vocabulary as small as that of the bundled CLIP (644 entries) has a token for each word that it was fitted on, and spells
-# the others. OpenAI's has 49,408 and puts words together from pieces that it does know.
-SPELLS = 10_000
+# the others. OpenAI's has 49,408 entries, and composes other words from pieces that it knows.
+LARGE_VOCABULARY = 10_000
 END = "</w>"  # of a token that ends a word
 
 
@@ -24,7 +24,7 @@ def unknown_words(tokenizer: CLIPTokenizer, prompt: str) -> list[str]:
 
     They are those that take several tokens.
     """
-    if len(tokenizer) > SPELLS:
+    if len(tokenizer) > LARGE_VOCABULARY:
         return []
     encoded = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length)
     tokens_of = Counter(word for word in encoded.word_ids() if word is not None)
@@ -33,7 +33,7 @@ def unknown_words(tokenizer: CLIPTokenizer, prompt: str) -> list[str]:
 
 
 def prompt_warnings(tokenizer: CLIPTokenizer, prompt: str) -> list[str]:
-    """Return a line for each thing that whoever wrote `prompt` should know, since the image will not show it."""
+    """Return a line for each part of `prompt` that the image will not show."""
     rest, unknown = truncated_text(tokenizer, prompt), unknown_words(tokenizer, prompt)
     lines = []
     if rest:

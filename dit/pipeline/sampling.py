@@ -1,11 +1,12 @@
-"""Which prompts a model is judged on, and the images it draws for them."""
+"""What the sample stage does: choose the prompts of the evaluation, generate their images, and grids that show them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from dit.config import GRID_PROMPTS, Sample
 from dit.dataset.reader import read_metadata
 from dit.encoders.vae import decode_latents
 from dit.model.transformer import forward_flops
-from dit.pipeline.generate import generate_batch, load_pipeline
+from dit.pipeline.generate import generate_images, load_pipeline
 from dit.pipeline.pipeline import DiTTextToImagePipeline
 from dit.shapes.prompts import unseen_prompts
 from dit.utils.files import write_json
@@ -24,12 +25,12 @@ from dit.utils.hardware import matmul_peak
 from dit.utils.images import grid, labelled_grid, to_images
 
 SHOWN, COLUMNS = 24, 6  # images in a grid
-REPEATED, TIMES = 20, 5  # prompts that are drawn again and again, and how often: how much do their images differ?
+REPEATED, TIMES = 20, 5  # prompts with several images, and how many: how much do they differ?
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One image to draw.
+    """A prompt, and the image to generate for it.
 
     Attributes:
         file: name of the image.
@@ -66,32 +67,31 @@ def choose_prompts(raw: Path, recipe: str, settings: Sample) -> list[Prompt]:
 
 
 def sample(model: Path, prompts: list[Prompt], settings: Sample, images: Path, grids: Path) -> dict[str, float]:
-    """Draw every prompt into `images`, with `prompts.json` beside the images, and grids of them into `grids`.
+    """Generate an image for every prompt into `images`, with `prompts.json` beside them, and grids of them into `grids`.
 
     Returns:
-        `sampling_seconds` of drawing alone, `sampling_images_per_second`, and `sampling_mfu`: the share of the hardware's
-        matrix-product peak that the transformer's operations make of that time, [0, 1].
+        `sampling_seconds`, without loading and writing; `sampling_images_per_second`; and `sampling_mfu`: the share of the
+        hardware's matrix-product peak that the transformer's operations make of that time, [0, 1].
     """
     pipeline = load_pipeline(model, settings.scheduler)
-    pipeline.set_progress_bar_config(disable=True)
     images.mkdir(parents=True, exist_ok=True)
     grids.mkdir(parents=True, exist_ok=True)
     shown: dict[str, list[tuple[Image.Image, str]]] = {}
-    seconds = 0.0
-    for chunk, pictures, took in draw_prompts(pipeline, prompts, settings):
-        seconds += took
-        for prompt, picture in zip(chunk, pictures, strict=True):
-            picture.save(images / prompt.file)
-            shown.setdefault(prompt.group, [])
-            if len(shown[prompt.group]) < (TIMES**2 if prompt.group == "diversity" else SHOWN):
-                shown[prompt.group].append((picture, prompt.text))
+    seconds, began = 0.0, time.perf_counter()
+    for prompt, image in sample_prompts(pipeline, prompts, settings):
+        seconds += time.perf_counter() - began
+        image.save(images / prompt.file)
+        pairs = shown.setdefault(prompt.group, [])
+        if len(pairs) < (TIMES**2 if prompt.group == "diversity" else SHOWN):
+            pairs.append((image, prompt.text))
+        began = time.perf_counter()
     write_json(images / "prompts.json", [asdict(prompt) for prompt in prompts])
     for group, pairs in shown.items():
         columns = TIMES if group == "diversity" else COLUMNS
         samples, labels = zip(*pairs, strict=True)
         labelled_grid(samples, labels, columns=min(columns, len(pairs))).save(grids / f"{group}.png")
     chosen = [*(prompt for prompt in prompts if prompt.group == "own"), *prompts][:GRID_PROMPTS]
-    settings_grid(pipeline, chosen, settings.grid_guidance_scales, settings.grid_steps, draw_batch).save(grids / "settings.png")
+    settings_grid(pipeline, chosen, settings.grid_guidance_scales, settings.grid_steps).save(grids / "settings.png")
     denoising_strip(pipeline, chosen, settings.num_inference_steps, settings.guidance_scale).save(grids / "denoising.png")
     flops = len(prompts) * sampling_flops(pipeline, settings.num_inference_steps, settings.guidance_scale)
     peak = matmul_peak(pipeline.device, pipeline.transformer.dtype)
@@ -102,27 +102,31 @@ def sample(model: Path, prompts: list[Prompt], settings: Sample, images: Path, g
     }
 
 
-def draw_prompts(
-    pipeline: DiTTextToImagePipeline, prompts: list[Prompt], settings: Sample
-) -> Iterator[tuple[list[Prompt], list[Image.Image], float]]:
-    """Draw `prompts`, `settings.batch_size` at a time; yields each batch, its images, and the seconds that they took."""
-    with tqdm(total=len(prompts), desc="sample", unit="image") as progress:
-        for start in range(0, len(prompts), settings.batch_size):
-            chunk = prompts[start : start + settings.batch_size]
-            began = time.perf_counter()
-            pictures = draw_batch(pipeline, chunk, settings.num_inference_steps, settings.guidance_scale)
-            yield chunk, pictures, time.perf_counter() - began
-            progress.update(len(chunk))
+def sample_prompts(
+    pipeline: DiTTextToImagePipeline, prompts: Sequence[Prompt], settings: Sample
+) -> Iterator[tuple[Prompt, Image.Image]]:
+    """Yield each of `prompts` with its image, generated in batches of `settings.batch_size` under a progress bar."""
+    how = (settings.num_inference_steps, settings.guidance_scale, settings.batch_size)
+    images = tqdm(generate_prompts(pipeline, prompts, *how), total=len(prompts), desc="sample", unit="image")
+    return zip(prompts, images, strict=True)
 
 
-def draw_batch(pipeline: DiTTextToImagePipeline, prompts: list[Prompt], steps: int, guidance_scale: float) -> list[Image.Image]:
-    """Generate an image for each of `prompts`, each from its own seed."""
+def generate_prompts(
+    pipeline: DiTTextToImagePipeline,
+    prompts: Sequence[Prompt],
+    num_inference_steps: int,
+    guidance_scale: float,
+    batch_size: int | None = None,
+    **settings: Any,
+) -> Iterator[Image.Image]:
+    """Yield the image of each of `prompts`, by default all in one batch; `settings` are as of `generate_images`."""
+    how = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **settings}
     texts, seeds = [prompt.text for prompt in prompts], [prompt.seed for prompt in prompts]
-    return generate_batch(pipeline, texts, seeds, num_inference_steps=steps, guidance_scale=guidance_scale)
+    return generate_images(pipeline, texts, seeds, batch_size or len(prompts), **how)
 
 
 def sampling_flops(pipeline: DiTTextToImagePipeline, steps: int, guidance_scale: float) -> int:
-    """Operations of the transformer for one image of the default size; the text's keys and values, once, are left out."""
+    """Count the transformer's operations for one image of the default size, without the keys and values of the text."""
     side = pipeline.config.image_size // pipeline.vae_scale_factor
     return steps * (2 if guidance_scale > 1 else 1) * forward_flops(pipeline.transformer, (side, side), 0)
 
@@ -132,45 +136,34 @@ CELL = 384  # pixels of a cell in the grid of settings; four images of 64 pixels
 
 
 def settings_grid(
-    pipeline: DiTTextToImagePipeline, prompts: Sequence, guidance_scales: Sequence[float], steps: Sequence[int], draw: Callable
+    pipeline: DiTTextToImagePipeline, prompts: Sequence[Prompt], guidance_scales: Sequence[float], steps: Sequence[int]
 ) -> Image.Image:
-    """Return a row for each guidance scale, a column for each number of steps; in each cell the same prompts from the same seeds.
-
-    Args:
-        pipeline: draws with the scheduler that it has.
-        prompts: one to four, as `dit.pipeline.sampling.Prompt`.
-        guidance_scales, steps: what is tried.
-        draw: (pipeline, prompts, steps, guidance scale) to images.
-    """
+    """Return a row for each guidance scale, a column for each number of steps; in each cell the same one to four prompts."""
     cells, labels = [], []
     for scale in guidance_scales:
         for count in steps:
-            cells.append(grid(draw(pipeline, prompts, count, scale), columns=2 if len(prompts) > 1 else 1, gap=2))
+            images = list(generate_prompts(pipeline, prompts, count, scale))
+            cells.append(grid(images, columns=2 if len(prompts) > 1 else 1, gap=2))
             labels.append(f"guidance {scale:g}, {count} steps")
     return labelled_grid(cells, labels, columns=len(steps), cell=CELL)
 
 
 @torch.no_grad()
-def denoising_strip(pipeline: DiTTextToImagePipeline, prompts: Sequence, steps: int, guidance_scale: float) -> Image.Image:
+def denoising_strip(
+    pipeline: DiTTextToImagePipeline, prompts: Sequence[Prompt], steps: int, guidance_scale: float
+) -> Image.Image:
     """Return a row for each of `prompts`: the latents as the VAE decodes them, from noise to image, at up to `MOMENTS` steps."""
     seen: list[tuple[float, torch.Tensor]] = []
 
-    def watch(pipeline, step, timestep, tensors):
+    def watch(pipeline: DiTTextToImagePipeline, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict:
         seen.append((float(timestep) / pipeline.scheduler.config.num_train_timesteps, tensors["latents"]))
         return {}
 
-    pipeline(
-        [prompt.text for prompt in prompts],
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        generator=[torch.Generator().manual_seed(prompt.seed) for prompt in prompts],
-        output_type="latent",
-        callback_on_step_end=watch,
-    )
+    list(generate_prompts(pipeline, prompts, steps, guidance_scale, output_type="latent", callback_on_step_end=watch))
     # A callback sees the latents after a step; its noise level is that of the next one, and 0 after the last.
     levels = [*(level for level, _ in seen[1:]), 0.0]
     chosen = np.unique(np.linspace(0, len(seen) - 1, MOMENTS).round().astype(int))
     columns = [to_images(decode_latents(pipeline.vae, seen[k][1])) for k in chosen]
-    pictures = [column[row] for row in range(len(prompts)) for column in columns]
+    images = [column[row] for row in range(len(prompts)) for column in columns]
     labels = [prompt.text if k == chosen[-1] else f"step {k + 1}, noise {levels[k]:.2f}" for prompt in prompts for k in chosen]
-    return labelled_grid(pictures, labels, columns=len(chosen), cell=128)
+    return labelled_grid(images, labels, columns=len(chosen), cell=128)

@@ -40,7 +40,8 @@ class TextToImage(PythonModel):
         settings = params or {}
         self.pipeline.scheduler = make_scheduler(settings["scheduler"], self.pipeline.config.prediction_type)
         how = {name: settings[name] for name in ("num_inference_steps", "guidance_scale")}
-        return list(generate_images(self.pipeline, list(model_input["prompt"]), settings["seed"], BATCH_SIZE, **how))
+        prompts, seed = list(model_input["prompt"]), settings["seed"]
+        return list(generate_images(self.pipeline, prompts, range(seed, seed + len(prompts)), BATCH_SIZE, **how))
 
 
 mlflow.models.set_model(TextToImage())

@@ -216,7 +216,7 @@ def test_figures_of_another_model_or_of_other_settings_are_left_out(evaluated, c
     shutil.copy(weights, "models/dit/transformer")  # trained anew, and not evaluated since
     assert "older than models/dit" in missing()
     shutil.rmtree(".dvc")
-    assert missing() == "DVC does not say what metrics/evaluate.json is of"
+    assert missing() == "DVC does not know what metrics/evaluate.json is of"
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else_ever(there, capsys):

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from dit import __version__, cli
-from dit.commands.inputs import read_pictures
+from dit.commands.inputs import read_images
 from dit.commands.png import read_facts
 from dit.config import DEFAULTS
 from dit.dataset.image_io import open_rgb
@@ -163,7 +163,7 @@ def test_what_of_a_prompt_is_not_read_is_said_once(there, capsys):
     long = "a red circle " * 40 + "and the end"
     prompts = ["--prompt", long, "--prompt", long, "--prompt", "a Giraffe, giraffe, naïve circles", "--prompt", "a red circle."]
     assert generate(*prompts, "--batch_size", "1") == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "drawing" not in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and not line.startswith("generate ")]
     assert lines[0].startswith("dit: the prompt is longer than 77 tokens; not read: 'a red circle") and "and the end'" in lines[0]
     assert lines[1:] == [
         "dit: the text encoder does not know 'giraffe', 'naïve', 'circles', in 'a Giraffe, giraffe, naïve circles'; "
@@ -180,7 +180,7 @@ def test_a_picture_of_which_the_vae_keeps_little_is_named(there, scene, capsys):
         says[name] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dit:")]
     assert says["scene.png"] == []
     (line,) = says["noise.png"]
-    assert re.fullmatch(r"dit: the VAE of this model keeps little of this picture \(1?\d dB\): it comes out changed", line)
+    assert re.fullmatch(r"dit: the VAE of this model keeps little of this image \(1?\d dB\): it comes out changed", line)
 
 
 def test_a_text_encoder_with_a_large_vocabulary_knows_words_by_their_pieces(model):
@@ -193,7 +193,7 @@ def test_a_text_encoder_with_a_large_vocabulary_knows_words_by_their_pieces(mode
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "no prompt; say what to draw"),
+        ([], "no prompt; for instance"),
         (["--prompt", " "], "--prompt: one is empty"),
         (["--prompt", os.fsdecode(b"caf\xe9")], "--prompt 'caf\\udce9': not UTF-8; set the terminal to UTF-8"),
         (["--prompt", "a", "--negative_prompt", os.fsdecode(b"\xe9")], "--negative_prompt '\\udce9': not UTF-8"),
@@ -209,8 +209,8 @@ def test_a_text_encoder_with_a_large_vocabulary_knows_words_by_their_pieces(mode
         (["--prompt", "a", "--guidance_scale", "0.5"], "--guidance_scale: 0.5 is not a number from 1"),
         (["--prompt", "a", "--guidance_scale", "nan"], "--guidance_scale: nan is not a number from 1"),
         (["--prompt", "a", "--guidance_interval", "0.6", "0.2"], "--guidance_interval: 0.6 0.2 does not rise"),
-        (["--prompt", "a", "--mask", "text.png"], "--mask: there is no picture to change; name one with --image"),
-        (["--prompt", "a", "--strength", "0.5"], "--strength: there is no picture to change"),
+        (["--prompt", "a", "--mask", "text.png"], "--mask: there is no image to change; name one with --image"),
+        (["--prompt", "a", "--strength", "0.5"], "--strength: there is no image to change"),
         (["--prompt", "a", "--image", "scene.png", "--strength", "1.1"], "--strength: 1.1 is not between 0 and 1"),
         (["--prompt", "a", "--image", "nowhere.png"], "--image nowhere.png: No such file"),
         (["--prompt", "a", "--image", "text.png"], "--image text.png: not an image"),
@@ -270,13 +270,13 @@ def test_too_many_at_once_for_the_gpu_is_one_line_that_names_a_batch(there, caps
 
     monkeypatch.setattr(DiTTextToImagePipeline, "__call__", full)
     assert generate("--prompt", "a", "--num_images_per_prompt", "6") == 1
-    assert capsys.readouterr().err == "dit: the memory does not hold 6 pictures at once; try --batch_size 3\n"
+    assert capsys.readouterr().err == "dit: the memory does not hold 6 images at once; try a batch_size of 3\n"
 
 
 def test_a_picture_that_no_memory_holds_is_one_line_on_a_cpu_too(there, capsys, monkeypatch):
     monkeypatch.setattr(DiTTextToImagePipeline, "__call__", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
     assert generate("--prompt", "a") == 1
-    assert capsys.readouterr().err == "dit: the memory does not hold this picture; a smaller --height and --width may fit\n"
+    assert capsys.readouterr().err == "dit: the memory does not hold this image; a smaller height and width may fit\n"
 
 
 def test_what_is_said_comes_after_the_progress_bar(there, capsys):
@@ -311,8 +311,8 @@ def test_sixteen_bits_are_scaled_and_not_cut(there):
     """Pillow alone makes white of all from 256 on, of 65,535."""
     grey = np.linspace(0, 65_535, 64).astype(np.uint16)[None].repeat(64, 0)
     Image.fromarray(grey).save("deep.png")
-    image, mask = read_pictures(Path("deep.png"), Path("deep.png"), None)
-    for picture in (image.picture.convert("L"), mask.picture, open_rgb(Path("deep.png").read_bytes()).convert("L")):
+    image, mask = read_images(Path("deep.png"), Path("deep.png"), None)
+    for picture in (image.image.convert("L"), mask.image, open_rgb(Path("deep.png").read_bytes()).convert("L")):
         assert np.abs(np.asarray(picture).astype(int) - grey / 257).max() <= 1
 
 
@@ -337,16 +337,16 @@ def test_the_help_is_fast_and_shows_flags_defaults_and_examples(there):
     assert done.stdout == "generated-0.png\ngenerated-1.png\n"
     first, *bars = done.stderr.strip().replace("\r", "\n").split("\n")
     assert first.startswith("dit: the prompt is longer than 77 tokens")
-    assert all(bar.startswith("drawing 2 pictures:") for bar in bars if bar) and "6/6" in bars[-1]
+    assert all(bar.startswith("generate 2 images:") for bar in bars if bar) and "6/6" in bars[-1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--height", "128"], "dit: the model was trained on 64 x 64 pixels; at 64 x 128 things may come out twice"),
-        (["--image", "wide.png"], "dit: the picture to start from has 96 x 64 pixels; its middle is taken, at 64 x 64"),
-        (["--image", "large.png"], "dit: the picture to start from has 128 x 128 pixels; it is resized to 64 x 64"),
-        (["--image", "same.png", "--mask", "black.png"], "dit: the mask is white nowhere, so that nothing is drawn"),
+        (["--image", "wide.png"], "dit: the image to start from has 96 x 64 pixels; its middle is taken, at 64 x 64"),
+        (["--image", "large.png"], "dit: the image to start from has 128 x 128 pixels; it is resized to 64 x 64"),
+        (["--image", "same.png", "--mask", "black.png"], "dit: the mask is white nowhere, so that nothing changes"),
         (
             ["--negative_prompt", "a blue star", "--guidance_scale", "1"],
             "dit: --negative_prompt changes nothing where --guidance_scale is 1",

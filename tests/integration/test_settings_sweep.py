@@ -82,7 +82,7 @@ def test_sweep_times_settings_in_turns(project, monkeypatch):
         sampled.append((len(prompts), steps))
         return [Image.new("RGB", (64, 64))] * len(prompts)
 
-    monkeypatch.setattr("dit.commands.sampler_sweep.draw_batch", sample)
+    monkeypatch.setattr("dit.commands.sampler_sweep.generate_prompts", sample)
     monkeypatch.setattr("dit.commands.sampler_sweep.time", SimpleNamespace(perf_counter=lambda: now[0]))
     settings = [Setting("euler", 20, 1.0), Setting("euler", 10, 1.0)]
     table = run(project, settings, replace(PARAMS, sample=replace(PARAMS.sample, batch_size=4)), count=11)
@@ -97,7 +97,7 @@ def test_sweep_makes_batches_of_one_size(project, monkeypatch):
         sizes.append(len(prompts))
         return [Image.new("RGB", (64, 64))] * len(prompts)
 
-    monkeypatch.setattr("dit.commands.sampler_sweep.draw_batch", sample)
+    monkeypatch.setattr("dit.commands.sampler_sweep.generate_prompts", sample)
     run(project, [Setting("euler", 1, 1.0)], replace(PARAMS, sample=replace(PARAMS.sample, batch_size=8)), count=10)
     assert sizes == [5, 5, 5]  # of which the first is for warming up
 

@@ -57,8 +57,8 @@ def test_inspect_says_what_is_no_picture_of_ours(there, capsys):
     Path("text").write_text("no picture")
     for name, says in (
         ("plain.png", "nothing is written in it"),
-        ("text.png", "not a picture"),
-        ("text", "not a picture"),
+        ("text.png", "not an image"),
+        ("text", "not an image"),
         ("none.png", "no such file"),
     ):
         assert cli.main(["inspect", name]) == 1

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dit.config import load_config
 from dit.dataset.reader import read_metadata
+from dit.pipeline import sampling
 from dit.pipeline.generate import load_pipeline
 from dit.pipeline.sampling import (
     MOMENTS,
@@ -20,7 +21,7 @@ from dit.pipeline.sampling import (
     Prompt,
     choose_prompts,
     denoising_strip,
-    draw_batch,
+    generate_prompts,
     sample,
     sampling_flops,
     settings_grid,
@@ -89,36 +90,37 @@ def test_every_prompt_becomes_a_picture_and_grids_show_them(folder):
     pipeline = load_pipeline(folder / "dit", SETTINGS.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     last = prompts[-1]  # alone, and not in a batch of others
-    (alone,) = draw_batch(pipeline, [last], SETTINGS.num_inference_steps, SETTINGS.guidance_scale)
+    (alone,) = generate_prompts(pipeline, [last], SETTINGS.num_inference_steps, SETTINGS.guidance_scale)
     stored = Image.open(folder / "images" / last.file)
     difference = np.abs(np.asarray(alone).astype(int) - np.asarray(stored))
     assert difference.mean() < 1 and difference.max() <= 8  # bf16 rounds by the batch
 
 
-def test_the_grid_of_settings_has_a_row_for_each_scale_and_a_column_for_each_number_of_steps(pipeline):
+def test_settings_grid_has_a_row_per_scale_and_a_column_per_steps(pipeline, monkeypatch):
     asked = []
 
     def count(pipeline, prompts, steps, scale):
         asked.append((scale, steps))
-        return draw_batch(pipeline, prompts, steps, scale)
+        return generate_prompts(pipeline, prompts, steps, scale)
 
+    monkeypatch.setattr(sampling, "generate_prompts", count)
     prompts = [Prompt("", "a red circle", 1, "own"), Prompt("", "a blue star", 2, "own")]
-    sheet = settings_grid(pipeline, prompts, (1.0, 4.0), (1, 2, 3), count)
+    sheet = settings_grid(pipeline, prompts, (1.0, 4.0), (1, 2, 3))
     assert asked == [(1.0, 1), (1.0, 2), (1.0, 3), (4.0, 1), (4.0, 2), (4.0, 3)]
     assert sheet.width > sheet.height
 
 
-def test_the_strip_ends_with_the_picture_itself(pipeline):
+def test_denoising_strip_ends_with_the_image(pipeline):
     prompts = [Prompt("", "a red circle", 1, "own"), Prompt("", "a blue star", 2, "own")]
     strip = np.asarray(denoising_strip(pipeline, prompts, 20, 1.5)).astype(int)
-    assert strip.shape[1] == 8 + MOMENTS * (128 + 8)  # pictures of 128 pixels, 8 apart
-    final = draw_batch(pipeline, prompts[:1], 20, 1.5)[0].resize((128, 128), Image.Resampling.LANCZOS)
+    assert strip.shape[1] == 8 + MOMENTS * (128 + 8)  # images of 128 pixels, 8 apart
+    final = next(generate_prompts(pipeline, prompts[:1], 20, 1.5)).resize((128, 128), Image.Resampling.LANCZOS)
     last = strip[8 : 8 + 128, -8 - 128 : -8]
     assert np.abs(last - np.asarray(final)).mean() < 2
     assert np.abs(strip[8 : 8 + 128, 8 : 8 + 128] - last).mean() > 10  # and does not begin with it
 
 
-def test_the_operations_of_a_picture_are_those_that_torch_counts(pipeline):
+def test_sampling_flops_equal_torch_counter(pipeline):
     from torch.utils.flop_counter import FlopCounterMode
 
     transformer = pipeline.transformer

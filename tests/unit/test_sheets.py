@@ -12,6 +12,7 @@ from dit.config import GRID_PROMPTS, load_config
 from dit.dataset.reader import Entry
 from dit.evaluation.figures import plot_nearest, plot_worst
 from dit.evaluation.memorization import Nearest
+from dit.pipeline import sampling
 from dit.pipeline.sampling import COLUMNS, MOMENTS, SHOWN, TIMES, settings_grid
 from dit.report.report import WIDEST
 from dit.utils.images import grid, labelled_grid, wrap
@@ -44,7 +45,9 @@ def enlarged(images: list[Image.Image], labels: list[str], columns: int, cell: i
 
 def settings(images: list[Image.Image]) -> Image.Image:
     """The grid of settings in which each cell shows `images`."""
-    return settings_grid(None, images, SAMPLE.grid_guidance_scales, SAMPLE.grid_steps, lambda *_: images)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "generate_prompts", lambda *_: images)
+        return settings_grid(None, images, SAMPLE.grid_guidance_scales, SAMPLE.grid_steps)
 
 
 def worst(folder: Path, images: list[Image.Image]) -> Image.Image:
