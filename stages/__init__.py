@@ -28,12 +28,14 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], par
             from stages.processes import run_processes  # imports torch, which the download stage need not wait for
 
             run_processes([sys.executable, "-m", f"stages.{name}", *sys.argv[1:]], params.runtime.num_processes)
+        elif is_worker:
+            from stages.processes import end_with_launcher, leave_processes
+
+            end_with_launcher()
+            main(params)
+            leave_processes()
         else:
             main(params)
-            if is_worker:
-                from stages.processes import leave_processes
-
-                leave_processes()
     except BaseException as error:
         lost = [] if is_worker else lost_outs(name)
         if not is_worker:

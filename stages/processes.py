@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import threading
+import time
 import uuid
 from pathlib import Path
 
+import psutil
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -26,6 +29,22 @@ class ProcessesStopped(ProcessFailed):
     """The processes were asked to stop and have said what they saved."""
 
     resumes = True
+
+
+def end_with_launcher() -> None:
+    """End this process as soon as the launcher that started it is gone, even if that was killed.
+
+    torch's launcher starts each process in a session of its own, so that a signal to the launcher's group does not reach it: after
+    `kill -9` it would go on training, and hold the lock on the checkpoints.
+    """
+    launcher = psutil.Process(os.getppid())
+
+    def watch() -> None:
+        while os.getppid() == launcher.pid and launcher.is_running():
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def leave_processes() -> None:
