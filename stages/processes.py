@@ -34,8 +34,8 @@ class ProcessesStopped(ProcessFailed):
 def end_with_launcher() -> None:
     """End this process as soon as the launcher that started it is gone, even if that was killed.
 
-    torch's launcher starts each process in a session of its own, so that a signal to the launcher's group does not reach it: after
-    `kill -9` it would go on training, and hold the lock on the checkpoints.
+    torch's launcher starts each process in a session of its own, so that a signal to the launcher's group does not reach it:
+    after `kill -9` it would keep training, and hold the lock on the checkpoints.
     """
     launcher = psutil.Process(os.getppid())
 
