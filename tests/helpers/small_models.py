@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from dit.config import Model
 from dit.encoders.loading import EncoderSource
-from dit.model.transformer import DiT
+from dit.model.transformer import OLD_BLOCK_MODULES, OLD_CONFIG, OLD_MODULES, DiT
 from dit.training.export import save_model
 from helpers.cache import write_cache
 from helpers.training import OPTIM, TRAIN
@@ -28,3 +30,21 @@ def save(folder: Path, **train) -> None:
     model = Model(patch_size=2, hidden_size=32, num_layers=2, num_heads=2)
     cache.index["clip"] = cache.index["vae"] = EncoderSource("builtin").to_dict()
     save_model(folder / "dit", random_transformer(), cache, model, OPTIM, replace(TRAIN, **train))
+
+
+def rename_as_version_0_1(folder: Path) -> None:
+    """Give the settings and the weights of the `DiT` in `folder` the names that they had in version 0.1."""
+    path, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
+    config = json.loads(path.read_text())
+    for old, new in OLD_CONFIG.items():
+        config[old] = config.pop(new)
+    path.write_text(json.dumps(config))
+    save_file({_old_name(name): value for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+
+
+def _old_name(name: str) -> str:
+    old_names = {new: old for modules in (OLD_MODULES, OLD_BLOCK_MODULES) for old, new in modules.items()}
+    for new in sorted(old_names, key=len, reverse=True):
+        if f".{new}." in f".{name}" and (name.startswith("blocks") == (new in OLD_BLOCK_MODULES.values())):
+            return f".{name}".replace(f".{new}.", f".{old_names[new]}.", 1)[1:]
+    return name

@@ -23,23 +23,24 @@ from dit.config import DEFAULTS
 from dit.pipeline.pipeline import DiTTextToImagePipeline
 from dit.utils.files import sha256_file
 from helpers import REPO
+from helpers.small_models import rename_as_version_0_1
 
 PROMPT = "a red circle above a blue star"
-FIGURES = {
+METRICS = {
     "prompt_accuracy": 0.9,
     "prompt_accuracy_low": 0.85,
     "prompt_accuracy_high": 0.94,
     "prompt_accuracy_prompts": 200,
     "clip_score": 78.8,
-    "nested": {"not": "a figure"},
+    "nested": {"not": "a metric"},
 }
 LOAD = """
 import json, sys
 import numpy, torch
-from dit.pipeline.pipeline import DiTTextToImagePipeline
+from dit import DiTTextToImagePipeline
 pipeline = DiTTextToImagePipeline.from_pretrained(sys.argv[1])
-picture = pipeline(sys.argv[2], num_inference_steps=3, generator=torch.Generator().manual_seed(5)).images[0]
-print(json.dumps({"scheduler": type(pipeline.scheduler).__name__, "pixels": numpy.asarray(picture).tolist()}))
+image = pipeline(sys.argv[2], num_inference_steps=3, generator=torch.Generator().manual_seed(5)).images[0]
+print(json.dumps({"scheduler": type(pipeline.scheduler).__name__, "pixels": numpy.asarray(image).tolist()}))
 """
 COPYING = """
 import shutil, sys
@@ -50,13 +51,13 @@ shutil.copy(*sys.argv[1:])
 # A pipeline of two stages that cost nothing, with the names and the files of the real one.
 STAGES = {
     "sample": {
-        "cmd": "python copying.py drawn samples/images",
+        "cmd": "python copying.py generated samples/images",
         "deps": ["models/dit", "code.py"],
         "params": ["sample"],
         "outs": ["samples/images"],
     },
     "evaluate": {
-        "cmd": "python copying.py figures.json metrics/evaluate.json",
+        "cmd": "python copying.py evaluation-of-the-stage.json metrics/evaluate.json",
         "deps": ["models/dit", "samples/images"],
         "params": ["evaluate"],
         "metrics": [{"metrics/evaluate.json": {"cache": False}}],
@@ -84,8 +85,8 @@ def evaluated(there) -> Path:
     shutil.copy(REPO / "params.yaml", there)
     Path("copying.py").write_text(COPYING)
     Path("code.py").write_text("")
-    Path("drawn").write_text("pictures")
-    Path("figures.json").write_text(json.dumps(FIGURES))
+    Path("generated").write_text("images")
+    Path("evaluation-of-the-stage.json").write_text(json.dumps(METRICS))
     Path("dvc.yaml").write_text(yaml.safe_dump({"stages": STAGES}))
     dvc("init", "--no-scm", "--quiet")
     dvc("repro", "--quiet")
@@ -94,23 +95,23 @@ def evaluated(there) -> Path:
     return there
 
 
-def draw(folder: Path, **changes) -> tuple[DiTTextToImagePipeline, np.ndarray]:
+def generate(folder: Path, **changes) -> tuple[DiTTextToImagePipeline, np.ndarray]:
     pipeline = DiTTextToImagePipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    picture = pipeline(PROMPT, num_inference_steps=3, generator=torch.Generator().manual_seed(5), **changes).images[0]
-    return pipeline, np.asarray(picture)
+    image = pipeline(PROMPT, num_inference_steps=3, generator=torch.Generator().manual_seed(5), **changes).images[0]
+    return pipeline, np.asarray(image)
 
 
 def hashes(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_an_export_draws_the_same_pixels_elsewhere(there, tmp_path_factory, capsys):
+def test_export_generates_the_same_elsewhere(there, tmp_path_factory, capsys):
     assert cli.main(["export", "shared/my-model"]) == 0
     printed = capsys.readouterr().out
     assert 'DiTTextToImagePipeline.from_pretrained("shared/my-model")' in printed
     assert "README.md is without an evaluation: there is no metrics/evaluate.json" in printed
-    _, drawn = draw(Path("models/dit"))
+    _, generated = generate(Path("models/dit"))
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     shutil.move("shared/my-model", elsewhere / "model")
     shutil.rmtree("models")
@@ -120,10 +121,10 @@ def test_an_export_draws_the_same_pixels_elsewhere(there, tmp_path_factory, caps
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["scheduler"] == "FlowMatchEulerDiscreteScheduler" and np.array_equal(result["pixels"], drawn)
+    assert result["scheduler"] == "FlowMatchEulerDiscreteScheduler" and np.array_equal(result["pixels"], generated)
 
 
-def test_it_is_whole_and_the_same_each_time_and_names_no_path(there):
+def test_export_is_reproducible_and_names_no_path(there):
     assert cli.main(["export", "a"]) == 0
     shutil.move("models/dit", "moved")
     assert cli.main(["export", "elsewhere/b", "--checkpoint", "moved"]) == 0
@@ -134,16 +135,16 @@ def test_it_is_whole_and_the_same_each_time_and_names_no_path(there):
         path.name for path in Path("a").iterdir() if path.is_dir()
     }
     for path in (path for path in Path("a").rglob("*") if path.is_file()):
-        assert path.stat().st_mode & 0o777 == Path("a/README.md").stat().st_mode & 0o777, path  # for whom the umask says
+        assert path.stat().st_mode & 0o777 == Path("a/README.md").stat().st_mode & 0o777, path  # as the umask says
         if path.suffix != ".safetensors":
             for found in (str(there), str(REPO), "models/dit", "_name_or_path"):
                 assert found not in path.read_text(encoding="utf-8"), path
     assert sorted(path.name for path in there.iterdir()) == ["a", "elsewhere", "models", "moved"]
 
 
-def test_a_scheduler_that_is_asked_for_is_saved_and_draws(there):
+def test_export_scheduler(there):
     assert cli.main(["export", "a"]) == 0 and cli.main(["export", "b", "--scheduler", "euler"]) == 0
-    (first, stochastic), (second, plain) = draw(Path("a")), draw(Path("b"))
+    (first, stochastic), (second, plain) = generate(Path("a")), generate(Path("b"))
     assert first.scheduler.config.stochastic_sampling and not second.scheduler.config.stochastic_sampling
     first.scheduler = second.scheduler
     generator = torch.Generator().manual_seed(5)
@@ -151,14 +152,14 @@ def test_a_scheduler_that_is_asked_for_is_saved_and_draws(there):
     assert np.array_equal(again, plain) and not np.array_equal(plain, stochastic)
 
 
-def test_generate_draws_with_an_export_as_with_the_model(there):
+def test_generate_with_export_equals_model(there):
     assert cli.main(["export", "a"]) == 0
     command = ["generate", "--prompt", PROMPT, "--num_inference_steps", "3"]
     assert cli.main(command) == 0 and cli.main([*command, "--checkpoint", "a", "--output", "b.png"]) == 0
     assert sha256_file(Path("generated.png")) == sha256_file(Path("b.png"))  # the hash of the model is in it, and is the same
 
 
-def test_generate_takes_the_scheduler_that_is_saved_and_notes_its_name(there):
+def test_generate_records_scheduler_of_export(there):
     assert cli.main(["export", "a", "--scheduler", "euler"]) == 0
     command = ["generate", "--prompt", PROMPT, "--num_inference_steps", "3", "--checkpoint"]
     assert cli.main([*command, "a"]) == 0 and read_facts(Path("generated.png"))["scheduler"] == "euler"
@@ -168,8 +169,8 @@ def test_generate_takes_the_scheduler_that_is_saved_and_notes_its_name(there):
     assert read_facts(Path("c.png"))["scheduler"] == DEFAULTS.scheduler
 
 
-def test_the_card_says_how_to_load_it_and_what_the_evaluation_found(evaluated, capsys):
-    # Neither an edited file nor an empty cache makes them the figures of another model.
+def test_export_card(evaluated, capsys):
+    # Neither an edited file nor an empty cache makes them the metrics of another model.
     Path("code.py").write_text("# edited")
     shutil.rmtree(".dvc/cache")
     assert cli.main(["export", "a"]) == 0
@@ -193,7 +194,7 @@ def test_the_card_says_how_to_load_it_and_what_the_evaluation_found(evaluated, c
     assert hashes(Path("a")) == hashes(Path("b"))  # an export of an export
 
 
-def test_figures_of_another_model_or_of_other_settings_are_left_out(evaluated, capsys):
+def test_export_omits_metrics_of_other_models(evaluated, capsys):
     def missing(*arguments: str) -> str:
         assert cli.main(["export", "a", *arguments]) == 0
         card = Path("a/README.md").read_text()
@@ -210,16 +211,16 @@ def test_figures_of_another_model_or_of_other_settings_are_left_out(evaluated, c
     Path("params.yaml").write_text(params.replace("  seed: 42", "  seed: 43"))
     assert missing() == "metrics/evaluate.json is older than params.yaml; `dvc repro` evaluates anew"
     Path("params.yaml").write_text(params)
-    Path("metrics/evaluate.json").write_text(json.dumps(FIGURES | {"prompt_accuracy": 1.0}))
+    Path("metrics/evaluate.json").write_text(json.dumps(METRICS | {"prompt_accuracy": 1.0}))
     assert "older than metrics/evaluate.json" in missing()
-    Path("metrics/evaluate.json").write_text(json.dumps(FIGURES))
+    Path("metrics/evaluate.json").write_text(json.dumps(METRICS))
     shutil.copy(weights, "models/dit/transformer")  # trained anew, and not evaluated since
     assert "older than models/dit" in missing()
     shutil.rmtree(".dvc")
     assert missing() == "DVC does not know what metrics/evaluate.json is of"
 
 
-def test_an_earlier_export_is_replaced_and_nothing_else_ever(there, capsys):
+def test_export_replaces_only_exports(there, capsys):
     assert cli.main(["export", "a"]) == 0
     before = hashes(Path("a"))
     Path("a/vae/config.json").unlink()
@@ -229,7 +230,7 @@ def test_an_earlier_export_is_replaced_and_nothing_else_ever(there, capsys):
     capsys.readouterr()
     Path("a/.git").mkdir()
     Path("file").write_text("")
-    for place, says in (
+    for place, message in (
         ("a", "holds .git, which no export wrote"),
         ("file", "is a file"),
         ("models", "exists and is no earlier export"),
@@ -238,7 +239,7 @@ def test_an_earlier_export_is_replaced_and_nothing_else_ever(there, capsys):
     ):
         assert cli.main(["export", place]) == 1
         error = capsys.readouterr().err
-        assert error.startswith(f"dit: {place}: ") and says in error and error.count("\n") == 1
+        assert error.startswith(f"dit: {place}: ") and message in error and error.count("\n") == 1
     assert cli.main(["export", "b", "--checkpoint", "nowhere"]) == 1
     assert "nowhere: no such folder" in capsys.readouterr().err
     for place in (".", "..", str(there)):
@@ -248,7 +249,7 @@ def test_an_earlier_export_is_replaced_and_nothing_else_ever(there, capsys):
     assert hashes(Path("a")) == before and hashes(Path("models/dit"))
 
 
-def test_what_lies_beside_an_export_stays_and_may_be_what_is_exported(there):
+def test_export_keeps_its_neighbours(there):
     assert cli.main(["export", "a.old"]) == 0
     for name in ("a.part", ".a-notes"):
         Path(name).mkdir()
@@ -260,7 +261,7 @@ def test_what_lies_beside_an_export_stays_and_may_be_what_is_exported(there):
     assert sorted(path.name for path in there.iterdir()) == [".a-notes", "a", "a.old", "a.part", "models"]
 
 
-def test_an_export_of_an_export_names_its_own_scheduler(there):
+def test_export_of_export_names_its_scheduler(there):
     assert cli.main(["export", "a"]) == 0
     assert cli.main(["export", "b", "--checkpoint", "a", "--scheduler", "dpm++"]) == 0
     cards = [Path(name, "README.md").read_text() for name in ("a", "b")]
@@ -282,6 +283,24 @@ def test_export_of_a_model_of_version_0_1_has_a_plain_card(there):
     assert cli.main(["export", "a"]) == 0
     card = ModelCard.load(Path("a/README.md"))
     assert card.data.license == "apache-2.0" and "dit generate --checkpoint" in card.text
+
+
+def test_export_of_version_0_1_loads(there):
+    """Its model_index.json names dit.model, too; the settings and the weights had other names."""
+    assert cli.main(["export", "old"]) == 0
+    _, expected = generate(Path("old"))
+    rename_as_version_0_1(Path("old/transformer"))
+    for name in ("training.json", "README.md"):
+        Path("old", name).unlink()
+    assert json.loads(Path("old/model_index.json").read_text())["transformer"] == ["dit.model", "DiT"]
+    assert np.array_equal(generate(Path("old"))[1], expected)
+
+
+def test_import_dit_loads_no_torch():
+    code = "import sys, dit, dit.pipeline.model_folder; assert 'torch' not in sys.modules; dit.DiT; assert 'torch' in sys.modules"
+    env = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def without_a_weight(path: Path) -> None:
@@ -310,7 +329,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_an_export_that_something_is_missing_from_draws_nothing_and_is_one_line(there, capsys, damage):
+def test_generate_refuses_damaged_export(there, capsys, damage):
     assert cli.main(["export", "a"]) == 0
     DAMAGE[damage](Path("a"))
     capsys.readouterr()
@@ -320,7 +339,7 @@ def test_an_export_that_something_is_missing_from_draws_nothing_and_is_one_line(
     assert not list(there.glob("*.png")) and torch.get_default_dtype() == torch.float32
 
 
-def test_an_export_that_fails_leaves_the_earlier_one(there, monkeypatch, capsys):
+def test_export_failure_keeps_the_earlier_one(there, monkeypatch, capsys):
     assert cli.main(["export", "a"]) == 0
     before = hashes(Path("a"))
 

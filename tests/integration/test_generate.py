@@ -1,4 +1,4 @@
-"""`dit generate` draws what it is told, says in each file how, and says in one line what cannot be."""
+"""`dit generate`: its images, the settings in their files, its warnings, and its errors in one line."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def pixels(path: str | Path) -> np.ndarray:
 
 @pytest.fixture
 def scene(there) -> Path:
-    """A picture to start from."""
+    """An image to start from."""
     rng = np.random.default_rng(0)
     render(sample_scene(sample_description(rng), rng)).save(there / "scene.png")
     return there / "scene.png"
 
 
-def test_the_same_command_gives_the_same_file_that_says_how_it_was_drawn(there, model, capsys):
+def test_generate_is_reproducible_and_records_settings(there, model, capsys):
     command = ["--prompt", "a red circle", "--negative_prompt", "a blue star", "--seed", "7", "--scheduler", "euler"]
     assert generate(*command, "--output", "new/a.png") == 0
     assert capsys.readouterr().out == "new/a.png\n"
@@ -93,7 +93,7 @@ def test_the_same_command_gives_the_same_file_that_says_how_it_was_drawn(there, 
         ["--num_inference_steps", "5"],
     ],
 )
-def test_every_setting_reaches_the_picture_and_its_text(there, setting):
+def test_generate_setting_reaches_image_and_text(there, setting):
     base = ["--prompt", "a red circle", "--scheduler", "euler"]
     assert generate(*base, "--output", "a.png") == 0 and generate(*base, *setting, "--output", "b.png") == 0
     assert not np.array_equal(pixels("a.png"), pixels("b.png"))
@@ -101,16 +101,16 @@ def test_every_setting_reaches_the_picture_and_its_text(there, setting):
     assert read_facts(Path("b.png"))[name] == value != read_facts(Path("a.png")).get(name)
 
 
-def test_it_draws_what_the_pipeline_draws(there, model):
+def test_generate_equals_pipeline(there, model):
     command = ["--prompt", "a red circle", "--seed", "3", "--height", "32", "--width", "96"]
     assert generate(*command) == 0
-    drawn = load_pipeline(model, DEFAULTS.scheduler)(
+    generated = load_pipeline(model, DEFAULTS.scheduler)(
         "a red circle", height=32, width=96, num_inference_steps=3, generator=[torch.Generator().manual_seed(3)]
     ).images[0]
-    assert drawn.size == (96, 32) and np.array_equal(pixels("generated.png"), np.asarray(drawn))
+    assert generated.size == (96, 32) and np.array_equal(pixels("generated.png"), np.asarray(generated))
 
 
-def test_a_picture_of_several_is_the_one_that_its_seed_gives_whatever_the_batch(there, capsys):
+def test_generate_several_prompts_in_batches(there, capsys):
     Path("prompts.txt").write_text("\ufeffein Würfel, 日本\r\n\n  a blue star \n", encoding="utf-8")
     several = ["--prompt", "a red circle", "--prompts-file", "prompts.txt", "--num_images_per_prompt", "2", "--seed", "5"]
     assert generate(*several, "--output", "p/x.png", "--batch_size", "4") == 0
@@ -125,7 +125,7 @@ def test_a_picture_of_several_is_the_one_that_its_seed_gives_whatever_the_batch(
     assert read_facts(Path("generated.png")) == facts[5]
 
 
-def test_a_grid_is_one_sheet_with_all_prompts_and_seeds(there, capsys):
+def test_generate_grid(there, capsys):
     assert generate("--prompt", "a red circle", "--prompt", "a blue star", "--grid", "--output", "sheet.png") == 0
     assert capsys.readouterr().out == "sheet.png\n" and [path.name for path in there.glob("*.png")] == ["sheet.png"]
     facts = read_facts(Path("sheet.png"))
@@ -136,7 +136,7 @@ def test_a_grid_is_one_sheet_with_all_prompts_and_seeds(there, capsys):
     assert np.abs(np.asarray(twice) - right).mean() < 1 < np.abs(pixels("sheet.png")[8:136, 8:136] - right).mean()
 
 
-def test_a_picture_is_changed_by_its_strength(there, scene):
+def test_generate_strength(there, scene):
     change = ["--prompt", "a red circle", "--image", str(scene), "--num_inference_steps", "10", "--strength"]
     distances = []
     for strength in ("0", "0.6", "1"):
@@ -148,7 +148,7 @@ def test_a_picture_is_changed_by_its_strength(there, scene):
     assert str(scene) not in str(facts)
 
 
-def test_outside_the_mask_a_picture_stays_as_it_is(there, scene):
+def test_generate_mask(there, scene):
     white = np.zeros((64, 64), np.uint8)
     white[16:40, 16:48] = 255
     Image.fromarray(white).save("mask.png")
@@ -159,11 +159,11 @@ def test_outside_the_mask_a_picture_stays_as_it_is(there, scene):
     assert facts["mask"] == f"sha256:{sha256_file(Path('mask.png'))}" and facts["strength"] == "1.0"
 
 
-def test_what_of_a_prompt_is_not_read_is_said_once(there, capsys):
+def test_generate_warns_of_prompts_once(there, capsys):
     long = "a red circle " * 40 + "and the end"
     prompts = ["--prompt", long, "--prompt", long, "--prompt", "a Giraffe, giraffe, naïve circles", "--prompt", "a red circle."]
     assert generate(*prompts, "--batch_size", "1") == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and not line.startswith("generate ")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "generate" not in line]
     assert lines[0].startswith("dit: the prompt is longer than 77 tokens; not read: 'a red circle") and "and the end'" in lines[0]
     assert lines[1:] == [
         "dit: the text encoder does not know 'giraffe', 'naïve', 'circles', in 'a Giraffe, giraffe, naïve circles'; "
@@ -171,19 +171,19 @@ def test_what_of_a_prompt_is_not_read_is_said_once(there, capsys):
     ]
 
 
-def test_a_picture_of_which_the_vae_keeps_little_is_named(there, scene, capsys):
+def test_generate_warns_of_poor_reconstruction(there, scene, capsys):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save("noise.png")
-    says = {}
+    warnings = {}
     for name in ("scene.png", "noise.png"):
         assert generate("--prompt", "a red circle", "--image", name) == 0
-        says[name] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dit:")]
-    assert says["scene.png"] == []
-    (line,) = says["noise.png"]
+        warnings[name] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dit:")]
+    assert warnings["scene.png"] == []
+    (line,) = warnings["noise.png"]
     assert re.fullmatch(r"dit: the VAE of this model keeps little of this image \(1?\d dB\): it comes out changed", line)
 
 
-def test_a_text_encoder_with_a_large_vocabulary_knows_words_by_their_pieces(model):
+def test_unknown_words_of_large_vocabulary(model):
     tokenizer = DiTTextToImagePipeline.from_pretrained(model).tokenizer
     assert unknown_words(tokenizer, "a giraffe") == ["giraffe"]
     tokenizer.add_tokens([f"word{k}" for k in range(10_000)])
@@ -191,9 +191,9 @@ def test_a_text_encoder_with_a_large_vocabulary_knows_words_by_their_pieces(mode
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
-        ([], "no prompt; for instance"),
+        ([], "no prompt; for instance: dit generate"),
         (["--prompt", " "], "--prompt: one is empty"),
         (["--prompt", os.fsdecode(b"caf\xe9")], "--prompt 'caf\\udce9': not UTF-8; set the terminal to UTF-8"),
         (["--prompt", "a", "--negative_prompt", os.fsdecode(b"\xe9")], "--negative_prompt '\\udce9': not UTF-8"),
@@ -228,11 +228,11 @@ def test_a_text_encoder_with_a_large_vocabulary_knows_words_by_their_pieces(mode
         (["--prompt", "a", "--checkpoint", "model.ckpt"], "model.ckpt: a pickle, which may hold code"),
     ],
 )
-def test_what_cannot_be_is_one_line_before_anything_is_loaded(there, scene, capsys, monkeypatch, arguments, says):
+def test_generate_refuses_before_loading(there, scene, capsys, monkeypatch, arguments, message):
     Path("blank.txt").write_text(" \n\n")
     Path("latin.txt").write_bytes("Würfel".encode("latin-1"))
-    Path("text.png").write_text("no picture")
-    Path("text").write_text("no picture")
+    Path("text.png").write_text("no image")
+    Path("text").write_text("no image")
     Path("cut.png").write_bytes(scene.read_bytes()[:900])
     Image.new("L", (64, 32)).save("wide.png")
     Path("folder.png").mkdir()
@@ -243,28 +243,28 @@ def test_what_cannot_be_is_one_line_before_anything_is_loaded(there, scene, caps
     monkeypatch.setattr("dit.pipeline.generate.load_pipeline", lambda *_: pytest.fail("the model was loaded"))
     assert generate(*arguments) == 1
     printed = capsys.readouterr()
-    assert printed.err.startswith("dit: ") and says in printed.err and printed.err.count("\n") == 1 and not printed.out
+    assert printed.err.startswith("dit: ") and message in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--height", "60"], "height and width must be multiples of 16, not 60 x 64"),
         (["--scheduler", "ddim"], "scheduler: ddim is for train.objective ddpm"),
         (["--checkpoint", "larger"], "larger: not a trained model, or a damaged one"),
     ],
 )
-def test_what_does_not_fit_the_model_is_one_line_too(there, model, capsys, arguments, says):
+def test_generate_refuses_what_does_not_fit_the_model(there, model, capsys, arguments, message):
     shutil.copytree(model, "larger")
     config = json.loads(Path("larger/transformer/config.json").read_text())
     Path("larger/transformer/config.json").write_text(json.dumps(config | {"hidden_size": 64}))
     assert generate("--prompt", "a red circle", *arguments) == 1
     error = capsys.readouterr().err
-    assert error.startswith("dit: ") and says in error and error.count("\n") == 1
+    assert error.startswith("dit: ") and message in error and error.count("\n") == 1
     assert not list(there.glob("*.png*"))
 
 
-def test_too_many_at_once_for_the_gpu_is_one_line_that_names_a_batch(there, capsys, monkeypatch):
+def test_generate_out_of_gpu_memory(there, capsys, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -273,13 +273,13 @@ def test_too_many_at_once_for_the_gpu_is_one_line_that_names_a_batch(there, caps
     assert capsys.readouterr().err == "dit: the memory does not hold 6 images at once; try a batch_size of 3\n"
 
 
-def test_a_picture_that_no_memory_holds_is_one_line_on_a_cpu_too(there, capsys, monkeypatch):
+def test_generate_out_of_cpu_memory(there, capsys, monkeypatch):
     monkeypatch.setattr(DiTTextToImagePipeline, "__call__", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
     assert generate("--prompt", "a") == 1
     assert capsys.readouterr().err == "dit: the memory does not hold this image; a smaller height and width may fit\n"
 
 
-def test_what_is_said_comes_after_the_progress_bar(there, capsys):
+def test_generate_prints_after_the_progress_bar(there, capsys):
     """Errors, too: as a file that cannot be written, here since a folder is in its place."""
     Path("x-1.png").mkdir()
     assert generate("--prompt", "a", "--prompt", "b", "--prompt", "c", "--batch_size", "1", "--output", "x.png") == 1
@@ -291,15 +291,15 @@ def test_what_is_said_comes_after_the_progress_bar(there, capsys):
     assert "3/3" in bars and not after
 
 
-def test_ctrl_c_is_no_stack_trace_and_leaves_whole_pictures(there, capsys, monkeypatch):
+def test_generate_ctrl_c(there, capsys, monkeypatch):
     calls = []
-    drawing = DiTTextToImagePipeline.__call__
+    call = DiTTextToImagePipeline.__call__
 
     def impatient(self, *arguments, **settings):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return drawing(self, *arguments, **settings)
+        return call(self, *arguments, **settings)
 
     monkeypatch.setattr(DiTTextToImagePipeline, "__call__", impatient)
     assert generate("--prompt", "a", "--prompt", "a", "--batch_size", "1") == 130
@@ -307,17 +307,17 @@ def test_ctrl_c_is_no_stack_trace_and_leaves_whole_pictures(there, capsys, monke
     assert [path.name for path in there.glob("*.png*")] == ["generated-0.png"]
 
 
-def test_sixteen_bits_are_scaled_and_not_cut(there):
+def test_read_images_scales_sixteen_bits(there):
     """Pillow alone makes white of all from 256 on, of 65,535."""
     grey = np.linspace(0, 65_535, 64).astype(np.uint16)[None].repeat(64, 0)
     Image.fromarray(grey).save("deep.png")
     image, mask = read_images(Path("deep.png"), Path("deep.png"), None)
-    for picture in (image.image.convert("L"), mask.image, open_rgb(Path("deep.png").read_bytes()).convert("L")):
-        assert np.abs(np.asarray(picture).astype(int) - grey / 257).max() <= 1
+    for found in (image.image.convert("L"), mask.image, open_rgb(Path("deep.png").read_bytes()).convert("L")):
+        assert np.abs(np.asarray(found).astype(int) - grey / 257).max() <= 1
 
 
-def test_the_help_is_fast_and_shows_flags_defaults_and_examples(there):
-    """In processes of their own: the help, in which nothing has loaded torch, and a drawing, which prints no lines but ours."""
+def test_generate_help(there):
+    """In processes of their own: the help, which loads no torch, and two images, with no lines but ours."""
     code = (
         "import sys\nfrom dit import cli\ntry:\n    cli.main(['generate', '--help'])\n"
         "except SystemExit:\n    print(sorted({'torch', 'transformers', 'diffusers'} & set(sys.modules)))"
@@ -341,7 +341,7 @@ def test_the_help_is_fast_and_shows_flags_defaults_and_examples(there):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--height", "128"], "dit: the model was trained on 64 x 64 pixels; at 64 x 128 things may come out twice"),
         (["--image", "wide.png"], "dit: the image to start from has 96 x 64 pixels; its middle is taken, at 64 x 64"),
@@ -353,12 +353,12 @@ def test_the_help_is_fast_and_shows_flags_defaults_and_examples(there):
         ),
     ],
 )
-def test_what_may_not_be_meant_is_said_and_done(there, capsys, arguments, says):
+def test_generate_warns_of_inputs(there, capsys, arguments, message):
     for name, size in (("wide", (96, 64)), ("large", (128, 128)), ("same", (64, 64))):
         Image.new("RGB", size, "white").save(f"{name}.png")
     Image.new("L", (64, 64)).save("black.png")
     assert cli.main(["generate", "--prompt", "a red circle", *QUICK, *arguments]) == 0
-    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("dit:")] == [says]
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("dit:")] == [message]
     assert Path("generated.png").exists()
     if "--negative_prompt" in arguments:
         assert "negative_prompt" not in read_facts(Path("generated.png"))

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import AdaLayerNormZero
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit.model import transformer as model_file
 from dit.model.transformer import (
-    OLD_BLOCK_MODULES,
-    OLD_CONFIG,
-    OLD_MODULES,
     Block,
     CrossAttention,
     DiT,
@@ -29,6 +24,7 @@ from dit.model.transformer import (
     rope_freqs,
     sincos_pos_embed,
 )
+from helpers.small_models import rename_as_version_0_1
 
 
 def make(patch_size: int = 2, random: bool = True, **changes) -> DiT:
@@ -241,22 +237,10 @@ def test_dit_save_and_load(tmp_path):
 def test_dit_loads_weights_and_config_of_version_0_1(tmp_path):
     model = make()
     model.save_pretrained(tmp_path)
-    old_modules = {new: old for old, new in OLD_MODULES.items()} | {new: old for old, new in OLD_BLOCK_MODULES.items()}
-
-    def old_name(name: str) -> str:
-        for new in sorted(old_modules, key=len, reverse=True):
-            if f".{new}." in f".{name}" and (name.startswith("blocks") == (new in OLD_BLOCK_MODULES.values())):
-                return f".{name}".replace(f".{new}.", f".{old_modules[new]}.", 1)[1:]
-        return name
-
     weights = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
-    old = {old_name(name): value for name, value in weights.items()}
+    rename_as_version_0_1(tmp_path)
+    old = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     assert {"patch.weight", "unpatch.bias", "blocks.0.modulation.weight", "modulation.bias"} <= set(old)
-    save_file(old, tmp_path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    config = json.loads((tmp_path / "config.json").read_text())
-    for before, now in OLD_CONFIG.items():
-        config[before] = config.pop(now)
-    (tmp_path / "config.json").write_text(json.dumps(config))
     loaded, loading = DiT.from_pretrained(tmp_path, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())

@@ -1,13 +1,16 @@
-"""From text to pictures with the bundled encoders and a small random transformer."""
+"""From text to images with the bundled encoders and a small random transformer."""
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from PIL import Image
 
+import dit
 from dit.encoders.loading import EncoderSource
 from dit.errors import UserError
 from dit.pipeline.pipeline import DiTTextToImagePipeline
@@ -26,18 +29,18 @@ def pipeline(model) -> DiTTextToImagePipeline:
     return pipeline
 
 
-def draw(pipeline, prompts, seeds, **settings) -> list[np.ndarray]:
+def generate(pipeline, prompts, seeds, **settings) -> list[np.ndarray]:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return [np.asarray(image) for image in pipeline(prompts, generator=generators, num_inference_steps=4, **settings).images]
 
 
 @pytest.mark.parametrize("scheduler", ["euler", "stochastic"])
-def test_a_picture_depends_on_prompt_and_seed_and_not_on_its_neighbours(pipeline, scheduler, monkeypatch):
+def test_call_image_depends_on_prompt_and_seed_alone(pipeline, scheduler, monkeypatch):
     monkeypatch.setattr(pipeline, "scheduler", make_scheduler(scheduler, "flow_prediction"))
-    a, b, c = draw(pipeline, ["a red circle", "a red circle", "a blue star"], [1, 2, 1])
+    a, b, c = generate(pipeline, ["a red circle", "a red circle", "a blue star"], [1, 2, 1])
     assert a.shape == (64, 64, 3)
     assert not np.array_equal(a, b) and not np.array_equal(a, c)
-    (alone,) = draw(pipeline, ["a red circle"], [1])
+    (alone,) = generate(pipeline, ["a red circle"], [1])
     assert np.abs(alone.astype(int) - a).max() <= 1  # the last bit of a matrix product may depend on the batch
 
 
@@ -46,31 +49,33 @@ def random_latents(count: int, seed: int = 0) -> torch.Tensor:
 
 
 @torch.no_grad()
-def plain(pipeline, prompts, negatives, noise, levels, scale) -> torch.Tensor:
-    """Euler's method as it is written down: each picture by itself, both predictions one after the other, nothing kept."""
-    drawn = []
+def plain_euler(pipeline, prompts, negatives, noise, levels, scale) -> torch.Tensor:
+    """Euler's method as it is written down: each image by itself, both predictions one after the other, nothing kept."""
+    generated = []
     for prompt, negative, x in zip(prompts, negatives, noise.split(1), strict=True):
-        for t, following in zip(levels[:-1], levels[1:], strict=True):
+        for t, t_next in zip(levels[:-1], levels[1:], strict=True):
             both = []
             for text in (prompt, negative):
                 tokens, mask, pooled = pipeline.encode_prompt([text])
                 both.append(pipeline.transformer(x, t[None], tokens, mask, pooled))
-            x = x + (following - t) * (both[1] + scale * (both[0] - both[1]))
-        drawn.append(x)
-    return torch.cat(drawn)
+            x = x + (t_next - t) * (both[1] + scale * (both[0] - both[1]))
+        generated.append(x)
+    return torch.cat(generated)
 
 
-def test_keeping_the_text_and_guiding_in_one_batch_changes_no_picture(pipeline):
+def test_call_equals_plain_euler(pipeline):
     prompts, negatives, noise = ["a red circle", "a blue star above a large pink heart"], ["", "a green cross"], random_latents(2)
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
     set_timesteps(scheduler, 5)
-    drawn = pipeline(prompts, negatives, latents=noise, num_inference_steps=5, guidance_scale=3.0, output_type="latent").images
-    expected = plain(pipeline, prompts, negatives, noise, scheduler.sigmas, 3.0)
-    assert (drawn - expected).abs().max() < 1e-4
-    assert (drawn - noise).abs().max() > 0.1
+    generated = pipeline(
+        prompts, negatives, latents=noise, num_inference_steps=5, guidance_scale=3.0, output_type="latent"
+    ).images
+    expected = plain_euler(pipeline, prompts, negatives, noise, scheduler.sigmas, 3.0)
+    assert (generated - expected).abs().max() < 1e-4
+    assert (generated - noise).abs().max() > 0.1
 
 
-def test_every_text_is_encoded_once(pipeline, monkeypatch):
+def test_call_encodes_each_text_once(pipeline, monkeypatch):
     seen = []
     encode = pipeline.encode_prompt
     monkeypatch.setattr(pipeline, "encode_prompt", lambda texts: seen.append(texts) or encode(texts))
@@ -78,27 +83,27 @@ def test_every_text_is_encoded_once(pipeline, monkeypatch):
     assert seen == [["a red circle", "a blue star", ""]]
 
 
-def test_several_pictures_of_a_prompt_stand_side_by_side(pipeline):
+def test_call_num_images_per_prompt(pipeline):
     noise = random_latents(4)
-    drawn = pipeline(["a red circle", "a blue star"], num_images_per_prompt=2, latents=noise, num_inference_steps=2)
+    generated = pipeline(["a red circle", "a blue star"], num_images_per_prompt=2, latents=noise, num_inference_steps=2)
     apart = [pipeline(prompt, latents=noise[k : k + 1], num_inference_steps=2).images[0] for prompt, k in PLACES]
-    for a, b in zip(drawn.images, apart, strict=True):
+    for a, b in zip(generated.images, apart, strict=True):
         assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1
 
 
-def test_a_negative_prompt_is_what_the_picture_leans_away_from(pipeline):
+def test_call_negative_prompt(pipeline):
     settings = {"latents": random_latents(1), "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent"}
-    plain_one, empty, other = (
+    default, empty, other = (
         pipeline("a red circle", negative_prompt=negative, **settings).images for negative in (None, "", "a blue star")
     )
-    assert torch.equal(plain_one, empty) and not torch.equal(plain_one, other)
+    assert torch.equal(default, empty) and not torch.equal(default, other)
     same = pipeline("a red circle", negative_prompt="a red circle", **settings).images
     without, off = (pipeline("a red circle", **{**settings, "guidance_scale": scale}).images for scale in (1.0, 0.0))
     assert torch.equal(without, off)  # as diffusers' pipelines have it
     assert torch.allclose(same, without, atol=1e-4)
 
 
-def test_guidance_keeps_to_its_interval(pipeline):
+def test_call_guidance_interval(pipeline):
     settings = {"latents": random_latents(1), "num_inference_steps": 4, "output_type": "latent"}
     calls = []
     handle = pipeline.transformer.register_forward_pre_hook(lambda _, given: calls.append((len(given[0]), given[1][0].item())))
@@ -112,7 +117,7 @@ def test_guidance_keeps_to_its_interval(pipeline):
     assert not torch.equal(part, whole) and not torch.equal(part, none)
 
 
-def test_pictures_come_as_pil_numpy_torch_and_latents(pipeline):
+def test_call_output_types(pipeline):
     settings = {"latents": random_latents(2), "num_inference_steps": 2}
     prompts = ["a red circle", "a blue star"]
     kinds = ("pil", "np", "pt", "latent")
@@ -125,30 +130,40 @@ def test_pictures_come_as_pil_numpy_torch_and_latents(pipeline):
     assert [np.array_equal(a, b) for a, b in zip(images, pil, strict=True)] == [True, True]
 
 
-def test_a_callback_sees_every_step_may_change_the_latents_and_may_stop(pipeline):
+CALLBACK = {"num_inference_steps": 3, "output_type": "latent"}
+
+
+def test_callback_sees_every_step(pipeline):
     seen = []
 
     def watch(pipe, step, timestep, tensors):
         seen.append((step, float(timestep), tensors["latents"].clone()))
         return {}
 
-    settings = {"latents": random_latents(1), "num_inference_steps": 3, "output_type": "latent"}
-    drawn = pipeline("a red circle", callback_on_step_end=watch, **settings).images
+    generated = pipeline("a red circle", latents=random_latents(1), callback_on_step_end=watch, **CALLBACK).images
     assert [step for step, _, _ in seen] == [0, 1, 2] and seen[0][1] == 1000 > seen[1][1] > seen[2][1]
-    assert torch.equal(seen[-1][2], drawn)
+    assert torch.equal(seen[-1][2], generated)
 
+
+def test_callback_replaces_latents(pipeline):
     def clear(pipe, step, timestep, tensors):
         return {"latents": torch.zeros_like(tensors["latents"])}
 
-    assert not pipeline("a red circle", callback_on_step_end=clear, **settings).images.any()
+    assert not pipeline("a red circle", callback_on_step_end=clear, **CALLBACK).images.any()
+
+
+def test_callback_interrupts(pipeline):
+    seen = []
 
     def stop(pipe, step, timestep, tensors):
-        pipe._interrupt = step == 0
+        seen.append(tensors["latents"])
+        pipe._interrupt = True
 
-    assert torch.equal(pipeline("a red circle", callback_on_step_end=stop, **settings).images, seen[0][2])
+    generated = pipeline("a red circle", callback_on_step_end=stop, **CALLBACK).images
+    assert len(seen) == 1 and torch.equal(generated, seen[0])
 
 
-def test_a_callback_may_end_the_guidance_as_diffusers_users_do(pipeline):
+def test_callback_ends_guidance(pipeline):
     def end(pipe, step, timestep, tensors):
         pipe._guidance_scale = 0.0  # as diffusers' SDCFGCutoffCallback sets it
 
@@ -159,65 +174,72 @@ def test_a_callback_may_end_the_guidance_as_diffusers_users_do(pipeline):
     assert torch.equal(cut, expected) and not torch.equal(cut, pipeline("a red circle", **settings).images)
 
 
-def test_a_tuple_is_as_good_as_a_list(pipeline):
+def test_call_takes_tuples(pipeline):
     prompts, negatives = ["a red circle", "a blue star"], ["a green cross", ""]
     generators = [torch.Generator().manual_seed(k) for k in range(2)]
     settings = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 3.0, "latents": random_latents(2)}
     expected = pipeline(prompts, negative_prompt=negatives, generator=generators, **settings).images
-    drawn = pipeline(tuple(prompts), negative_prompt=tuple(negatives), generator=tuple(generators), **settings).images
-    assert torch.equal(drawn, expected)
+    generated = pipeline(tuple(prompts), negative_prompt=tuple(negatives), generator=tuple(generators), **settings).images
+    assert torch.equal(generated, expected)
 
 
-def test_numbers_that_grow_beyond_all_bounds_are_no_picture(pipeline):
+def test_call_refuses_infinite_latents(pipeline):
     with pytest.raises(UserError, match=r"no image came out: numbers grew beyond what torch.float32 holds"):
         pipeline("a red circle", guidance_scale=1e38, num_inference_steps=4)
 
 
-def test_a_pipeline_from_another_ones_parts_draws_the_same_or_says_what_it_was_not_told(pipeline):
-    (expected,) = draw(pipeline, ["a red circle"], [1])
+def test_from_pipe_generates_the_same(pipeline):
     twin = DiTTextToImagePipeline.from_pipe(pipeline)
-    parts = DiTTextToImagePipeline(**pipeline.components)
-    for other in (twin, parts):
-        other.set_progress_bar_config(disable=True)
-        assert other.config.prediction_type == "flow_prediction"
-    assert np.array_equal(draw(twin, ["a red circle"], [1])[0], expected)
+    twin.set_progress_bar_config(disable=True)
+    assert np.array_equal(generate(twin, ["a red circle"], [1]), generate(pipeline, ["a red circle"], [1]))
+
+
+def test_pipeline_without_image_size_needs_height_and_width(pipeline):
+    other = DiTTextToImagePipeline(**pipeline.components)
+    other.set_progress_bar_config(disable=True)
     with pytest.raises(UserError, match="does not know the size of its training"):
-        draw(parts, ["a red circle"], [1])
-    assert np.array_equal(draw(parts, ["a red circle"], [1], height=64, width=64)[0], expected)
+        generate(other, ["a red circle"], [1])
+    expected = generate(pipeline, ["a red circle"], [1])
+    assert np.array_equal(generate(other, ["a red circle"], [1], height=64, width=64), expected)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ({"use_safetensors": True}, "from_pretrained: use_safetensors is no part of this pipeline"),
         ({"torch_dtype": "float16"}, "from_pretrained: 'float16' is no torch.dtype"),
     ],
 )
-def test_what_from_pretrained_does_not_take_is_one_line(model, arguments, says):
-    with pytest.raises(UserError, match=says):
+def test_from_pretrained_refuses(model, arguments, message):
+    with pytest.raises(UserError, match=message):
         DiTTextToImagePipeline.from_pretrained(model, **arguments)
 
 
 @pytest.mark.parametrize("kind", [np.array, torch.tensor])
-def test_a_mask_may_be_true_and_false(pipeline, kind):
+def test_call_mask_may_be_bool(pipeline, kind):
     black, lower = Image.new("RGB", (64, 64)), [[row >= 32] * 64 for row in range(64)]
-    (drawn,) = draw(pipeline, ["a red circle"], [1], image=black, mask_image=kind(lower))
-    assert drawn[:32].max() <= 1 < drawn[32:].max()
+    (generated,) = generate(pipeline, ["a red circle"], [1], image=black, mask_image=kind(lower))
+    assert generated[:32].max() <= 1 < generated[32:].max()
 
 
-def test_a_scheduler_that_is_given_is_taken(model):
+def test_from_pretrained_takes_scheduler(model):
     scheduler = make_scheduler("heun", "flow_prediction")
     assert DiTTextToImagePipeline.from_pretrained(model, scheduler=scheduler).scheduler is scheduler
 
 
-def test_a_flows_scheduler_that_is_none_of_ours_is_refused(pipeline, monkeypatch):
-    monkeypatch.setattr(pipeline, "scheduler", FlowMatchLCMScheduler())
-    with pytest.raises(UserError, match="FlowMatchLCMScheduler takes its output for something else"):
+@pytest.mark.parametrize(
+    ("scheduler", "prediction"),
+    [(FlowMatchLCMScheduler(), "something else"), (DPMSolverMultistepScheduler(), "epsilon")],
+)
+def test_call_refuses_misfitting_scheduler(pipeline, monkeypatch, scheduler, prediction):
+    monkeypatch.setattr(pipeline, "scheduler", scheduler)
+    name = type(scheduler).__name__
+    with pytest.raises(UserError, match=f"trained for flow_prediction, and this {name} takes its output for {prediction}"):
         pipeline("a red circle")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ({"prompt": []}, "prompt: at least one"),
         ({"num_inference_steps": 0}, "num_inference_steps: 0 is not a positive number"),
@@ -239,7 +261,7 @@ def test_a_flows_scheduler_that_is_none_of_ours_is_refused(pipeline, monkeypatch
         ({"image": [torch.zeros(3, 3, 64, 64)]}, "image: one for all, or one for each of 1 prompts"),
         ({"image": torch.zeros(1, 4, 8, 8)}, r"image: \(1, 4, 8, 8\) are no images of 3 x 64 x 64"),
         ({"image": np.zeros((64, 64))}, "image: "),
-        ({"image": "picture.png"}, "image: not an image"),
+        ({"image": "image.png"}, "image: not an image"),
         ({"image": Image.new("RGB", (64, 64)), "mask_image": torch.zeros(3, 64, 64)}, "mask_image: one for all"),
         ({"image": Image.new("RGB", (64, 64)), "mask_image": Image.new("L", (100, 50))}, "mask_image: 100 x 50 pixels do not"),
         ({"image": np.zeros((64, 64, 3)), "mask_image": np.zeros((50, 100))}, "100 x 50 pixels do not lie over the image's 64"),
@@ -248,13 +270,13 @@ def test_a_flows_scheduler_that_is_none_of_ours_is_refused(pipeline, monkeypatch
         ({"image": Image.new("RGB", (64, 64)), "strength": 0.2}, "strength: 0.2 is below 0.25, the least noise level of 4 steps"),
     ],
 )
-def test_an_impossible_argument_is_one_line(pipeline, arguments, says):
-    with pytest.raises(UserError, match=says) as caught:
+def test_call_refuses(pipeline, arguments, message):
+    with pytest.raises(UserError, match=message) as caught:
         pipeline(**({"prompt": "a red circle", "num_inference_steps": 4} | arguments))
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_saved_draws_the_same_when_it_is_loaded(pipeline, tmp_path, monkeypatch):
+def test_save_pretrained_round_trip(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "scheduler", make_scheduler("dpm++", "flow_prediction"))
     pipeline.save_pretrained(tmp_path / "saved")
     assert {path.suffix for path in (tmp_path / "saved").rglob("*") if path.is_file()} <= {".json", ".safetensors", ".txt"}
@@ -262,26 +284,34 @@ def test_what_is_saved_draws_the_same_when_it_is_loaded(pipeline, tmp_path, monk
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded.scheduler) is type(pipeline.scheduler) and loaded.scheduler.config.use_flow_sigmas
     assert loaded.config.image_size == 64 and loaded.config.prediction_type == "flow_prediction"
-    (a,), (b,) = draw(pipeline, ["a red circle"], [1]), draw(loaded, ["a red circle"], [1])
+    (a,), (b,) = generate(pipeline, ["a red circle"], [1]), generate(loaded, ["a red circle"], [1])
     assert np.array_equal(a, b)
 
 
-def test_it_draws_in_bf16_and_picture_by_picture(pipeline, tmp_path):
-    save(tmp_path)
-    other = DiTTextToImagePipeline.from_pretrained(tmp_path / "dit").to(torch.bfloat16)
-    other.scheduler = pipeline.scheduler
+def test_save_pretrained_names_the_public_class(pipeline, tmp_path):
+    """Not its module, and no folder of diffusers.pipelines: exports of every version load in every other."""
+    pipeline.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["transformer"] == ["dit.model", "DiT"]
+    assert dit.model.DiT is type(pipeline.transformer)
+
+
+def test_call_in_bf16(pipeline, model):
+    other = DiTTextToImagePipeline.from_pretrained(model, scheduler=pipeline.scheduler).to(torch.bfloat16)
     other.set_progress_bar_config(disable=True)
     assert {module.dtype for module in (other.vae, other.text_encoder)} == {torch.bfloat16}
-    a = draw(pipeline, ["a red circle", "a blue star"], [1, 2])
-    b = draw(other, ["a red circle", "a blue star"], [1, 2])
+    a, b = (generate(each, ["a red circle", "a blue star"], [1, 2]) for each in (pipeline, other))
     assert 0 < np.abs(np.subtract(a, b, dtype=float)).mean() < 30
+
+
+def test_vae_slicing_changes_no_image(pipeline):
+    expected = generate(pipeline, ["a red circle", "a blue star"], [1, 2])
     pipeline.enable_vae_slicing()
-    sliced = draw(pipeline, ["a red circle", "a blue star"], [1, 2])
+    sliced = generate(pipeline, ["a red circle", "a blue star"], [1, 2])
     pipeline.disable_vae_slicing()
-    assert np.abs(np.subtract(a, sliced, dtype=float)).max() <= 1
+    assert np.abs(np.subtract(expected, sliced, dtype=float)).max() <= 1
 
 
-def test_what_of_a_long_prompt_is_not_read_is_said(pipeline, caplog):
+def test_encode_prompt_warns_of_long_prompt(pipeline, caplog):
     pipeline.encode_prompt(["a red circle " * 30])
     rest = ("a red circle " * 5).strip()  # 25 of 30 times three tokens, a beginning and an end are 77
     assert f"the prompt is longer than 77 tokens; not read: {rest!r}" in caplog.text
@@ -290,37 +320,22 @@ def test_what_of_a_long_prompt_is_not_read_is_said(pipeline, caplog):
     assert not caplog.text
 
 
-def test_other_sizes_can_be_drawn_if_the_patches_divide_them(pipeline):
-    assert draw(pipeline, ["a red circle"], [1], height=96, width=64)[0].shape == (96, 64, 3)
-    with pytest.raises(UserError, match="multiples of 16"):
-        draw(pipeline, ["a red circle"], [1], height=60)
-
-
-def test_guidance_changes_the_picture_and_one_is_without(pipeline):
-    with_guidance, without = (draw(pipeline, ["a red circle"], [1], guidance_scale=g)[0] for g in (4.0, 1.0))
-    assert not np.array_equal(with_guidance, without)
-
-
-def test_a_scheduler_that_takes_the_prediction_for_another_is_refused(pipeline, monkeypatch):
-    from diffusers import DPMSolverMultistepScheduler
-
-    monkeypatch.setattr(pipeline, "scheduler", DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config))
-    with pytest.raises(UserError, match="trained for flow_prediction, and this DPMSolverMultistepScheduler takes .* epsilon"):
-        pipeline("a red circle", num_inference_steps=2)
+def test_call_other_size(pipeline):
+    assert generate(pipeline, ["a red circle"], [1], height=96, width=64)[0].shape == (96, 64, 3)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_a_model_of_ddpm_is_saved_loaded_and_drawn_with_as_one(tmp_path, prediction_type):
+def test_from_pretrained_ddpm(tmp_path, prediction_type):
     save(tmp_path, objective="ddpm", prediction_type=prediction_type)
     pipeline = DiTTextToImagePipeline.from_pretrained(tmp_path / "dit")
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.config.prediction_type == pipeline.scheduler.config.prediction_type == prediction_type
-    (picture,) = draw(pipeline, ["a red circle"], [1])
-    assert picture.shape == (64, 64, 3)
+    (image,) = generate(pipeline, ["a red circle"], [1])
+    assert image.shape == (64, 64, 3)
     assert "DDPM" in (tmp_path / "dit" / "README.md").read_text()
 
 
-def test_the_model_folder_holds_no_pickle_and_is_the_same_each_time(tmp_path):
+def test_save_model_is_reproducible(tmp_path):
     for name in ("a", "b"):
         save(tmp_path / name)
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a" / "dit").rglob("*") if path.is_file())
@@ -329,15 +344,26 @@ def test_the_model_folder_holds_no_pickle_and_is_the_same_each_time(tmp_path):
         assert sha256_file(tmp_path / "a" / path) == sha256_file(tmp_path / "b" / path)
 
 
-def test_a_folder_that_is_no_model_is_one_clear_line(tmp_path):
-    with pytest.raises(UserError, match="not a trained model"):
-        DiTTextToImagePipeline.from_pretrained(tmp_path)
-
-
-def test_the_pipeline_embeds_text_as_the_cache_does(pipeline):
+def test_encode_prompt_equals_cache(pipeline):
     from dit.encoders.text import TextEncoder
 
     tokens, mask, pooled = pipeline.encode_prompt(["a red circle above a blue star"])
     encoder = TextEncoder(EncoderSource("builtin"), torch.float32, torch.device("cpu"))
     (row,), (vector,) = encoder.encode(["a red circle above a blue star"])
     assert torch.allclose(tokens[0][mask[0]].half(), row, atol=1e-3) and torch.allclose(pooled[0].half(), vector, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["DiT", "DiTTextToImagePipeline", "load_pipeline"])
+def test_top_level_imports(name):
+    assert name in dit.__all__ and callable(getattr(dit, name))
+
+
+def test_top_level_unknown_name():
+    with pytest.raises(AttributeError, match="module 'dit' has no attribute 'nothing'"):
+        getattr(dit, "no" + "thing")
+
+
+def test_import_of_version_0_1():
+    from dit.pipeline import DiTTextToImagePipeline as Before  # as its model cards say
+
+    assert Before is DiTTextToImagePipeline

@@ -1,4 +1,4 @@
-"""PNG files say how they were drawn, are whole or not there, and are read as what anybody may have written."""
+"""PNG files say how they were generated, are whole or not there, and are read as what anybody may have written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def there(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_a_picture_that_could_not_be_written_whole_leaves_the_one_before_it(there, monkeypatch):
+def test_write_png_failure_keeps_the_file(there, monkeypatch):
     path = there / "a.png"
     write_png(path, Image.new("RGB", (16, 16)), {"prompt": "before"})
     before = hashlib.sha256(path.read_bytes()).digest()
@@ -38,28 +38,28 @@ def test_a_picture_that_could_not_be_written_whole_leaves_the_one_before_it(ther
     assert hashlib.sha256(path.read_bytes()).digest() == before and list(there.glob("*.png*")) == [path]
 
 
-def test_inspect_commands_no_terminal(there, capsys):
+def test_inspect_escapes_control_characters(there, capsys):
     write_png(Path("a.png"), Image.new("RGB", (16, 16)), {"prompt": "a\x1b[2J red\ncircle é\u202e"})
     assert cli.main(["inspect", "a.png"]) == 0
     assert capsys.readouterr().out == f"{'prompt':20} a\\x1b[2J red\n{'':20} circle é\\u202e\n"
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(there):
+def test_inspect_into_a_closed_pipe(there):
     write_png(Path("a.png"), Image.new("RGB", (16, 16)), {"prompt": "\n".join(map(str, range(50_000)))})
     command, env = f"{sys.executable} -m dit.cli inspect a.png | head -1", os.environ | {"PYTHONPATH": str(REPO)}
     done = subprocess.run(command, shell=True, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("prompt") and not done.stderr
 
 
-def test_inspect_says_what_is_no_picture_of_ours(there, capsys):
+def test_inspect_refuses(there, capsys):
     Image.new("RGB", (16, 16)).save("plain.png")
-    Path("text.png").write_text("no picture")
-    Path("text").write_text("no picture")
-    for name, says in (
+    Path("text.png").write_text("no image")
+    Path("text").write_text("no image")
+    for name, message in (
         ("plain.png", "nothing is written in it"),
         ("text.png", "not an image"),
         ("text", "not an image"),
         ("none.png", "no such file"),
     ):
         assert cli.main(["inspect", name]) == 1
-        assert capsys.readouterr().err.startswith(f"dit: {name}: {says}")
+        assert capsys.readouterr().err.startswith(f"dit: {name}: {message}")

@@ -1,4 +1,4 @@
-"""What the sample stage draws: which prompts, from which seeds, and the pictures that show how."""
+"""The sample stage: which prompts it chooses, their images, and the grids that show them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from PIL import Image
 
 from dit.config import load_config
 from dit.dataset.reader import read_metadata
-from dit.pipeline import sampling
 from dit.pipeline.generate import load_pipeline
 from dit.pipeline.sampling import (
     MOMENTS,
@@ -54,12 +53,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipeline(folder):
-    pipeline = load_pipeline(folder / "dit", "euler")
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return load_pipeline(folder / "dit", "euler")
 
 
-def test_prompts_are_of_held_out_images_of_unseen_pairs_repeated_and_ones_own(folder):
+def test_choose_prompts_shapes(folder):
     prompts = choose_prompts(folder / "raw", "shapes", SETTINGS)
     groups = {name: [prompt.text for prompt in prompts if prompt.group == name] for name in ("val", "unseen", "diversity", "own")}
     held_out = [entry.text for entry in read_metadata(folder / "raw") if entry.split == "val"]
@@ -72,12 +69,12 @@ def test_prompts_are_of_held_out_images_of_unseen_pairs_repeated_and_ones_own(fo
     assert len({prompt.file for prompt in prompts}) == len(prompts)
 
 
-def test_other_recipes_have_no_unseen_pairs(folder):
+def test_choose_prompts_other_recipe(folder):
     groups = Counter(prompt.group for prompt in choose_prompts(folder / "raw", "folder", replace(SETTINGS, prompts=())))
     assert groups == {"val": 8, "diversity": 10 * TIMES}
 
 
-def test_every_prompt_becomes_a_picture_and_grids_show_them(folder):
+def test_sample_writes_images_and_grids(folder):
     prompts = choose_prompts(folder / "raw", "shapes", SETTINGS)
     rate = sample(folder / "dit", prompts, SETTINGS, folder / "images", folder / "grids")
     assert [row["text"] for row in json.loads((folder / "images" / "prompts.json").read_text())] == [p.text for p in prompts]
@@ -88,7 +85,6 @@ def test_every_prompt_becomes_a_picture_and_grids_show_them(folder):
     assert count == pytest.approx(len(prompts), rel=0.05) and 0 < rate["sampling_mfu"] < 1
 
     pipeline = load_pipeline(folder / "dit", SETTINGS.scheduler)
-    pipeline.set_progress_bar_config(disable=True)
     last = prompts[-1]  # alone, and not in a batch of others
     (alone,) = generate_prompts(pipeline, [last], SETTINGS.num_inference_steps, SETTINGS.guidance_scale)
     stored = Image.open(folder / "images" / last.file)
@@ -96,14 +92,14 @@ def test_every_prompt_becomes_a_picture_and_grids_show_them(folder):
     assert difference.mean() < 1 and difference.max() <= 8  # bf16 rounds by the batch
 
 
-def test_settings_grid_has_a_row_per_scale_and_a_column_per_steps(pipeline, monkeypatch):
+def test_settings_grid_rows_are_scales_and_columns_are_steps(pipeline, monkeypatch):
     asked = []
 
-    def count(pipeline, prompts, steps, scale):
+    def record(pipeline, prompts, steps, scale):
         asked.append((scale, steps))
-        return generate_prompts(pipeline, prompts, steps, scale)
+        return [Image.new("RGB", (64, 64))] * len(prompts)
 
-    monkeypatch.setattr(sampling, "generate_prompts", count)
+    monkeypatch.setattr("dit.pipeline.sampling.generate_prompts", record)
     prompts = [Prompt("", "a red circle", 1, "own"), Prompt("", "a blue star", 2, "own")]
     sheet = settings_grid(pipeline, prompts, (1.0, 4.0), (1, 2, 3))
     assert asked == [(1.0, 1), (1.0, 2), (1.0, 3), (4.0, 1), (4.0, 2), (4.0, 3)]
@@ -120,7 +116,7 @@ def test_denoising_strip_ends_with_the_image(pipeline):
     assert np.abs(strip[8 : 8 + 128, 8 : 8 + 128] - last).mean() > 10  # and does not begin with it
 
 
-def test_sampling_flops_equal_torch_counter(pipeline):
+def test_sampling_flops(pipeline):
     from torch.utils.flop_counter import FlopCounterMode
 
     transformer = pipeline.transformer

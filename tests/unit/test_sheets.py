@@ -1,34 +1,33 @@
-"""Sheets of pictures: those of the default recipe as they always were, those of large pictures no wider than the report shows."""
+"""Sheets of images: those of the default recipe as they always were, those of large images no wider than the report shows."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from dit.config import GRID_PROMPTS, load_config
+from dit.config import GRID_PROMPTS
 from dit.dataset.reader import Entry
 from dit.evaluation.figures import plot_nearest, plot_worst
 from dit.evaluation.memorization import Nearest
-from dit.pipeline import sampling
 from dit.pipeline.sampling import COLUMNS, MOMENTS, SHOWN, TIMES, settings_grid
 from dit.report.report import WIDEST
 from dit.utils.images import grid, labelled_grid, wrap
-from helpers import REPO
 
-SAMPLE = load_config(REPO / "params.yaml").sample
+SCALES, STEPS = (1.0, 1.5, 3.0), (5, 10, 20)
 LABEL = "a man riding a wave on top of a surfboard in front of a large crowd of people"
 
 
-def pictures(count: int, size: int) -> list[Image.Image]:
+def random_images(count: int, size: int) -> list[Image.Image]:
     source = np.random.default_rng(size)
     return [Image.fromarray(source.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(count)]
 
 
 def enlarged(images: list[Image.Image], labels: list[str], columns: int, cell: int) -> Image.Image:
-    """The sheet in which pictures are enlarged a whole number of times, up to `cell` pixels, and never reduced."""
+    """The sheet in which images are enlarged a whole number of times, up to `cell` pixels, and never reduced."""
     font = ImageFont.load_default(size=12)
     scale = max(1, cell // images[0].width)
     width, height = images[0].width * scale, images[0].height * scale
@@ -45,9 +44,8 @@ def enlarged(images: list[Image.Image], labels: list[str], columns: int, cell: i
 
 def settings(images: list[Image.Image]) -> Image.Image:
     """The grid of settings in which each cell shows `images`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "generate_prompts", lambda *_: images)
-        return settings_grid(None, images, SAMPLE.grid_guidance_scales, SAMPLE.grid_steps)
+    with patch("dit.pipeline.sampling.generate_prompts", lambda *_: images):
+        return settings_grid(None, images, SCALES, STEPS)
 
 
 def worst(folder: Path, images: list[Image.Image]) -> Image.Image:
@@ -64,14 +62,14 @@ def nearest(folder: Path, images: list[Image.Image]) -> Image.Image:
     return Image.open(folder / "nearest.png").convert("RGB")
 
 
-def test_the_sheets_of_the_default_recipe_are_pixel_for_pixel_those_of_whole_enlargements(tmp_path):
-    images = pictures(SHOWN, 64)
+def test_sheets_of_default_recipe_are_whole_enlargements(tmp_path):
+    images = random_images(SHOWN, 64)
     assert labelled_grid(images, [LABEL] * SHOWN, columns=COLUMNS) == enlarged(images, [LABEL] * SHOWN, COLUMNS, 160)
     assert labelled_grid(images, [LABEL] * SHOWN, columns=TIMES) == enlarged(images, [LABEL] * SHOWN, TIMES, 160)
     assert labelled_grid(images, [LABEL] * SHOWN, MOMENTS, cell=128) == enlarged(images, [LABEL] * SHOWN, MOMENTS, 128)
     cell = grid(images[:GRID_PROMPTS], columns=2, gap=2)
-    names = [f"guidance {scale:g}, {steps} steps" for scale in SAMPLE.grid_guidance_scales for steps in SAMPLE.grid_steps]
-    assert settings(images[:GRID_PROMPTS]) == enlarged([cell] * len(names), names, len(SAMPLE.grid_steps), 272)
+    names = [f"guidance {scale:g}, {steps} steps" for scale in SCALES for steps in STEPS]
+    assert settings(images[:GRID_PROMPTS]) == enlarged([cell] * len(names), names, len(STEPS), 272)
     names = [f"{LABEL}: CLIP score {k}" for k in range(18)]
     assert worst(tmp_path, images[:18]) == enlarged(images[:18], names, 6, 192)
     pairs = [grid([image, images[0]], columns=2, gap=2) for image in images[:2]]
@@ -80,9 +78,9 @@ def test_the_sheets_of_the_default_recipe_are_pixel_for_pixel_those_of_whole_enl
     assert nearest(tmp_path, images[:2]) == enlarged(pairs, names, 2, 384)
 
 
-def test_the_sheets_of_large_pictures_are_no_wider_than_the_report_shows(tmp_path):
+def test_sheets_of_large_images_fit_the_report(tmp_path):
     """So it does not shrink them, which would make their labels too small to read."""
-    images = pictures(25, 256)
+    images = random_images(25, 256)
     sheets = [labelled_grid(images, [LABEL] * 25, columns) for columns in (COLUMNS, TIMES)]
     sheets += [labelled_grid(images, [LABEL] * 25, MOMENTS, cell=128), settings(images[:GRID_PROMPTS])]
     sheets += [worst(tmp_path, images), nearest(tmp_path, images)]
@@ -90,10 +88,10 @@ def test_the_sheets_of_large_pictures_are_no_wider_than_the_report_shows(tmp_pat
 
 
 @pytest.mark.parametrize(("columns", "width"), [(2, 190), (8, 141)])
-def test_a_large_picture_is_reduced_and_keeps_its_shape(columns, width):
+def test_labelled_grid_reduces_large_images(columns, width):
     """By Lanczos, to the cell or to what has room."""
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 600, 3), dtype=np.uint8))
-    sheet = labelled_grid([picture], ["a"], columns)
-    expected = picture.resize((width, round(width / 2)), Image.Resampling.LANCZOS)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 600, 3), dtype=np.uint8))
+    sheet = labelled_grid([image], ["a"], columns)
+    expected = image.resize((width, round(width / 2)), Image.Resampling.LANCZOS)
     assert sheet.crop((8, 8, 8 + width, 8 + expected.height)) == expected
     assert sheet.width <= WIDEST
