@@ -18,6 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dit.errors import UserError
 
+LAUNCHER = "DIT_LAUNCHER_PID"  # an environment variable
 PATIENCE = 3600  # seconds that processes may take to save a checkpoint after SIGTERM
 
 
@@ -39,10 +40,10 @@ def end_with_launcher() -> None:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    launcher = psutil.Process(os.getppid())
+    launcher = int(os.environ.get(LAUNCHER, os.getppid()))  # which may be gone already: imports take seconds
 
     def watch() -> None:
-        while os.getppid() == launcher.pid and launcher.is_running():
+        while os.getppid() == launcher and psutil.pid_exists(launcher):
             time.sleep(0.2)
         os._exit(1)
 
@@ -69,6 +70,7 @@ def run_processes(command: list[str], count: int) -> None:
     gpus = torch.cuda.device_count()
     if 0 < gpus < count:
         raise UserError(f"runtime.num_processes: {count}, but there are {gpus} GPUs; {gpus} would be right")
+    os.environ[LAUNCHER] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     if not gpus:
         os.environ["ACCELERATE_USE_CPU"] = "true"
