@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from dit.config import Params
 from dit.encoders.loading import EncoderSource, load_vae
-from dit.encoders.vae import decode_latents
 from dit.errors import UserError
 from dit.latents.cache import LatentCache
 from dit.model.transformer import DiT
@@ -31,7 +30,7 @@ from dit.training.setup import build_model
 from dit.training.stop import Stopped
 from dit.training.trainer import Trainer
 from dit.utils.files import sha256_file, warn_stale_state, write_json
-from dit.utils.images import to_images
+from dit.utils.images import decode_latents, to_images
 from stages import run_stage
 from stages.dvc_files import code_digest, locked_digest
 

@@ -117,11 +117,10 @@ def generate(arguments: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from dit.commands.png import write_png
-    from dit.encoders.vae import psnr, reconstruct
     from dit.pipeline.generate import generate_images, load_pipeline
     from dit.pipeline.prompts import prompt_warnings
     from dit.pipeline.schedulers import scheduler_name
-    from dit.utils.images import labelled_grid
+    from dit.utils.images import labelled_grid, psnr, reconstruct
 
     disable_progress_bar()  # the weights are loaded at once; the bar is for the steps
     pipeline = load_pipeline(arguments.checkpoint, arguments.scheduler)

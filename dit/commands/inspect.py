@@ -84,15 +84,11 @@ def printable(text: str) -> str:
 
 def describe_cache(cache: LatentCache) -> str:
     """Summarise a latent cache, a fact a line."""
-    import torch
-
-    from dit.latents.cache import CLIP_TOKENS, bytes_per_image, sample_posterior
+    from dit.latents.cache import CLIP_TOKENS, bytes_per_image
 
     index = cache.index
     stored, float32 = bytes_per_image(cache)
-    _, moments = _read_moments(cache, MEASURED)
-    no_noise = torch.zeros(len(moments), *cache.latent_shape)
-    latents = sample_posterior(moments, no_noise, index["vae_scaling"], index["vae_shift"])
+    _, latents = _mean_latents(cache, MEASURED)
     size = sum(shard["bytes"] for shard in index["shards"])
     crops = f" and {cache.crops} random crops" if cache.crops else ""
     mean_tokens = index["tokens"] / index["captions"]
@@ -112,12 +108,17 @@ def describe_cache(cache: LatentCache) -> str:
     return "\n".join(f"{name:16} {fact}" for name, fact in facts.items())
 
 
-def _read_moments(cache: LatentCache, count: int) -> tuple[np.ndarray, torch.Tensor]:
-    """Return the numbers of `count` random images, always the same ones, and their moments (N, 2C, H, W)."""
+def _mean_latents(cache: LatentCache, count: int) -> tuple[np.ndarray, torch.Tensor]:
+    """Return the numbers of `count` random images, always the same ones, and their latents (N, C, H, W) without noise."""
     import numpy as np
+    import torch
+
+    from dit.latents.cache import sample_posterior
 
     chosen = np.random.default_rng(0).permutation(len(cache))[:count]
-    return chosen, cache.read(chosen, np.zeros(len(chosen)), np.zeros(len(chosen), dtype=bool)).moments
+    moments = cache.read(chosen, np.zeros(len(chosen)), np.zeros(len(chosen), dtype=bool)).moments
+    no_noise = torch.zeros(len(chosen), *cache.latent_shape)
+    return chosen, sample_posterior(moments, no_noise, cache.index["vae_scaling"], cache.index["vae_shift"])
 
 
 def _source(source: EncoderEntry) -> str:
@@ -132,16 +133,12 @@ def decode_images(cache: LatentCache, raw: Path, count: int) -> Image.Image:
     Raises:
         UserError: the VAE cannot be loaded.
     """
-    import torch
-
     from dit.encoders.loading import EncoderSource, load_vae
-    from dit.utils.images import labelled_grid, to_images
+    from dit.utils.images import decode_latents, labelled_grid, to_images
 
-    chosen, moments = _read_moments(cache, count)
+    chosen, latents = _mean_latents(cache, count)
     vae, _ = load_vae(EncoderSource(**cache.index["vae"]))
-    means = moments.float().chunk(2, dim=1)[0]  # not scaled yet
-    with torch.no_grad():
-        decoded = [to_images(vae.decode(mean[None]).sample)[0] for mean in means]  # one at a time: any size fits into memory
+    decoded = [to_images(decode_latents(vae, each[None]))[0] for each in latents]  # one at a time: any size fits into memory
     captions = [rows[0] for rows in cache.captions(chosen)]
     originals = _originals(raw, [caption["image"] for caption in captions], decoded[0].width)
     pairs = [_side_by_side(*pair) for pair in zip(originals, decoded, strict=True)] if originals else decoded

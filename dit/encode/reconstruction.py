@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from dit.dataset.image_io import load_crops
 from dit.dataset.reader import Entry
-from dit.encoders.vae import psnr, reconstruct
-from dit.utils.images import grid, to_images, to_tensor
+from dit.utils.images import grid, psnr, reconstruct, to_images, to_tensor
 
 SHOWN = 8  # originals beside their reconstructions
 SAMPLED = 256  # images that the reconstruction error is measured on

@@ -17,9 +17,9 @@ from diffusers import AutoencoderKL, SchedulerMixin
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from PIL import Image
 
-from dit.encoders.vae import encode_image
 from dit.errors import UserError, one_line
 from dit.pipeline.schedulers import timesteps_to_sigmas
+from dit.utils.images import encode_image
 
 
 @dataclass(frozen=True)

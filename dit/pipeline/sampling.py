@@ -15,14 +15,13 @@ from tqdm import tqdm
 
 from dit.config import GRID_PROMPTS, Sample
 from dit.dataset.reader import read_metadata
-from dit.encoders.vae import decode_latents
 from dit.model.transformer import forward_flops
 from dit.pipeline.generate import generate_images, load_pipeline
 from dit.pipeline.pipeline import DiTTextToImagePipeline
 from dit.shapes.prompts import unseen_prompts
 from dit.utils.files import write_json
 from dit.utils.hardware import matmul_peak
-from dit.utils.images import grid, labelled_grid, to_images
+from dit.utils.images import decode_latents, grid, labelled_grid, to_images
 
 SHOWN, COLUMNS = 24, 6  # images in a grid
 REPEATED, TIMES = 20, 5  # prompts with several images, and how many: how much do they differ?

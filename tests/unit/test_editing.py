@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from dit.config import Scheduler
-from dit.encoders.vae import decode_latents, encode_image
 from dit.pipeline.img2img import get_timesteps, latent_mask
 from dit.pipeline.pipeline import DiTTextToImagePipeline
 from dit.pipeline.schedulers import make_scheduler, set_timesteps, timesteps_to_sigmas
 from dit.shapes.scene import Object, Scene, render
+from dit.utils.images import decode_latents, encode_image
 
 SCENE = Scene((Object("red", "circle", "large"),), ((0.25, 0.75),), (0.2025,), "cream")
 

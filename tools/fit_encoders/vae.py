@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from dit.encoders.vae import psnr, reconstruct
-from dit.utils.images import to_tensor
+from dit.utils.images import psnr, reconstruct, to_tensor
 from tools.fit_encoders.optimizers import muon_and_adamw, one_cycle
 
 IMAGE_SIZE = 64
