@@ -130,7 +130,7 @@ def encode_table(row: dict[str, Any]) -> str:
     """Return the result of `benchmark_encode` as a Markdown table."""
     bare, stage = row["bare_images_per_second"], row["images_per_second"]
     cells = (f"{row['device']}, batches of {row['batch_size']}", f"{bare:.2f}", f"{stage:.2f}", f"{stage / bare:.0%}")
-    header = ("encode, 256 pixels, two views, bf16", "bare encoders, images/s", "the stage, images/s", "share")
+    header = ("encode, 256 pixels, two augmentations, bf16", "bare encoders, images/s", "the stage, images/s", "share")
     return markdown_table(header, [cells])
 
 

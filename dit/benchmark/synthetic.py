@@ -23,7 +23,7 @@ from dit.encode.cache_writer import ShardBuffer, assemble_cache
 from dit.errors import UserError
 from dit.latents.cache import LatentCache, bytes_per_image
 
-SIZE, CHANNELS, VIEWS = 32, 4, 2  # latents of 256 pixels, the image and its mirror image
+SIZE, CHANNELS, AUGMENTATIONS = 32, 4, 2  # latents of 256 pixels, the image and its mirror image
 TEXT, POOLED = 768, 768  # openai/clip-vit-large-patch14
 SHORTEST, LONGEST = 8, 20  # tokens of a COCO caption, beginning and end included: 12.5 on average
 SHARD_IMAGES = 3072  # about 160 MB with one caption each
@@ -52,7 +52,7 @@ def write_synthetic(folder: Path, images: int, captions: int = 1, longest: int =
             batch = own[start : start + 64]
             texts = lengths[start * captions : (start + len(batch)) * captions]
             buffer.add(
-                _take(pool, rng, len(batch), VIEWS, 2 * CHANNELS, SIZE, SIZE),
+                _take(pool, rng, len(batch), AUGMENTATIONS, 2 * CHANNELS, SIZE, SIZE),
                 [_take(pool, rng, length, TEXT) for length in texts],
                 _take(pool, rng, len(texts), POOLED),
             )

@@ -14,7 +14,7 @@ from pathlib import Path
 from dit.config import VAE_FACTOR, CocoData, Encode, Params, load_config
 from dit.errors import UserError
 
-# Bytes on disk per image, generously: raw data, latent cache (moments of two views, text rows), and DVC's copy of both.
+# Bytes on disk per image, generously: raw data, latent cache (moments of two augmentations, text rows), and DVC's copy of both.
 RAW_BYTES = {"shapes": 4_000, "coco": 200_000, "folder": 0, "hub": 200_000}
 MODEL_BYTES = 16  # per parameter: weights, DVC's copy, and as much again
 
@@ -43,8 +43,8 @@ def check_disk(params: Params) -> None:
     """Check that what the pipeline writes will fit."""
     recipe = params.active
     count = getattr(recipe.data, "num_samples", 0)
-    views = 2 * (1 + recipe.encode.crops)
-    latents = (recipe.encode.image_size // VAE_FACTOR) ** 2 * 4 * 2 * views * 2 + 60_000
+    augmentations = 2 * (1 + recipe.encode.crops)
+    latents = (recipe.encode.image_size // VAE_FACTOR) ** 2 * 4 * 2 * augmentations * 2 + 60_000
     parameters = recipe.model.num_layers * 24 * recipe.model.hidden_size**2
     needed = 2 * count * (RAW_BYTES[params.recipe] + latents) + MODEL_BYTES * parameters
     free = shutil.disk_usage(".").free

@@ -95,7 +95,7 @@ def describe_cache(cache: LatentCache) -> str:
     facts = {
         "images": f"{len(cache)}, {len(cache.train)} to train on and {len(cache.val)} to validate with",
         "captions": f"{index['captions']}, {mean_tokens:.1f} tokens on average, {index['longest_caption']} at most",
-        "views": f"{cache.views} of each image: the central square{crops}, and mirrored",
+        "augmentations": f"{cache.augmentations} of each image: the central square{crops}, and mirrored",
         "image size": f"{index['image_size']} pixels, as latents {' x '.join(map(str, cache.latent_shape))}",
         "latents": f"mean {latents.mean():.3f}, deviation {latents.std():.3f}, after scaling",
         "vae": _source(index["vae"]),

@@ -40,8 +40,8 @@ def encode_moments(vae: AutoencoderKL, pixels: torch.Tensor, settings: Encode) -
 @torch.no_grad()
 def _moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     moments = []
-    for view in pixels.to(vae.device, non_blocking=True).unbind(1):
-        upright = to_tensor(view).to(vae.dtype)
+    for crop in pixels.to(vae.device, non_blocking=True).unbind(1):
+        upright = to_tensor(crop).to(vae.dtype)
         for side in (upright, upright.flip(-1)):
             posterior = vae.encode(side).latent_dist
             moments.append(torch.cat([posterior.mean, posterior.logvar], dim=1).half())

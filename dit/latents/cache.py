@@ -54,7 +54,7 @@ class Batch:
 class Rows:
     """Which rows of the cache, counted through all shards, make a batch; each (B,) int64."""
 
-    views: np.ndarray
+    augmentations: np.ndarray
     captions: np.ndarray
     first_tokens: np.ndarray
     lengths: np.ndarray
@@ -139,14 +139,14 @@ class LatentCache:
         return channels // 2, height, width
 
     @property
-    def views(self) -> int:
+    def augmentations(self) -> int:
         """How many moments there are of each image: of every crop and of its mirror image."""
         return self._shards[0].shapes["moments"][1]
 
     @property
     def crops(self) -> int:
         """How many crops there are of each image, beside the central one."""
-        return self.views // 2 - 1
+        return self.augmentations // 2 - 1
 
     @property
     def cross_attention_dim(self) -> int:
@@ -188,11 +188,14 @@ class LatentCache:
         tokens = torch.zeros(len(images), self.max_tokens, self.cross_attention_dim, dtype=torch.float16)
         pooled = torch.empty(len(images), self.pooled_projection_dim, dtype=torch.float16)
         numbers = np.searchsorted(self._first, images, side="right") - 1  # of the shards
-        views, captions = rows.views - self._first[numbers] * self.views, rows.captions - self._first_caption[numbers]
+        augmentations, captions = (
+            rows.augmentations - self._first[numbers] * self.augmentations,
+            rows.captions - self._first_caption[numbers],
+        )
         first_tokens = rows.first_tokens - self._first_token[numbers]
         for k, number in enumerate(numbers):
             shard = self._shards[number]
-            shard.read_rows("moments", int(views[k]), moments.numpy()[k])
+            shard.read_rows("moments", int(augmentations[k]), moments.numpy()[k])
             shard.read_rows("tokens", int(first_tokens[k]), tokens.numpy()[k, : rows.lengths[k]])
             shard.read_rows("pooled", int(captions[k]), pooled.numpy()[k])
         mask = torch.arange(self.max_tokens)[None] < torch.from_numpy(rows.lengths)[:, None]
@@ -205,8 +208,8 @@ class LatentCache:
         starts, ends = self._captions[images], self._captions[images + 1]
         captions = starts + (caption_choice * (ends - starts)).astype(np.int64)
         crops = (np.zeros(len(images)) if crop_choice is None else crop_choice * (1 + self.crops)).astype(np.int64)
-        views = images * self.views + 2 * crops + (np.asarray(mirrored) & ~self._no_flip[captions])
-        return Rows(views, captions, self._offsets[captions], self._offsets[captions + 1] - self._offsets[captions])
+        augmentations = images * self.augmentations + 2 * crops + (np.asarray(mirrored) & ~self._no_flip[captions])
+        return Rows(augmentations, captions, self._offsets[captions], self._offsets[captions + 1] - self._offsets[captions])
 
     def copy_rows(self, name: str, target: torch.Tensor) -> None:
         """Fill `target` with all rows of "moments" (N * V, 2C, H, W), "tokens" (K, E) or "pooled" (M, P), shard by shard."""
@@ -236,10 +239,10 @@ def _join(starts: list[np.ndarray], first: np.ndarray) -> np.ndarray:
 def bytes_per_image(cache: LatentCache) -> tuple[float, float]:
     """Return what an image takes on disk, and what it would take as float32 with every caption padded to 77 tokens."""
     channels, height, width = cache.latent_shape
-    views = 2 * (1 + cache.crops)
+    augmentations = 2 * (1 + cache.crops)
     captions = cache.index["captions"] / len(cache)
     text = captions * (CLIP_TOKENS * cache.cross_attention_dim + cache.pooled_projection_dim)
-    naive = 4 * (views * 2 * channels * height * width + text)
+    naive = 4 * (augmentations * 2 * channels * height * width + text)
     return sum(shard["bytes"] for shard in cache.index["shards"]) / len(cache), naive
 
 

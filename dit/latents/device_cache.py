@@ -22,7 +22,7 @@ class DeviceLatentCache:
         self.cache, self.device = cache, device
         channels, height, width = cache.latent_shape
         shapes = {
-            "moments": (cache.index["images"] * cache.views, 2 * channels, height, width),
+            "moments": (cache.index["images"] * cache.augmentations, 2 * channels, height, width),
             "tokens": (cache.index["tokens"], cache.cross_attention_dim),
             "pooled": (cache.index["captions"], cache.pooled_projection_dim),
         }
@@ -41,14 +41,14 @@ class DeviceLatentCache:
     ) -> Batch:
         """Gather a batch on the device; the arguments are those of `LatentCache.read`."""
         rows = self.cache.locate(images, caption_choice, mirrored, crop_choice)
-        numbers = torch.from_numpy(np.stack([rows.views, rows.captions, rows.first_tokens, rows.lengths]))
+        numbers = torch.from_numpy(np.stack([rows.augmentations, rows.captions, rows.first_tokens, rows.lengths]))
         if self.device.type == "cuda":
             numbers = numbers.pin_memory()
-        views, captions, first_tokens, lengths = numbers.to(self.device, non_blocking=True)
+        augmentations, captions, first_tokens, lengths = numbers.to(self.device, non_blocking=True)
         mask = self._places < lengths[:, None]
         wanted = first_tokens[:, None] + torch.where(mask, self._places, 0)
         tokens = torch.where(mask[:, :, None], self._rows["tokens"][wanted], 0)
-        return Batch(self._rows["moments"][views], tokens, mask, self._rows["pooled"][captions])
+        return Batch(self._rows["moments"][augmentations], tokens, mask, self._rows["pooled"][captions])
 
 
 def fits_on_device(cache: LatentCache, device: torch.device) -> bool:

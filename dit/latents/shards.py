@@ -1,6 +1,6 @@
-"""One shard of the latent cache: a safetensors file of N images with V views each, M captions and K text tokens in all.
+"""One shard of the latent cache: a safetensors file of N images with V augmentations each, M captions and K text tokens in all.
 
-    moments   (N, V, 2C, H, W) fp16   posterior mean and log-variance; view 2k of crop k, view 2k + 1 of its mirror image;
+    moments   (N, V, 2C, H, W) fp16   posterior mean and log-variance; augmentation 2k of crop k, augmentation 2k + 1 of its mirror image;
                                       crop 0 is the central one
     captions  (N + 1,)         int64  captions of image i are rows captions[i] to captions[i + 1]
     tokens    (K, E)           fp16   last hidden states of all captions, one after the other, end-of-text included
@@ -55,14 +55,14 @@ class Shard:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
         self._starts = {name: 8 + length + header[name]["data_offsets"][0] for name in self.shapes}
-        # A row of the moments is a view: (2C, H, W).
+        # A row of the moments is a augmentation: (2C, H, W).
         self._row_bytes = {name: 2 * int(np.prod(self.shapes[name][2 if name == "moments" else 1 :])) for name in self.shapes}
 
     def __reduce__(self):
         return Shard, (self.path,)  # neither a lock nor an open file can be sent to another process
 
     def read_rows(self, name: str, first: int, target: np.ndarray) -> None:
-        """Fill `target`, fp16 and contiguous, from row `first` of tensor `name` on; a row of the moments is one view."""
+        """Fill `target`, fp16 and contiguous, from row `first` of tensor `name` on; a row of the moments is one augmentation."""
         with self._lock:
             if self._owner != os.getpid():
                 self._file, self._owner = self.path.open("rb", buffering=0), os.getpid()

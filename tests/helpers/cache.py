@@ -20,17 +20,20 @@ def write_cache(
     shards: int = 2,
     size: int = 8,
     captions: int = 2,
-    views: int = 2,
+    augmentations: int = 2,
     channels: int = 4,
     fingerprint: str = FINGERPRINT,
 ) -> LatentCache:
-    """A cache of random moments and text: `images` images of `views` views, with `captions` captions each, of 3 to 9 tokens."""
+    """A cache of random moments and text: `images` images of `augmentations` augmentations, with `captions` captions each, of 3 to 9 tokens."""
     source = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=source)
 
-    mean, log_variance = random(images, views, channels, size, size), torch.full((images, views, channels, size, size), -9.0)
+    mean, log_variance = (
+        random(images, augmentations, channels, size, size),
+        torch.full((images, augmentations, channels, size, size), -9.0),
+    )
     moments = torch.cat([mean, log_variance], dim=2)  # hardly any variance
     tokens = [random(3 + k % 7, 32) for k in range(images * captions)]
     pooled = random(images * captions, 16)

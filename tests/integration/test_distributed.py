@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -112,3 +116,41 @@ def test_rank_slices_cover_the_global_batch():
     shares = [rank_slices(7, 2, 3, rank) for rank in range(3)]
     rows = [row for slices in shares for part in slices for row in range(part.start, part.stop)]
     assert sorted(rows) == list(range(14)) and {len(slices) for slices in shares} == {2}
+
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {repo!r})
+(Path({out!r}) / os.environ["RANK"]).write_text(str(os.getpid()))
+time.sleep({before})
+from stages.processes import end_with_launcher
+end_with_launcher()
+(Path({out!r}) / ("watches" + os.environ["RANK"])).touch()
+time.sleep(120)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on Windows")
+@pytest.mark.parametrize("watching", [True, False])
+def test_processes_end_with_their_launcher(tmp_path, watching):
+    """Killed, it cannot end them; it may be killed while they are still importing."""
+    code = WORKER.format(repo=str(REPO), out=str(tmp_path), before=0 if watching else 5)
+    launch = f"from stages.processes import run_processes; run_processes([{sys.executable!r}, '-c', {code!r}], 2)"
+    launcher = subprocess.Popen([sys.executable, "-c", launch], cwd=REPO)
+    try:
+        names = [f"watches{rank}" if watching else f"{rank}" for rank in "01"]
+        wait_until(lambda: all((tmp_path / name).exists() for name in names), 60)
+        time.sleep(0.1)  # until both numbers are written
+        pids = [int((tmp_path / rank).read_text()) for rank in "01"]
+    finally:
+        launcher.kill()
+        launcher.wait()
+    wait_until(lambda: not any(map(psutil.pid_exists, pids)), 60)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -20,20 +20,29 @@ DVC = [sys.executable, "-m", "dvc"]
 COMMIT = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a run"]
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A DVC project in which the stage `train` has been run, and whose metrics are as DVC leaves them: locked and cached."""
-    (tmp_path / "params.yaml").write_text((REPO / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    dvc_files._cache_folder.cache_clear()
-    (tmp_path / "metrics").mkdir()
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> Path:
+    """A DVC project in which the stage `train` has been run and committed."""
+    root = tmp_path_factory.mktemp("ran")
+    (root / "params.yaml").write_text((REPO / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    (root / "metrics").mkdir()
     stage = {"cmd": "python write.py", "outs": ["model"], "metrics": [{"metrics/train.json": {"cache": False}}]}
-    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"train": {"deps": ["write.py"], **stage}}}))
-    (tmp_path / "write.py").write_text("for name in ('model', 'metrics/train.json'): open(name, 'w').write('{}')")
+    (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"train": {"deps": ["write.py"], **stage}}}))
+    (root / "write.py").write_text("for name in ('model', 'metrics/train.json'): open(name, 'w').write('{}')")
     for command in (["git", "init", "-q"], [*DVC, "init", "-q"], [*DVC, "repro", "-q"], ["git", "add", "."], COMMIT):
-        subprocess.run(command, check=True, capture_output=True)
-    return tmp_path
+        subprocess.run(command, cwd=root, check=True, capture_output=True)
+    return root
+
+
+@pytest.fixture
+def project(ran, tmp_path, monkeypatch) -> Path:
+    """A copy of it, whose metrics are as DVC leaves them: locked and cached; the test runs in it."""
+    root = tmp_path / "project"
+    shutil.copytree(ran, root, symlinks=True)
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("DVC_ROOT", str(root))
+    dvc_files._cache_folder.cache_clear()
+    return root
 
 
 def fail(error: BaseException) -> None:

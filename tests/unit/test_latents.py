@@ -120,7 +120,7 @@ def test_verify_finds_flipped_bit(tmp_path, name):
 
 
 def test_shard_read_equals_written(tmp_path):
-    cache = write_cache(tmp_path, views=4)
+    cache = write_cache(tmp_path, augmentations=4)
     tensors = [load_file(path) for path in sorted(tmp_path.glob("shard-*"))]
     moments = torch.cat([tensor["moments"] for tensor in tensors])
     images = np.array([3, 13, 23])  # their first captions have no side

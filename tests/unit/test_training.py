@@ -22,15 +22,15 @@ from helpers.training import CPU, MODEL, TRAIN, MemoryLogger, run, same, setting
 
 
 def test_read_batch_takes_all_crops_and_mirror_images(tmp_path):
-    cache = write_cache(tmp_path, views=6)
-    views = torch.cat([load_file(path)["moments"] for path in sorted(tmp_path.glob("shard-*"))])[cache.train]
+    cache = write_cache(tmp_path, augmentations=6)
+    augmentations = torch.cat([load_file(path)["moments"] for path in sorted(tmp_path.glob("shard-*"))])[cache.train]
     seen = set()
     for step in range(20):
         for moments in read_batch(cache, 0, step, 9, True, slice(0, 9)).moments:
-            seen |= {int(view) for view in (views == moments).flatten(2).all(2).nonzero()[:, 1]}
+            seen |= {int(augmentation) for augmentation in (augmentations == moments).flatten(2).all(2).nonzero()[:, 1]}
     assert seen == set(range(6))
     fixed = {step: read_batch(cache, 0, step, 9, False, slice(0, 9)).moments for step in range(5)}
-    shown = [int((views == m).flatten(2).all(2).nonzero()[0, 1]) for moments in fixed.values() for m in moments]
+    shown = [int((augmentations == m).flatten(2).all(2).nonzero()[0, 1]) for moments in fixed.values() for m in moments]
     assert set(shown) == {0, 2, 4}  # never mirrored
 
 
@@ -233,7 +233,7 @@ def equal(batch, other) -> bool:
 @pytest.mark.parametrize("source", ["files", "device", "fork", "spawn"])
 def test_batches_are_the_same_from_every_source(tmp_path, monkeypatch, source):
     monkeypatch.delattr(os, "preadv", raising=False)  # which Windows and macOS lack
-    cache = write_cache(tmp_path, views=6)
+    cache = write_cache(tmp_path, augmentations=6)
     batches = StepBatches(cache, 3, 8, True, [slice(0, 3), slice(3, 8)])
     expected = [read_batch(cache, 3, step, 8, True, rows) for step in (2, 3) for rows in batches.slices]
     if source in ("files", "device"):
