@@ -188,10 +188,8 @@ class LatentCache:
         tokens = torch.zeros(len(images), self.max_tokens, self.cross_attention_dim, dtype=torch.float16)
         pooled = torch.empty(len(images), self.pooled_projection_dim, dtype=torch.float16)
         numbers = np.searchsorted(self._first, images, side="right") - 1  # of the shards
-        augmentations, captions = (
-            rows.augmentations - self._first[numbers] * self.augmentations,
-            rows.captions - self._first_caption[numbers],
-        )
+        augmentations = rows.augmentations - self._first[numbers] * self.augmentations
+        captions = rows.captions - self._first_caption[numbers]
         first_tokens = rows.first_tokens - self._first_token[numbers]
         for k, number in enumerate(numbers):
             shard = self._shards[number]

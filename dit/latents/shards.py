@@ -1,12 +1,12 @@
 """One shard of the latent cache: a safetensors file of N images with V augmentations each, M captions and K text tokens in all.
 
-    moments   (N, V, 2C, H, W) fp16   posterior mean and log-variance; augmentation 2k of crop k, augmentation 2k + 1 of its mirror image;
+    moments   (N, V, 2C, H, W) fp16   posterior mean and log-variance; augmentation 2k is crop k, 2k + 1 its mirror image;
                                       crop 0 is the central one
     captions  (N + 1,)         int64  captions of image i are rows captions[i] to captions[i + 1]
     tokens    (K, E)           fp16   last hidden states of all captions, one after the other, end-of-text included
     offsets   (M + 1,)         int64  tokens of caption m are rows offsets[m] to offsets[m + 1]
     pooled    (M, P)           fp16   projected pooled text vectors
-    no_flip     (M,)             bool   the caption contains left or right, so the mirror image would contradict it
+    no_flip   (M,)             bool   the caption contains left or right, so the mirror image would contradict it
     val       (N,)             bool   the image belongs to the validation set
 
 Beside it are its captions, one JSON row per line, and its record, written last: a shard without one is incomplete.
@@ -55,7 +55,7 @@ class Shard:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
         self._starts = {name: 8 + length + header[name]["data_offsets"][0] for name in self.shapes}
-        # A row of the moments is a augmentation: (2C, H, W).
+        # A row of the moments is an augmentation: (2C, H, W).
         self._row_bytes = {name: 2 * int(np.prod(self.shapes[name][2 if name == "moments" else 1 :])) for name in self.shapes}
 
     def __reduce__(self):

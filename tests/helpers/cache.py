@@ -24,17 +24,14 @@ def write_cache(
     channels: int = 4,
     fingerprint: str = FINGERPRINT,
 ) -> LatentCache:
-    """A cache of random moments and text: `images` images of `augmentations` augmentations, with `captions` captions each, of 3 to 9 tokens."""
+    """A cache of random moments and text: images with so many augmentations and captions each, of 3 to 9 tokens."""
     source = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=source)
 
-    mean, log_variance = (
-        random(images, augmentations, channels, size, size),
-        torch.full((images, augmentations, channels, size, size), -9.0),
-    )
-    moments = torch.cat([mean, log_variance], dim=2)  # hardly any variance
+    mean = random(images, augmentations, channels, size, size)
+    moments = torch.cat([mean, torch.full_like(mean, -9.0)], dim=2)  # hardly any variance
     tokens = [random(3 + k % 7, 32) for k in range(images * captions)]
     pooled = random(images * captions, 16)
     sides = ["left" if (k // captions + k % captions) % 4 == 0 else "top" for k in range(images * captions)]
