@@ -30,7 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dit", description=dit.__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.set_defaults(action=lambda _: parser.print_help(), parser=parser)  # without a command
+    commands = parser.add_subparsers(metavar="COMMAND")
     for module in COMMANDS:
         module.add_parser(commands)
     for command in commands.choices.values():

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from helpers.servers import listening
 
 LARGE = 10_000  # bytes from which on a file is redirected, as large files are on the Hub
 
@@ -165,11 +166,6 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serve_hub(folder: Path):
     """Serve the repositories in `folder`; yields the address and the `Hub`."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.hub = Hub(folder)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", server.hub
-    finally:
-        server.shutdown()
-        server.server_close()
+    hub = Hub(folder)
+    with listening(Handler, hub=hub) as address:
+        yield address, hub

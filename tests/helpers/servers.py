@@ -76,17 +76,25 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def serve(folder: Path, choose=lambda name: None):
-    """Serve `folder`; yields its address and a `Log`. `choose(name)` returns which trick, if any, is played on a request."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
-    server.log, server.lock, server.choose = Log(), threading.Lock(), choose
-    server.handle_error = lambda *_: None  # a client that was killed is no news
+def listening(handler, **attributes):
+    """Answer requests with `handler`, which finds `attributes` in its `server`; yields the address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    vars(server).update(attributes)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", server.log
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def serve(folder: Path, choose=lambda name: None):
+    """Serve `folder`; yields its address and a `Log`. `choose(name)` returns which trick, if any, is played on a request."""
+    log, handler = Log(), functools.partial(Handler, directory=str(folder))
+    ignored = {"handle_error": lambda *_: None}  # a client that was killed is no news
+    with listening(handler, log=log, lock=threading.Lock(), choose=choose, **ignored) as address:
+        yield address, log
 
 
 def bad_connection(share: float, seed: int = 0):

@@ -237,6 +237,7 @@ def test_benchmark_help_has_examples(capsys, kind):
     assert f"examples:\n  dit benchmark {kind}" in capsys.readouterr().out
 
 
-def test_benchmark_alone_prints_its_help(capsys):
-    assert cli.main(["benchmark"]) == 0
-    assert "usage: dit benchmark" in capsys.readouterr().out
+@pytest.mark.parametrize("arguments", [[], ["benchmark"]])
+def test_group_alone_prints_its_help(capsys, arguments):
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.startswith(" ".join(["usage: dit", *arguments, "[-h]"]))
