@@ -190,10 +190,10 @@ def test_plots_diff_shows_curves_and_images(clone, tmp_path):
     ]
     assert "max-width: 45vw" in page  # two fit beside each other
     for name, same in (("samples_grids_val", False), ("samples_grids_unseen", False), ("data_reconstructions", True)):
-        pictures = [f"static/{rev}_{name}.png" for rev in ("HEAD", "width-1")]
-        places = [page.index(f'src="{picture}"') for picture in pictures]
+        images = [f"static/{rev}_{name}.png" for rev in ("HEAD", "width-1")]
+        places = [page.index(f'src="{image}"') for image in images]
         assert places == sorted(places) and "inline-block" in page[places[0] : places[1]]
-        one, other = (Image.open(tmp_path / picture).convert("RGB") for picture in pictures)
+        one, other = (Image.open(tmp_path / image).convert("RGB") for image in images)
         assert (ImageChops.difference(one, other).getbbox() is None) == same, name
 
 
@@ -233,16 +233,16 @@ def test_run_cache_restores_trained_model(clone):
 
 def test_run_cache_serves_switched_recipe(clone):
     """With one's own images: some of the rendered ones, and the bundled encoders, so that no network is needed."""
-    pictures = clone.root.parent / "custom data"
-    pictures.mkdir()
+    own_images = clone.root.parent / "custom data"
+    own_images.mkdir()
     for row in clone.json("data/raw/metadata.json")[:16]:
-        shutil.copy(clone.root / "data" / "raw" / row["image"], pictures)
-        (pictures / Path(row["image"]).name).with_suffix(".txt").write_text(row["text"])
+        shutil.copy(clone.root / "data" / "raw" / row["image"], own_images)
+        (own_images / Path(row["image"]).name).with_suffix(".txt").write_text(row["text"])
     path = clone.root / "params.yaml"
     original = path.read_text()
     values = yaml.safe_load(original)
     values["recipe"], folder = "folder", values["folder"]
-    folder["data"].update(paths=[str(pictures)], val_fraction=0.25)
+    folder["data"].update(paths=[str(own_images)], val_fraction=0.25)
     folder["encode"] = values["shapes"]["encode"]
     folder["model"], folder["optim"] = values["shapes"]["model"], values["shapes"]["optim"]
     other = yaml.safe_dump(values, sort_keys=False)
@@ -259,8 +259,8 @@ def test_run_cache_serves_switched_recipe(clone):
     assert (clone.root / "models/dit/transformer/diffusion_pytorch_model.safetensors").read_bytes() == model
     assert len(clone.parents()) == runs
 
-    shutil.copy(next(pictures.glob("*.txt")), pictures / "one_more.txt")
-    shutil.copy(next(pictures.glob("*.png")), pictures / "one_more.png")
+    shutil.copy(next(own_images.glob("*.txt")), own_images / "one_more.txt")
+    shutil.copy(next(own_images.glob("*.png")), own_images / "one_more.png")
     assert ran(clone.dvc("repro")) == []  # DVC does not watch the folder
     assert ran(clone.dvc("repro", "-f", "download")) == ["download"]
     assert clone.json("metrics/download.json")["images"] == 17

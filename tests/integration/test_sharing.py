@@ -143,8 +143,8 @@ def test_get_and_import_model(team):
     other.dvc("import", str(team.hub), "models/dit", "--out", "imported")
     for name in ("got", "imported"):
         assert files(other.root / name) == files(team.owner.root / "models" / "dit")
-        picture = DiTTextToImagePipeline.from_pretrained(other.root / name)("a red circle", num_inference_steps=2).images[0]
-        assert picture.size == (64, 64)
+        image = DiTTextToImagePipeline.from_pretrained(other.root / name)("a red circle", num_inference_steps=2).images[0]
+        assert image.size == (64, 64)
     other.run("git", "add", "-A")
     other.run("git", "commit", "-qm", "a model")
     assert "got/model_index.json" in other.run("git", "ls-files").stdout

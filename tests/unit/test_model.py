@@ -98,7 +98,7 @@ def test_text_statistics_stay_fp32_in_bf16_model(tmp_path):
 
 
 def test_pos_embed_tells_corners_apart():
-    """Rotary positions alone cannot tell the corners of a picture that is the same everywhere apart."""
+    """Rotary positions alone cannot tell the corners of an image that is the same everywhere apart."""
     model, (_, timesteps, text, mask, pooled) = make(), inputs()
     with torch.no_grad():
         out = model(torch.ones(2, 4, 8, 8), timesteps, text, mask, pooled).unflatten(3, (4, 2)).unflatten(2, (4, 2))
