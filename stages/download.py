@@ -16,7 +16,8 @@ def main(params: Params) -> None:
     """Fetch the data set that the recipe names."""
     result = fetch(params.active.data, Path("data/raw"), params.runtime)
     write_json(Path(METRICS), result.metrics())
-    print(f"{result.images} images, {result.captions} captions, {len(result.rejected)} rejected", flush=True)
+    for line in result.summary():
+        print(f"download: {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dit.commands._args import make_folder_of
-from dit.dataset.filters import check_image, is_text
+from dit.dataset.decode import ImageError, open_rgb
+from dit.dataset.filters import is_text
 from dit.errors import UserError
 
 LARGEST = 100_000  # of these
@@ -103,16 +103,14 @@ def read_images(image: Path | None, mask: Path | None, strength: float | None) -
 
 
 def _read_image(flag: str, path: Path, mode: str) -> InputImage:
-    from dit.dataset.image_io import to_8bit  # here, since it imports torch
-
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}") from None
-    problem = check_image(content)
-    if problem:
-        raise UserError(f"{flag} {path}: {problem}")
-    image = to_8bit(ImageOps.exif_transpose(Image.open(io.BytesIO(content)))).convert(mode)
+    try:
+        image = open_rgb(content).convert(mode)
+    except ImageError as error:
+        raise UserError(f"{flag} {path}: {error}") from None
     return InputImage(image, hashlib.sha256(content).hexdigest())
 
 

@@ -155,7 +155,8 @@ def _side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
 
 def _originals(raw: Path, names: list[str], image_size: int) -> list[Image.Image]:
     """Return the images of these names as squares; none if the data set is not there."""
-    from dit.dataset.image_io import center_crop, open_rgb
+    from dit.dataset.decode import open_rgb
+    from dit.dataset.image_io import center_crop
     from dit.dataset.reader import read_metadata
     from dit.dataset.storage import StoredImages
 

@@ -1,45 +1,15 @@
-"""Decide which images, captions and file names can be used, and why the others cannot."""
+"""Decide which captions and file names can be used, and why the others cannot."""
 
 from __future__ import annotations
 
-import io
 import re
-import warnings
+import unicodedata
 from pathlib import PurePosixPath
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
-
-from dit.errors import one_line
-
-MIN_SIDE = 16  # pixels
 MAX_WORDS = 1000  # of a caption; a CLIP reads 77 tokens
-ANIMATED = ("PNG", "WEBP", "GIF")  # formats that can be; a telephone's JPEG with a second image in it is a photograph
+MAX_NAME = 255  # bytes of a file's or folder's name, on every common file system
+JOINERS = "\u200c\u200d"  # format characters that are part of words, in Persian and Hindi for instance, and of emoji
 SIDES = re.compile(r"\b(left|right|leftmost|rightmost|clockwise|counterclockwise)\b")
-
-
-def check_image(content: bytes) -> str | None:
-    """Return why an image file cannot be used, None if it can; decodes it whole, as training would."""
-    if not content:
-        return "empty file"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with Image.open(io.BytesIO(content)) as image:
-                if min(image.size) < MIN_SIDE:
-                    return f"only {image.width} x {image.height} pixels; {MIN_SIDE} a side are the least"
-                if image.format in ANIMATED and getattr(image, "is_animated", False):
-                    return f"an animation of {getattr(image, 'n_frames', 2)} images, not one"
-                image.load()
-                if image.has_transparency_data and np.asarray(image.convert("RGBA").getchannel("A")).min() < 255:
-                    return "transparent in places; put it on a background first"
-        except UnidentifiedImageError:
-            return "a web page, not an image" if content.lstrip()[:1] == b"<" else "not an image"
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            return "more pixels than any honest image (a decompression bomb)"
-        except (OSError, SyntaxError, ValueError) as error:
-            return f"damaged: {one_line(error)}"
-    return None
 
 
 def check_captions(captions: list[str]) -> str | None:
@@ -53,20 +23,34 @@ def check_captions(captions: list[str]) -> str | None:
 
 
 def clean_caption(text: str) -> str:
-    """Strip `text` and fold newlines and runs of blanks to one blank."""
+    """Strip `text`, fold newlines and runs of blanks to one blank, and drop characters that control a terminal or a layout."""
+    if not text.isprintable():
+        kinds = ((character, unicodedata.category(character)) for character in text)
+        text = "".join(" " if kind == "Cc" else c for c, kind in kinds if kind != "Cf" or c in JOINERS)
     return " ".join(text.split())
 
 
-def inside(name: str) -> bool:
-    """Return whether a file name from an archive or a list stays in the folder it is meant for."""
+def check_name(name: str) -> str | None:
+    """Return why a name from a folder, an archive or a list cannot be that of a file below the data set's folder."""
+    if not is_text(name):
+        return "a name that is not UTF-8; rename it"
+    if "\0" in name:
+        return "a name with a NUL in it"
     path = PurePosixPath(name.replace("\\", "/"))
-    printable = name.isprintable() and is_text(name)
-    return bool(path.parts) and printable and not path.is_absolute() and ".." not in path.parts and ":" not in name
+    if not path.parts or path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name):
+        return "a name that does not stay in its folder"
+    longest = max(len(part.encode()) for part in path.parts)
+    return f"a name of {longest} bytes; {MAX_NAME} are the most" if longest > MAX_NAME else None
 
 
 def is_text(value: str) -> bool:
     """Return whether `value` can be written as UTF-8; JSON can hold what cannot, and so can a command line."""
     return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def printable(name: str) -> str:
+    """Return `name` with escapes in place of bytes that are not UTF-8 and of what controls a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
 
 
 def forbids_flip(caption: str) -> bool:

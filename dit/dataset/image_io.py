@@ -1,9 +1,8 @@
-"""Decode, convert and crop images, and load crops of a data set's images in worker processes."""
+"""Crop images, and load crops of a data set's images in worker processes."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,30 +12,11 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
+from dit.dataset.decode import ImageError, open_rgb
 from dit.dataset.storage import StoredImages
-from dit.errors import UserError, one_line
+from dit.errors import UserError
 
 CROP_AREA = (0.5, 1.0)  # of the largest square in the image
-
-
-def to_8bit(image: Image.Image) -> Image.Image:
-    """Convert 16-bit grey to 8 bits, 65,535 to 255; return other images as they are.
-
-    Pillow's own conversion makes all from 256 on white.
-    """
-    if not image.mode.startswith("I"):
-        return image
-    return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65_535) / 257).round().astype(np.uint8))
-
-
-def open_rgb(content: bytes) -> Image.Image:
-    """Decode an image file as RGB, turned upright; what is transparent becomes white."""
-    with Image.open(io.BytesIO(content)) as file:
-        image = to_8bit(ImageOps.exif_transpose(file))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
 
 
 def center_crop(image: Image.Image, image_size: int) -> Image.Image:
@@ -110,10 +90,10 @@ class CropBatches(Dataset):
                 image = open_rgb(content)
                 squares = [center_crop(image, self.image_size)]
                 squares += [random_crop(image, self.image_size, name, number) for number in range(1, self.crops + 1)]
+            except ImageError as error:
+                return f"{self.images.folder / stored}: {error}; run `dvc repro download` again"
             except UserError as error:
                 return str(error)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                return f"{self.images.folder / stored}: cannot be decoded ({one_line(error)}); run `dvc repro download` again"
             pixels.append(np.stack([np.asarray(square) for square in squares]))
             digests.append(hashlib.sha256(content).hexdigest())
         return torch.from_numpy(np.stack(pixels)), digests

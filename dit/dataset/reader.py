@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit.dataset.filters import inside
+from dit.dataset.filters import check_name
 from dit.errors import UserError
 
 AGAIN = "run `dvc repro download`"
@@ -48,8 +48,9 @@ def read_metadata(folder: Path) -> list[Entry]:
     for k, row in enumerate(rows):
         if not isinstance(row, Entry):
             raise UserError(f"{path}: row {k}: expected image, text and split; {AGAIN}")
-        if not inside(row.image) or not inside(row.stored) or row.split not in ("train", "val"):
-            raise UserError(f"{path}: row {k}: image must lie in the folder and split be train or val, not {row}")
+        problem = check_name(row.image) or check_name(row.stored)
+        if problem or row.split not in ("train", "val"):
+            raise UserError(f"{path}: row {k}: {problem or 'split must be train or val'}: {row}; {AGAIN}")
     return rows
 
 

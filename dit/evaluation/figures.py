@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dit.config import WORST_SHOWN
-from dit.dataset.image_io import center_crop, open_rgb
+from dit.dataset.decode import open_rgb
+from dit.dataset.image_io import center_crop
 from dit.dataset.reader import Entry
 from dit.dataset.storage import StoredImages
 from dit.evaluation.memorization import SAME, Nearest, near_threshold

@@ -16,7 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dit.config import CocoData, Runtime
-from dit.dataset.filters import check_captions, check_image, clean_caption, inside
+from dit.dataset.decode import check_image
+from dit.dataset.filters import check_captions, check_name, clean_caption
 from dit.errors import UserError, one_line, without_password
 from dit.sources.http import Downloader
 from dit.sources.writer import DatasetWriter, FetchResult
@@ -107,12 +108,10 @@ def read_captions(archive: Path, splits: tuple[str, ...]) -> list[CocoImage]:
         for number, name, licence in sorted(images, key=lambda image: image[0]):
             if number not in captions:
                 continue
-            problem = None
-            if not inside(name) or "/" in name or "\\" in name:
-                problem = "its name does not stay in its folder"
-            elif number in numbers:
+            problem = check_name(name) or ("a name that is a path" if "/" in name or "\\" in name else None)
+            if problem is None and number in numbers:
                 problem = f"image id {number} comes twice in the annotations"
-            elif name in names:
+            elif problem is None and name in names:
                 problem = "its name comes twice in the annotations"
             names.add(name)
             numbers.add(number)

@@ -3,6 +3,8 @@
 A .txt has its image's name and a caption a line. A list is a metadata.jsonl or metadata.csv, as the Hugging Face data sets
 of type imagefolder have them (a `file_name`, relative to the list, and a `text` or `caption`), or a metadata.json as this
 project writes it (`image` and `text`). An image may have several captions, in several places.
+
+Names are compared as people mean them: with Windows' separators, in upper or lower case, and with é in one character or in two.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +22,16 @@ from typing import Any
 from tqdm import tqdm
 
 from dit.config import FolderData, Runtime
-from dit.dataset.filters import check_captions, check_image, clean_caption, inside
+from dit.dataset.decode import check_image
+from dit.dataset.filters import check_captions, check_name, clean_caption, printable
 from dit.errors import UserError, one_line
 from dit.sources.writer import DatasetWriter, FetchResult
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 LISTS = ("metadata.jsonl", "metadata.csv", "metadata.json")
+# What operating systems and programs keep beside images; names that begin with a dot (._0.jpg, .DS_Store) are left out, too.
+SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
+SYSTEM_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir", "#recycle"}
 NAME_COLUMNS, TEXT_COLUMNS = ("file_name", "image"), ("text", "caption")
 
 
@@ -42,6 +50,10 @@ def fetch(data: FolderData, folder: Path, runtime: Runtime) -> FetchResult:
     found, result = find_images(data)
     writer = DatasetWriter(folder, data, len(found))
     for image in tqdm(found, desc="copy", unit="image"):
+        problem = check_name(image.name)
+        if problem:
+            result.reject(str(image.path), problem)
+            continue
         content = image.path.read_bytes()
         captions, problem = read_captions(image)
         problem = check_image(content) or problem
@@ -79,32 +91,101 @@ def find_images(data: FolderData) -> tuple[list[ImageCaptions], FetchResult]:
 
 def _find_in(root: Path, prefix: str, result: FetchResult) -> list[ImageCaptions]:
     """Find the images with captions in one folder; their names begin with `prefix`."""
-    # By parts, as POSIX paths are sorted anyway: Windows would ignore upper and lower case.
-    files = sorted((path for path in root.rglob("*") if path.is_file()), key=lambda path: path.parts)
-    images = {
-        path: ImageCaptions(path, prefix + path.relative_to(root).as_posix()) for path in files if path.suffix.lower() in SUFFIXES
-    }
-    by_stem: dict[Path, list[ImageCaptions]] = {}
+    files = list_files(root)
+    images = {path: ImageCaptions(root / path, prefix + path.as_posix()) for path in files if path.suffix.lower() in SUFFIXES}
+    by_name, by_stem = ByName(), ByName()
     for path, image in images.items():
-        by_stem.setdefault(path.with_suffix(""), []).append(image)
+        by_name.add(path, image)
+        by_stem.add(path.with_suffix(""), image)
     for path in files:
         if path.suffix.lower() == ".txt":
-            for image in by_stem.get(path.with_suffix(""), []):
-                image.text_file = path
-            if path.with_suffix("") not in by_stem:
-                result.unpaired.append(str(path))
-        elif path.name in LISTS:
-            for row, file_name, text in read_list(path):
-                target = path.parent / file_name
-                if not inside(file_name):
-                    result.reject(file_name, f"{path.name}, {row}: does not stay in its folder")
-                elif target in images:
-                    images[target].listed.append(text)
+            partners = by_stem.find(path.with_suffix(""))
+            for image in partners:
+                image.text_file = root / path
+            if not partners:
+                result.leave_unpaired(root / path)
+        elif path.name.lower() in LISTS:
+            for row, file_name, text in read_list(root / path):
+                problem, listed = _find_listed(root, path.parent, file_name, by_name)
+                if listed:
+                    listed.listed.append(text)
                 else:
-                    result.reject(str(target), f"{path.name}, {row}: no such image")
-    captioned = [image for image in images.values() if image.text_file or image.listed]
-    result.unpaired += [str(image.path) for image in images.values() if not (image.text_file or image.listed)]
-    return captioned
+                    result.reject(str(root / path.parent / file_name), f"{path.name}, {row}: {problem}")
+        elif path not in images:
+            result.leave_out(root / path)
+    for image in images.values():
+        if not (image.text_file or image.listed):
+            result.leave_unpaired(image.path)
+    return [image for image in images.values() if image.text_file or image.listed]
+
+
+def _find_listed(root: Path, folder: Path, file_name: str, images: ByName) -> tuple[str | None, ImageCaptions | None]:
+    """Return what is wrong with the name of an image in a list that lies in `folder`, or the image."""
+    problem = check_name(file_name.strip())
+    if problem:
+        return problem, None
+    path = folder / file_name.strip().replace("\\", "/")
+    found = images.find(path)
+    if len(found) == 1:
+        return None, found[0]
+    if found:
+        return f"{len(found)} images have this name, but for upper and lower case", None
+    return f"not one of {', '.join(SUFFIXES)}" if (root / path).is_file() else "no such image", None
+
+
+class ByName:
+    """Images by a name: by exactly this one, or else by one that differs in case or in how accents are encoded."""
+
+    def __init__(self) -> None:
+        self._exact: dict[str, list[ImageCaptions]] = {}
+        self._folded: dict[str, list[ImageCaptions]] = {}
+
+    def add(self, path: Path, image: ImageCaptions) -> None:
+        """Add an image, which may share its name with others."""
+        self._exact.setdefault(path.as_posix(), []).append(image)
+        self._folded.setdefault(_fold(path), []).append(image)
+
+    def find(self, path: Path) -> list[ImageCaptions]:
+        """Return the images of this name."""
+        return self._exact.get(path.as_posix()) or self._folded.get(_fold(path), [])
+
+
+def _fold(path: Path) -> str:
+    return unicodedata.normalize("NFC", path.as_posix()).casefold()
+
+
+def list_files(root: Path) -> list[Path]:
+    """List the files in `root` and its folders, relative to it, sorted; links to folders are followed, each folder once.
+
+    What is hidden or an operating system's own is left out.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"folder.data.paths: {printable(error.filename)}: {error.strerror}")
+
+    found: list[Path] = []
+    entered: set[tuple[int, int]] = set()
+    starts = [root]
+    for start in starts:  # more are added on the way: links come after what lies in the folder itself
+        for folder, folders, files in os.walk(start, onerror=fail):
+            if (identity := _identity(Path(folder))) in entered:
+                folders.clear()
+                continue
+            entered.add(identity)
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and name.lower() not in SYSTEM_FOLDERS)
+            starts += [Path(folder, name) for name in folders if Path(folder, name).is_symlink()]
+            names = (name for name in files if not name.startswith(".") and name.lower() not in SYSTEM_FILES)
+            found += [path.relative_to(root) for path in (Path(folder, name) for name in names) if path.is_file()]
+    # By parts, as POSIX paths are sorted anyway: Windows would ignore upper and lower case.
+    return sorted(found, key=lambda path: path.parts)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    about = folder.stat()
+    return about.st_dev, about.st_ino
 
 
 def read_list(path: Path) -> Iterator[tuple[str, str, str]]:
@@ -116,7 +197,8 @@ def read_list(path: Path) -> Iterator[tuple[str, str, str]]:
     try:
         content = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
-            rows = [(f"line {k}", row) for k, row in enumerate(csv.DictReader(io.StringIO(content)), start=2)]
+            table = csv.DictReader(io.StringIO(content, newline=""), strict=True)
+            rows = [(f"line {table.line_num}", row) for row in table]
         elif path.suffix == ".jsonl":
             lines = enumerate(content.split("\n"), start=1)
             rows = [(f"line {k}", json.loads(line)) for k, line in lines if line.strip()]
@@ -128,6 +210,11 @@ def read_list(path: Path) -> Iterator[tuple[str, str, str]]:
     except (ValueError, csv.Error, RecursionError) as error:
         raise UserError(f"folder.data.paths: {path} is not readable as {path.suffix[1:].upper()}: {one_line(error)}") from None
     for where, row in rows:
+        if isinstance(row, dict) and None in row:
+            raise UserError(
+                f"folder.data.paths: {path}, {where}: more fields than the {len(row) - 1} columns; "
+                'put a caption with a comma in it into quotes: "a cat, sitting on a mat"'
+            )
         file_name, text = _column(row, NAME_COLUMNS), _column(row, TEXT_COLUMNS)
         texts = text if isinstance(text, list) else [text]
         if not isinstance(file_name, str) or not all(isinstance(each, str) for each in texts):
@@ -145,7 +232,7 @@ def read_captions(image: ImageCaptions) -> tuple[list[str], str | None]:
     texts = list(image.listed)
     if image.text_file:
         try:
-            texts += image.text_file.read_text(encoding="utf-8-sig").splitlines()
+            texts += image.text_file.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError:
             return [], f"{image.text_file.name} is not UTF-8"
     captions = [caption for caption in map(clean_caption, texts) if caption]

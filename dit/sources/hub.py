@@ -5,17 +5,16 @@ It is streamed: the first `num_samples` rows of the split, in the data set's own
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
 from dit.config import HubData, Runtime
-from dit.dataset.filters import check_captions, check_image, clean_caption
+from dit.dataset.decode import check_image, image_format
+from dit.dataset.filters import check_captions, clean_caption
 from dit.errors import UserError, one_line
 from dit.sources.writer import DatasetWriter, FetchResult
 
@@ -35,10 +34,7 @@ def fetch(data: HubData, folder: Path, runtime: Runtime) -> FetchResult:
         if problem:
             result.reject(f"row {number}", problem)
             continue
-        with Image.open(io.BytesIO(content)) as image:
-            kind = (image.format or "").lower()
-        suffix = "jpg" if kind in ("jpeg", "mpo") else kind
-        writer.add(f"images/{number:08d}.{suffix}", content, captions)
+        writer.add(f"images/{number:08d}.{image_format(content)}", content, captions)
     if rows < data.num_samples:
         raise UserError(f"hub.data.num_samples: {data.num_samples} images wanted, split {data.split!r} has {rows}")
     return writer.close(result)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from dit.dataset.filters import inside
+from dit.dataset.filters import check_name
 from helpers.sources import noise_file
 
 DELAY = 0.3  # seconds
@@ -129,5 +129,5 @@ def make_mirror(folder: Path, names: list[str], split: str = "val2017") -> None:
         content = {"licenses": licences, "images": images, "annotations": rows}
         archive.writestr(f"annotations/captions_{split}.json", json.dumps(content))
     for k, name in enumerate(names):
-        if inside(name) and "/" not in name:
+        if not check_name(name) and "/" not in name:
             (folder / split / name).write_bytes(noise_file(k, (320, 240)))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dit.dataset.filters import printable
 from dit.errors import UserError
 from dit.sources import coco, fetch
 from dit.sources.http import CHUNK, Downloader
@@ -116,13 +117,27 @@ def test_fetch_asks_again_for_a_damaged_image(tmp_path):
         assert fetch(coco_data(url, 8), tmp_path / "again", RUNTIME).images == 8
 
 
-@pytest.mark.parametrize("name", ["../evil.jpg", "/etc/evil.jpg", "sub/evil.jpg", "C:evil.jpg", "ev\x00il.jpg", ""])
+OUTSIDE = "a name that does not stay in its folder"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("../evil.jpg", OUTSIDE),
+        ("/etc/evil.jpg", OUTSIDE),
+        ("C:evil.jpg", OUTSIDE),
+        ("", OUTSIDE),
+        ("sub/evil.jpg", "a name that is a path"),
+        ("ev\x00il.jpg", "a name with a NUL in it"),
+        (f"{'e' * 300}.jpg", "a name of 304 bytes; 255 are the most"),
+    ],
+)
 @pytest.mark.usefixtures("own_downloads")
-def test_fetch_rejects_a_name_outside_the_folder(tmp_path, name):
+def test_fetch_rejects_a_name_that_is_none(tmp_path, name, reason):
     make_mirror(tmp_path / "mirror", ["1.jpg", "2.jpg", name])
     with serve(tmp_path / "mirror") as (url, log):
         result = fetch(coco_data(url, 3, max_bad_fraction=0.4), tmp_path / "out", RUNTIME)
-        assert result.rejected == [{"image": name, "reason": "its name does not stay in its folder"}]
+        assert result.rejected == [{"image": printable(name), "reason": reason}]
         assert result.images == 2 and len(log.asked) == 3
         with pytest.raises(UserError, match="coco.data.max_bad_fraction: 1 of 3 images are unusable"):
             fetch(coco_data(url, 3), tmp_path / "out", RUNTIME)

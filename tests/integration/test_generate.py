@@ -19,7 +19,7 @@ from dit import __version__, cli
 from dit.commands.inputs import read_images
 from dit.commands.png import read_facts
 from dit.config import DEFAULTS
-from dit.dataset.image_io import open_rgb
+from dit.dataset.decode import open_rgb
 from dit.pipeline.generate import load_pipeline
 from dit.pipeline.pipeline import DiTTextToImagePipeline
 from dit.pipeline.prompts import unknown_words

@@ -34,7 +34,9 @@ SPARE = {
     "download": {"dit/dataset/image_io.py", "dit/dataset/reader.py", "dit/shapes/detector.py", "dit/shapes/scoring.py"},
     "encode": {"dit/latents/device_cache.py", "dit/utils/hardware.py", "dit/utils/random.py"},
     "sample": {
+        "dit/dataset/decode.py",
         "dit/dataset/image_io.py",
+        "dit/dataset/rgb.py",
         "dit/dataset/storage.py",
         "dit/model/loss.py",
         "dit/shapes/detector.py",

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit.dataset.image_io import center_crop, open_rgb, random_crop
+from dit.dataset.decode import open_rgb
+from dit.dataset.image_io import center_crop, random_crop
 
 
 def jpeg(image: Image.Image, **options) -> bytes:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dit.config import ShapesData
 from dit.dataset.filters import forbids_flip
@@ -39,23 +41,41 @@ def test_metrics_keys():
         "captions": 0,
         "train_images": 0,
         "val_images": 0,
+        "double_images": 0,
         "bad": [{"image": "a.jpg", "reason": "empty file"}],
         "unpaired": [],
+        "other_files": {},
         "bad_images": 1,
     }
 
 
 def test_split_by_image():
-    names = [f"images/{k}.jpg" for k in range(10)]
-    splits = split_by_image(names, 0.3, seed=0)
-    assert sorted(splits) == names and list(splits.values()).count("val") == 3
-    assert splits == split_by_image(names[::-1], 0.3, seed=0)
+    digests = {f"images/{k}.jpg": bytes([k]) for k in range(10)}
+    splits = split_by_image(digests, 0.3, seed=0)
+    assert list(splits) == list(digests) and list(splits.values()).count("val") == 3
+    assert splits == split_by_image(dict(reversed(digests.items())), 0.3, seed=0)
 
 
 def test_split_by_image_has_both_sides():
-    assert sorted(split_by_image(["a", "b"], 0.01, seed=0).values()) == ["train", "val"]
+    assert sorted(split_by_image({"a": b"a", "b": b"b"}, 0.01, seed=0).values()) == ["train", "val"]
     with pytest.raises(UserError, match="at least 2"):
-        split_by_image(["a"], 0.5, seed=0)
+        split_by_image({"a": b"a"}, 0.5, seed=0)
+    with pytest.raises(UserError, match="2 usable images, all of the same bytes"):
+        split_by_image({"a": b"a", "b": b"a"}, 0.5, seed=0)
+
+
+@given(
+    contents=st.lists(st.binary(max_size=1), min_size=2, max_size=30).filter(lambda each: len(set(each)) > 1),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 5),
+)
+def test_split_by_image_keeps_doubles_together(contents, fraction, seed):
+    digests = {f"{k}.jpg": content for k, content in enumerate(contents)}
+    splits = split_by_image(digests, fraction, seed)
+    sides = {digest: {splits[name] for name in digests if digests[name] == digest} for digest in digests.values()}
+    assert all(len(side) == 1 for side in sides.values()) and set(splits.values()) == {"train", "val"}
+    largest = max(contents.count(content) for content in contents)
+    assert list(splits.values()).count("val") <= max(1, round(fraction * len(contents))) + largest - 1
 
 
 @pytest.mark.parametrize(
