@@ -39,7 +39,7 @@ def random_crop(image: Image.Image, image_size: int, name: str, number: int) -> 
 
 def load_crops(
     raw: Path, batches: list[list[tuple[str, str]]], image_size: int, crops: int = 0, workers: int = 0, prefetch: int = 2
-) -> Iterator[tuple[torch.Tensor, list[str]]]:
+) -> Iterator[tuple[torch.Tensor, list[str], list[int]]]:
     """Load batches of images, decoded by up to `workers` processes (no more than there are cores), each `prefetch` ahead.
 
     Args:
@@ -51,7 +51,7 @@ def load_crops(
         prefetch: batches that each process decodes ahead.
 
     Yields:
-        pixels (B, 1 + crops, H, W, 3) uint8, and the SHA-256 of each image file.
+        pixels (B, 1 + crops, H, W, 3) uint8, the SHA-256 of each image file, and the shorter side of each image.
 
     Raises:
         UserError: an image cannot be read.
@@ -82,8 +82,8 @@ class CropBatches(Dataset):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, k: int) -> tuple[torch.Tensor, list[str]] | str:
-        pixels, digests = [], []
+    def __getitem__(self, k: int) -> tuple[torch.Tensor, list[str], list[int]] | str:
+        pixels, digests, sides = [], [], []
         for name, stored in self.batches[k]:
             try:
                 content = self.images.read(stored)
@@ -96,4 +96,5 @@ class CropBatches(Dataset):
                 return str(error)
             pixels.append(np.stack([np.asarray(square) for square in squares]))
             digests.append(hashlib.sha256(content).hexdigest())
-        return torch.from_numpy(np.stack(pixels)), digests
+            sides.append(min(image.size))
+        return torch.from_numpy(np.stack(pixels)), digests, sides

@@ -50,13 +50,14 @@ class ShardBuffer:
         self._images += len(moments)
         self._captions += len(pooled)
 
-    def write(self, folder: Path, number: int, rows: list[dict], fingerprint: str, inputs: str = "") -> None:
+    def write(self, folder: Path, number: int, rows: list[dict], fingerprint: str, inputs: str = "", enlarged: int = 0) -> None:
         """Write shard `number` into `folder`.
 
         Args:
             rows: of each caption, its image's name, its text and its split.
             fingerprint: of the encoders and settings; stored in the file, so that a shard of others is recognised.
             inputs: digest of the images and captions that it was made from.
+            enlarged: how many of its images were smaller than the squares that were made of them.
         """
         if self._images != len(self.tensors["val"]) or self._captions != len(self.tensors["no_flip"]):
             raise ValueError(f"shard {number}: {self._images} images and {self._captions} captions are not all of them")
@@ -78,7 +79,7 @@ class ShardBuffer:
             "sha256": sha256_file(file),
         }
         sums = {name: channel_sums(self.tensors[name]) for name in ("tokens", "pooled")}
-        write_json(record, {"about": about, "inputs": inputs, "sums": sums})
+        write_json(record, {"about": about, "inputs": inputs, "sums": sums, "enlarged": enlarged})
 
 
 def shard_paths(folder: Path, number: int) -> tuple[Path, Path, Path]:

@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from dit.encode.moments import encode_moments
 from dit.encode.reconstruction import measure_reconstruction
 from dit.encoders.loading import PRECISIONS, EncoderSource, load_vae
 from dit.encoders.text import TextEncoder
+from dit.encoders.vocabulary import unknown_words
 from dit.utils.files import warn_stale_state
 
 SHARD_BYTES = 256 * 2**20
@@ -66,8 +68,8 @@ def encode_dataset(
         reconstructions: an image file to write, originals in the upper rows and their reconstructions in the lower ones.
 
     Returns:
-        `reconstruction_psnr` in dB over a sample of the set, and the numbers of `images` and `captions`; None in all
-        processes but the first.
+        `reconstruction_psnr` in dB over a sample of the set; the numbers of `images` and `captions`, of `enlarged_images`, of
+        `truncated_captions` and of `captions_with_unknown_words`; None in all processes but the first.
     """
     # Where workers are forked, the tokenizer was used before and warns, although they use none: this keeps it quiet.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -111,16 +113,50 @@ def encode_dataset(
     if not state.is_main_process:
         return None
     (empty,), pooled = text.encode([""])
-    records = [read_record(parts, plan.number) for plan in plans]
-    data = _digest([record["inputs"] for record in records if record])
+    records = [record for plan in plans if (record := read_record(parts, plan.number))]
+    data = _digest([record["inputs"] for record in records])
     about |= {"data": data, "val_images": sum(entries[0].split == "val" for entries in images)}
     assemble_cache(parts, len(plans), folder, about, (empty, pooled[0]))
     shutil.rmtree(parts)
-    return {"reconstruction_psnr": quality, "images": len(images), "captions": sum(map(len, images))}
+    counts = {"images": len(images), "captions": sum(map(len, images))}
+    counts["enlarged_images"] = sum(record["enlarged"] for record in records)
+    counts |= {"truncated_captions": encoder.unread.truncated, "captions_with_unknown_words": encoder.unread.unknown}
+    for line in _warnings(counts, encoder.unread.words, settings, text.longest):
+        print(f"encode: {line}", flush=True)
+    return {"reconstruction_psnr": quality, **counts}
+
+
+@dataclass
+class Unread:
+    """How many captions the text encoder does not read whole, and which words it does not know, with their counts."""
+
+    truncated: int = 0
+    unknown: int = 0
+    words: Counter[str] = field(default_factory=Counter)
+
+
+def _warnings(counts: dict[str, int], words: Counter[str], settings: Encode, longest: int) -> Iterator[str]:
+    images, captions = counts["images"], counts["captions"]
+    if counts["enlarged_images"]:
+        yield (
+            f"{counts['enlarged_images']} of {images} images are smaller than encode.image_size {settings.image_size} and were "
+            "enlarged, so they are blurred; a smaller encode.image_size suits them"
+        )
+    if counts["truncated_captions"]:
+        yield f"{counts['truncated_captions']} of {captions} captions are longer than CLIP's {longest} tokens: cut off"
+    if counts["captions_with_unknown_words"]:
+        most = ", ".join(f"{word} ({count})" for word, count in words.most_common(8))
+        yield (
+            f"{counts['captions_with_unknown_words']} of {captions} captions have words that this CLIP was not fitted on, "
+            f"most often {most}; set encode.clip to openai/clip-vit-large-patch14"
+        )
 
 
 def plan_shards(images: list[list[Entry]], encoder: Encoder) -> Iterator[Plan]:
-    """Divide the images into shards of whole batches, each of at most `SHARD_BYTES` if one batch allows it."""
+    """Divide the images into shards of whole batches, each of at most `SHARD_BYTES` if one batch allows it.
+
+    What the text encoder does not read of the captions is counted in `encoder.unread`.
+    """
     size = encoder.settings.batch_size
     chosen: list[list[Entry]] = []
     lengths: list[int] = []
@@ -128,7 +164,14 @@ def plan_shards(images: list[list[Entry]], encoder: Encoder) -> Iterator[Plan]:
     progress = tqdm(range(0, len(images), size), desc="plan", unit="batch", delay=2)
     for start in progress:
         batch = images[start : start + size]
-        counted = encoder.text.count_tokens([entry.text for entry in chain.from_iterable(batch)])
+        texts = [entry.text for entry in chain.from_iterable(batch)]
+        whole = encoder.text.count_tokens(texts)
+        counted = [min(count, encoder.text.longest) for count in whole]
+        encoder.unread.truncated += sum(count > encoder.text.longest for count in whole)
+        for text in texts:
+            words = unknown_words(encoder.text.tokenizer, text)
+            encoder.unread.unknown += bool(words)
+            encoder.unread.words.update(words)
         needed = encoder.bytes_of(len(batch), counted)
         if chosen and shard_bytes + needed > SHARD_BYTES:
             yield Plan(number, chosen, lengths)
@@ -143,6 +186,7 @@ class Encoder:
     def __init__(self, vae: AutoencoderKL, text: TextEncoder, settings: Encode, fingerprint: str, raw: Path, runtime: Runtime):
         self.vae, self.text, self.settings = vae, text, settings
         self.fingerprint, self.raw, self.runtime = fingerprint, raw, runtime
+        self.unread = Unread()
 
     def bytes_of(self, images: int, lengths: list[int]) -> int:
         """Return the bytes in a shard of this number of images and of captions of these lengths in tokens."""
@@ -176,19 +220,21 @@ class Encoder:
                 [forbids_flip(entry.text) for entry in plan.captions],
             )
             digests: list[str] = []
+            enlarged = 0
             for start in range(0, len(plan.images), size):
                 chunk = plan.images[start : start + size]
-                pixels, found = next(crops)
+                pixels, found, sides = next(crops)
+                enlarged += sum(side < self.settings.image_size for side in sides)
                 tokens, pooled = self.text.encode([entry.text for entry in chain.from_iterable(chunk)])
                 buffer.add(encode_moments(self.vae, pixels, self.settings), tokens, pooled)
                 digests += found
                 progress.update(len(chunk))
             rows = [{"image": entry.image, "text": entry.text, "split": entry.split} for entry in plan.captions]
-            buffer.write(parts, plan.number, rows, self.fingerprint, _inputs(plan, digests))
+            buffer.write(parts, plan.number, rows, self.fingerprint, _inputs(plan, digests), enlarged)
         progress.close()
 
-    def _load(self, plans: list[Plan]) -> Iterator[tuple[torch.Tensor, list[str]]]:
-        """Return the pixels of all batches of these shards, one after the other."""
+    def _load(self, plans: list[Plan]) -> Iterator[tuple[torch.Tensor, list[str], list[int]]]:
+        """Load all batches of these shards, one after the other, as `load_crops` does."""
         size = self.settings.batch_size
         batches = [
             [(entries[0].image, entries[0].stored) for entries in plan.images[start : start + size]]

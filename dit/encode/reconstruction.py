@@ -29,7 +29,7 @@ def measure_reconstruction(
     ]
     every: list[tuple[torch.Tensor, torch.Tensor]] = []
     shown: list[tuple[Image.Image, Image.Image]] = []
-    for pixels, _ in tqdm(load_crops(raw, batches, image_size), desc="reconstruct", total=len(batches), unit="batch", delay=2):
+    for pixels, *_ in tqdm(load_crops(raw, batches, image_size), desc="reconstruct", total=len(batches), unit="batch", delay=2):
         originals = to_tensor(pixels[:, 0])
         decoded = reconstruct(vae, originals).cpu()
         every.append((originals, decoded))

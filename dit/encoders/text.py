@@ -40,8 +40,8 @@ class TextEncoder:
         self.longest = self.model.config.max_position_embeddings
 
     def count_tokens(self, captions: list[str]) -> list[int]:
-        """Count the tokens that `encode` will make of each caption."""
-        return [len(row) for row in self.tokenizer(captions, truncation=True, max_length=self.longest).input_ids]
+        """Count the tokens of each caption, those beyond `longest`, which `encode` does not read, too."""
+        return [len(row) for row in self.tokenizer(captions, verbose=False).input_ids]
 
     def encode(self, captions: list[str]) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Embed captions as `embed_captions` does; fp16 on the CPU."""

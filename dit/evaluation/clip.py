@@ -83,7 +83,7 @@ def open_images(raw: Path, images: list[Entry], image_size: int, runtime: Runtim
     workers = (
         runtime.num_workers if len(images) * image_size**2 > 1e8 else 0
     )  # a few small images are decoded before workers start
-    for pixels, _ in load_crops(raw, batches, image_size, workers=workers, prefetch=runtime.prefetch_factor):
+    for pixels, *_ in load_crops(raw, batches, image_size, workers=workers, prefetch=runtime.prefetch_factor):
         for image in pixels[:, 0]:
             yield Image.fromarray(image.numpy())
 

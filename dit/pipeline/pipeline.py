@@ -17,12 +17,12 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from dit.config import DEFAULTS, STRENGTH
 from dit.encoders.text import embed_captions, pad_tokens
+from dit.encoders.vocabulary import truncated_text
 from dit.errors import UserError
 from dit.model.objectives import PredictionType, apply_cfg
 from dit.model.transformer import DiT
 from dit.pipeline.img2img import SourceImage, check_source, get_timesteps
 from dit.pipeline.loading import load_components
-from dit.pipeline.prompts import truncated_text
 from dit.pipeline.schedulers import fit_problem, predicts, set_timesteps, timesteps_to_sigmas
 from dit.utils.images import decode_latents
 

@@ -1,35 +1,14 @@
-"""What the text encoder does not read of a prompt: what is beyond its length, and words that it does not know."""
+"""Warnings of what the text encoder does not read of a prompt."""
 
 from __future__ import annotations
 
-from collections import Counter
 from difflib import get_close_matches
 
 from transformers import CLIPTokenizer
 
-# A vocabulary as small as that of the bundled CLIP (644 entries) has a token for each word that it was fitted on, and spells
-# the others. OpenAI's has 49,408 entries, and composes other words from pieces that it knows.
-LARGE_VOCABULARY = 10_000
+from dit.encoders.vocabulary import truncated_text, unknown_words
+
 END = "</w>"  # of a token that ends a word
-
-
-def truncated_text(tokenizer: CLIPTokenizer, prompt: str) -> str:
-    """Return the end of `prompt` that does not fit into the tokenizer's length, 77 tokens; "" where all of it does."""
-    ids = tokenizer(prompt, verbose=False).input_ids
-    return tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]).strip()
-
-
-def unknown_words(tokenizer: CLIPTokenizer, prompt: str) -> list[str]:
-    """Return the words of `prompt` that a small text encoder has never seen; none where its vocabulary is large.
-
-    They are those that take several tokens.
-    """
-    if len(tokenizer) > LARGE_VOCABULARY:
-        return []
-    encoded = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length)
-    tokens_of = Counter(word for word in encoded.word_ids() if word is not None)
-    spans = [encoded.word_to_chars(word) for word, tokens in tokens_of.items() if tokens > 1]
-    return list(dict.fromkeys(prompt[span.start : span.end].lower() for span in spans))
 
 
 def prompt_warnings(tokenizer: CLIPTokenizer, prompt: str) -> list[str]:

@@ -176,8 +176,22 @@ def _training(results: Results, found: dict[str, str]) -> list[str]:
     return [
         f"## Training\n\n{train['images_per_second']:,.0f} images/s, {_percent(train['mfu'])} of the machine's matrix-product "
         f"peak; sampling uses {_percent(results.metrics['sample']['sampling_mfu'])} of it. Images that the VAE encodes and "
-        f"decodes have a PSNR of {results.metrics['encode']['reconstruction_psnr']} dB. {losses}\n\n![curves]({found['curves']})"
+        f"decodes have a PSNR of {results.metrics['encode']['reconstruction_psnr']} dB. {_left_out(results)}{losses}\n\n"
+        f"![curves]({found['curves']})"
     ]
+
+
+def _left_out(results: Results) -> str:
+    """Word what the encoders did not see of the data as it is; nothing where they saw it all."""
+    encode, texts = results.metrics["encode"], []
+    for key, what in (
+        ("truncated_captions", "captions were cut at CLIP's length"),
+        ("captions_with_unknown_words", "captions have words that CLIP was not fitted on"),
+        ("enlarged_images", "images were smaller than the encoder's size, and enlarged"),
+    ):
+        if encode.get(key):
+            texts.append(f"{encode[key]:,} {what}")
+    return f"Of the data, {'; '.join(texts)}. " if texts else ""
 
 
 def _percent(share: float, digits: int = 0) -> str:

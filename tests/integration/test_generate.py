@@ -20,9 +20,9 @@ from dit.commands.inputs import read_images
 from dit.commands.png import read_facts
 from dit.config import DEFAULTS
 from dit.dataset.decode import open_rgb
+from dit.encoders.vocabulary import unknown_words
 from dit.pipeline.generate import load_pipeline
 from dit.pipeline.pipeline import DiTTextToImagePipeline
-from dit.pipeline.prompts import unknown_words
 from dit.shapes.scene import render, sample_description, sample_scene
 from dit.utils.files import sha256_file
 from helpers import REPO

@@ -20,9 +20,10 @@ from dit.encoders.loading import EncoderSource, load_vae
 from dit.errors import UserError
 from dit.latents.cache import LatentCache
 from dit.sources import fetch
+from dit.sources.writer import DatasetWriter, FetchResult
 from helpers import REPO, SHARED
 from helpers.encoding import COUNT, RUNTIME, SETTINGS, SHARD_BYTES, contents, encode, image_names, write_raw
-from helpers.sources import folder_data
+from helpers.sources import folder_data, noise_file
 
 NO_MIRRORS = np.zeros(COUNT, dtype=bool)
 CENTRAL = np.zeros(COUNT)  # the first caption of each image, or the central crop
@@ -133,6 +134,26 @@ def test_encode_workers_and_layout_change_nothing(raw, tmp_path):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+@pytest.mark.usefixtures("small_shards")
+def test_encode_counts_what_the_encoders_do_not_see(tmp_path, capsys, monkeypatch):
+    writer = DatasetWriter(tmp_path / "raw", folder_data(tmp_path), 12)
+    for k in range(12):
+        captions = ["a red circle", "a walrus and a red circle" if k < 3 else "a blue star"]
+        captions += ["a red circle and a blue star, " * 20] if k % 4 == 0 else []
+        writer.add(f"images/{k}.png", noise_file(k, (32, 90) if k < 5 else (90, 70), "PNG"), captions)
+    writer.close(FetchResult())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(encode_module, "assemble_cache", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
+        encode(tmp_path / "raw", tmp_path / "latents")  # all shards are written: the next run must count their images, too
+    metrics = encode(tmp_path / "raw", tmp_path / "latents")
+    counts = {"enlarged_images": 5, "truncated_captions": 3, "captions_with_unknown_words": 3}
+    assert {name: metrics[name] for name in counts} == counts
+    lines = capsys.readouterr().out
+    assert "encode: 5 of 12 images are smaller than encode.image_size 64 and were enlarged" in lines
+    assert "encode: 3 of 27 captions are longer than CLIP's 77 tokens: cut off" in lines
+    assert "3 of 27 captions have words that this CLIP was not fitted on, most often walrus (3); set encode.clip" in lines
+
+
 def test_encode_adds_random_crops(raw, tmp_path):
     encode(raw, tmp_path / "plain")
     encode(raw, tmp_path / "cropped", crops=2)
@@ -142,7 +163,7 @@ def test_encode_adds_random_crops(raw, tmp_path):
     crops = [cropped.read(np.arange(COUNT), CENTRAL, NO_MIRRORS, np.full(COUNT, choice)).moments for choice in (0.3, 0.4, 0.99)]
     assert torch.equal(central, crops[0]) and not torch.equal(crops[1], central) and not torch.equal(crops[1], crops[2])
     name = "images/5.jpg"
-    pixels, _ = next(load_crops(raw, [[(name, name)]], 64, crops=2))
+    pixels, *_ = next(load_crops(raw, [[(name, name)]], 64, crops=2))
     alone = moments.encode_moments(load_vae(EncoderSource("builtin"))[0], pixels, SETTINGS)[0, 4].float()
     assert torch.allclose(alone, crops[2][image_names(raw).index(name)].float(), atol=0.02)
 
@@ -152,7 +173,7 @@ def test_encode_unreadable_image_is_one_line(own_raw, tmp_path, workers):
     (own_raw / "images" / "9.jpg").write_bytes(b"no image")
     with pytest.raises(UserError) as error:
         encode(own_raw, tmp_path / "out", replace(RUNTIME, num_workers=workers))
-    assert "9.jpg: cannot be decoded" in str(error.value) and "\n" not in str(error.value)
+    assert "9.jpg: not an image; run `dvc repro download` again" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_encode_missing_image_is_one_line(own_raw, tmp_path):
