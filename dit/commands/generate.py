@@ -117,8 +117,8 @@ def generate(arguments: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from dit.commands.png import write_png
+    from dit.commands.prompt_warnings import prompt_warnings
     from dit.pipeline.generate import generate_images, load_pipeline
-    from dit.pipeline.prompts import prompt_warnings
     from dit.pipeline.schedulers import scheduler_name
     from dit.utils.images import labelled_grid, psnr, reconstruct
 

@@ -45,6 +45,7 @@ SPARE = {
     },
     "evaluate": {
         "dit/encoders/text.py",
+        "dit/encoders/vocabulary.py",
         "dit/latents/device_cache.py",
         "dit/shapes/prompts.py",
         "dit/utils/hardware.py",
