@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from dit.commands._args import make_folder_of
-from dit.dataset.decode import ImageError, open_rgb
+from dit.dataset.decode import open_named
 from dit.dataset.filters import is_text
 from dit.errors import UserError
 
@@ -107,10 +107,7 @@ def _read_image(flag: str, path: Path, mode: str) -> InputImage:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}") from None
-    try:
-        image = open_rgb(content).convert(mode)
-    except ImageError as error:
-        raise UserError(f"{flag} {path}: {error}") from None
+    image = open_named(content, f"{flag} {path}").convert(mode)
     return InputImage(image, hashlib.sha256(content).hexdigest())
 
 

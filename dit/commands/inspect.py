@@ -155,7 +155,7 @@ def _side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
 
 def _originals(raw: Path, names: list[str], image_size: int) -> list[Image.Image]:
     """Return the images of these names as squares; none if the data set is not there."""
-    from dit.dataset.decode import open_rgb
+    from dit.dataset.decode import open_named
     from dit.dataset.image_io import center_crop
     from dit.dataset.reader import read_metadata
     from dit.dataset.storage import StoredImages
@@ -163,6 +163,6 @@ def _originals(raw: Path, names: list[str], image_size: int) -> list[Image.Image
     try:
         stored = {entry.image: entry.stored for entry in read_metadata(raw)}
         images = StoredImages(raw)
-        return [center_crop(open_rgb(images.read(stored[name])), image_size) for name in names]
+        return [center_crop(open_named(images.read(stored[name]), name), image_size) for name in names]
     except (UserError, KeyError):
         return []

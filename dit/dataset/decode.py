@@ -49,6 +49,14 @@ def open_rgb(content: bytes) -> Image.Image:
         raise ImageError(f"damaged: {one_line(error)}") from None
 
 
+def open_named(content: bytes, name: Path | str) -> Image.Image:
+    """Decode an image file as `open_rgb` does; an error begins with `name`."""
+    try:
+        return open_rgb(content)
+    except ImageError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
 def check_image(content: bytes) -> str | None:
     """Return why an image file cannot be used, None if it can; decodes it whole, as the encode stage will."""
     try:

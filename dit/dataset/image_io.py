@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from dit.dataset.decode import ImageError, open_rgb
+from dit.dataset.decode import open_named
 from dit.dataset.storage import StoredImages
 from dit.errors import UserError
 
@@ -87,11 +87,9 @@ class CropBatches(Dataset):
         for name, stored in self.batches[k]:
             try:
                 content = self.images.read(stored)
-                image = open_rgb(content)
+                image = open_named(content, self.images.folder / stored)
                 squares = [center_crop(image, self.image_size)]
                 squares += [random_crop(image, self.image_size, name, number) for number in range(1, self.crops + 1)]
-            except ImageError as error:
-                return f"{self.images.folder / stored}: {error}; run `dvc repro download` again"
             except UserError as error:
                 return str(error)
             pixels.append(np.stack([np.asarray(square) for square in squares]))

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dit.config import WORST_SHOWN
-from dit.dataset.decode import open_rgb
+from dit.dataset.decode import open_named
 from dit.dataset.image_io import center_crop
 from dit.dataset.reader import Entry
 from dit.dataset.storage import StoredImages
@@ -61,7 +61,7 @@ def plot_nearest(
     chosen = [*counted[: PAIRS // 2], *counted[-PAIRS // 2 :]] if len(counted) > PAIRS else [*counted, *others][:PAIRS]
     for k in chosen:
         entry = training[int(nearest.index[k])]
-        known = center_crop(open_rgb(stored.read(entry.stored)), images[k].width)
+        known = center_crop(open_named(stored.read(entry.stored), entry.image), images[k].width)
         known = ImageOps.mirror(known) if nearest.mirrored[k] else known
         pairs.append(grid([images[k], known], columns=2, gap=2))
         mirrored = ", mirrored" if nearest.mirrored[k] else ""

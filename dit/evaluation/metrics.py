@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from dit.config import Evaluate, Runtime
+from dit.dataset.decode import open_named
 from dit.dataset.reader import Entry
 from dit.encoders.loading import EncoderSource
 from dit.errors import UserError
@@ -106,4 +107,5 @@ def evaluate_samples(
 
 
 def _open(samples: Path, prompt: dict[str, Any]) -> Image.Image:
-    return Image.open(samples / prompt["file"]).convert("RGB")
+    path = samples / prompt["file"]
+    return open_named(path.read_bytes(), path)

@@ -198,6 +198,7 @@ def read_list(path: Path) -> Iterator[tuple[str, str, str]]:
         content = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
             table = csv.DictReader(io.StringIO(content, newline=""), strict=True)
+            _check_columns(path, list(table.fieldnames or []))
             rows = [(f"line {table.line_num}", row) for row in table]
         elif path.suffix == ".jsonl":
             lines = enumerate(content.split("\n"), start=1)
@@ -221,6 +222,15 @@ def read_list(path: Path) -> Iterator[tuple[str, str, str]]:
             raise UserError(f"folder.data.paths: {path}, {where}: expected file_name and text (a text or a list of texts)")
         for each in texts:
             yield where, file_name, each
+
+
+def _check_columns(path: Path, columns: list[str]) -> None:
+    """Raise a `UserError` where a table has no column for names, or none for captions."""
+    for names in (NAME_COLUMNS, TEXT_COLUMNS):
+        if not set(names) & set(columns):
+            separated = len(columns) == 1 and any(mark in columns[0] for mark in ";\t")
+            remedy = "separate the columns by commas" if separated else f"it has {', '.join(map(repr, columns)) or 'nothing'}"
+            raise UserError(f"folder.data.paths: {path}, line 1: no column {' or '.join(names)}; {remedy}")
 
 
 def _column(row: Any, names: tuple[str, ...]) -> Any:
