@@ -92,9 +92,11 @@ def read_images(image: Path | None, mask: Path | None, strength: float | None) -
     given = _read_image("--image", image, "RGB")
     if mask is None:
         return given, None
+    from dit.utils.images import lies_over  # here, since it imports torch
+
     over = _read_image("--mask", mask, "L")
     (width, height), (mask_width, mask_height) = given.image.size, over.image.size
-    if width * mask_height != height * mask_width:
+    if not lies_over(given.image.size, over.image.size):
         raise UserError(
             f"--mask {mask}: {mask_width} x {mask_height} pixels do not lie over the image's {width} x {height}; "
             f"paint it on a copy of {image}"

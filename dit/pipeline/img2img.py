@@ -19,7 +19,7 @@ from PIL import Image
 
 from dit.errors import UserError, one_line
 from dit.pipeline.schedulers import timesteps_to_sigmas
-from dit.utils.images import encode_image
+from dit.utils.images import encode_image, lies_over
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def check_source(image: Any, mask_image: Any, strength: float) -> None:
             raise UserError("strength, mask_image: they need an image to change")
         return
     (width, height), (mask_width, mask_height) = side_lengths(image), side_lengths(mask_image)
-    if mask_image is not None and width * mask_height != height * mask_width:
+    if mask_image is not None and not lies_over((width, height), (mask_width, mask_height)):
         raise UserError(f"mask_image: {mask_width} x {mask_height} pixels do not lie over the image's {width} x {height}")
 
 

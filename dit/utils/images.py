@@ -31,6 +31,13 @@ def encode_image(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
+def lies_over(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Return whether two images, (width, height) each, have one shape, up to a pixel of rounding where one was resized."""
+    (width, height), (other_width, other_height) = size, other
+    # Of the sides of one, a resize gives one exactly, or both a little off in the same direction: a pixel along its longer side.
+    return abs(width * other_height - height * other_width) <= max(*size, *other)
+
+
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Decode latents to pixels (N, 3, H, W) float32 in about [-1, 1]; the inverse of `encode_image`, but for the VAE's error."""

@@ -159,6 +159,13 @@ def test_generate_mask(there, scene):
     assert facts["mask"] == f"sha256:{sha256_file(Path('mask.png'))}" and facts["strength"] == "1.0"
 
 
+def test_generate_mask_may_be_a_pixel_off(there):
+    """As an editor makes it that halves 1024 x 683 pixels."""
+    Image.new("RGB", (1024, 683)).save("image.png")
+    Image.new("L", (512, 342), 255).save("mask.png")
+    assert generate("--prompt", "a red circle", "--image", "image.png", "--mask", "mask.png") == 0
+
+
 def test_generate_warns_of_prompts_once(there, capsys):
     long = "a red circle " * 40 + "and the end"
     prompts = ["--prompt", long, "--prompt", long, "--prompt", "a Giraffe, giraffe, naïve circles", "--prompt", "a red circle."]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from PIL import Image
 
 from dit.config import Scheduler
+from dit.errors import UserError
 from dit.pipeline.img2img import get_timesteps, latent_mask
 from dit.pipeline.pipeline import DiTTextToImagePipeline
 from dit.pipeline.schedulers import make_scheduler, set_timesteps, timesteps_to_sigmas
 from dit.shapes.scene import Object, Scene, render
-from dit.utils.images import decode_latents, encode_image
+from dit.utils.images import decode_latents, encode_image, lies_over
 
 SCENE = Scene((Object("red", "circle", "large"),), ((0.25, 0.75),), (0.2025,), "cream")
 
@@ -75,6 +80,38 @@ def test_latent_mask():
     expected = torch.zeros(4, 4)
     expected[0:2, 2] = 1
     assert torch.equal(latent_mask(mask, 8)[0, 0], expected)
+
+
+SIDES = st.integers(64, 4000)
+
+
+@given(SIDES, SIDES, st.floats(0.05, 1), st.sampled_from([round, math.floor, math.ceil]), st.booleans())
+@example(1024, 683, 0.5, round, False)
+def test_lies_over_a_resized_image(width, height, scale, rounded, swapped):
+    pair = [(width, height), (max(1, rounded(width * scale)), max(1, rounded(height * scale)))]
+    assert lies_over(*(reversed(pair) if swapped else pair))
+
+
+@given(SIDES, SIDES, st.integers(2, 60), st.booleans())
+def test_lies_over_no_other_shape(width, height, pixels, swapped):
+    """Two pixels too many along the shorter side are no rounding."""
+    other = (width, height + pixels) if height <= width else (width + pixels, height)
+    pair = [(width, height), other]
+    assert not lies_over(*(reversed(pair) if swapped else pair))
+
+
+@pytest.mark.parametrize("size", [(512, 341), (512, 342), (256, 171)])
+def test_mask_may_be_a_pixel_off(pipeline, size):
+    image, mask = Image.new("RGB", (1024, 683)), Image.new("L", size)
+    mask.paste(255, (0, size[1] // 2, *size))
+    (generated,) = pipeline("a red circle", image=image, mask_image=mask, num_inference_steps=2).images
+    assert np.asarray(generated)[:24].max() <= 1 < np.asarray(generated)[40:].max()
+
+
+@pytest.mark.parametrize("size", [(512, 344), (512, 339), (683, 1024)])
+def test_mask_of_another_shape_is_refused(pipeline, size):
+    with pytest.raises(UserError, match=f"mask_image: {size[0]} x {size[1]} pixels do not lie over the image's 1024 x 683"):
+        pipeline("a red circle", image=Image.new("RGB", (1024, 683)), mask_image=Image.new("L", size))
 
 
 def test_image_of_another_shape_is_cropped(pipeline):
