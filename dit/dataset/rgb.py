@@ -23,9 +23,13 @@ WITHOUT_ALPHA = {"RGBA": "RGB", "P": "RGB", "PA": "RGB", "LA": "L"}  # modes of 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to RGB: 16 bits to 8, by its colour profile, with white behind what is transparent."""
+    if image.mode.startswith("I") and image.has_transparency_data:  # 16-bit grey of which one value is transparent
+        grey, holes = to_8bit(image), np.asarray(image) == image.info["transparency"]
+        grey.paste(255, mask=Image.fromarray(holes))
+        return grey.convert("RGB")
     image = to_srgb(to_8bit(image))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 

@@ -17,9 +17,12 @@ from diffusers import AutoencoderKL, SchedulerMixin
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from PIL import Image
 
+from dit.dataset.rgb import to_8bit, to_rgb
 from dit.errors import UserError, one_line
 from dit.pipeline.schedulers import timesteps_to_sigmas
 from dit.utils.images import encode_image, lies_over
+
+ROUNDING = 0.01  # what a resize with overshoot or a conversion to bf16 may leave outside [0, 1]
 
 
 @dataclass(frozen=True)
@@ -138,20 +141,74 @@ def latent_mask(mask: torch.Tensor, factor: int) -> torch.Tensor:
     return F.max_pool2d(mask, factor)
 
 
+def _standardise(name: str, image: Any, channels: int, size: tuple[int, int], factor: int) -> Image.Image | torch.Tensor:
+    """Convert what diffusers takes for an image or a batch, so that its values mean what they mean in training.
+
+    Args:
+        name: of the argument.
+        image: PIL image, numpy array (H, W), (H, W, C) or (N, H, W, C), or tensor (H, W), (C, H, W) or (N, C, H, W); a mask as a
+            tensor (N, H, W), too.
+        channels: 3 for an image, where C may be 1 to 4 (grey, grey and alpha, RGB, RGB and alpha), 1 for a mask.
+        size: (H, W) of the result, for the message.
+        factor: pixels of a latent's side.
+
+    Returns:
+        A PIL image, RGB or L, or a tensor (N, channels, H, W) float32 in [0, 1]; white where it was transparent.
+    """
+    if isinstance(image, Image.Image) and image.mode != "F":
+        return to_rgb(image) if channels == 3 else to_8bit(image).convert("L")
+    values: Any = np.asarray(image) if isinstance(image, Image.Image) else image
+    is_tensor = isinstance(values, torch.Tensor)
+    shape = tuple(values.shape)
+    is_latents = is_tensor and values.is_floating_point() and shape[-3:] == (4, size[0] // factor, size[1] // factor)
+    if is_tensor:
+        values = (values.float() if values.is_floating_point() else values).detach().cpu().numpy()
+        if len(shape) > 2 + (channels == 1):
+            values = np.moveaxis(values, -3, -1)
+    if len(shape) == 2 or (is_tensor and channels == 1 and len(shape) == 3):
+        values = values[..., None]
+    values = values[None] if values.ndim == 3 else values
+    if values.ndim != 4 or values.shape[-1] not in ((1, 2, 3, 4) if channels == 3 else (1,)) or is_latents:
+        raise UserError(
+            f"{name}: {shape} are no images of {channels} x {size[0]} x {size[1]}; an array has its channels last, a tensor first"
+        )
+    pixels = torch.from_numpy(_to_unit_interval(name, values, is_mask=channels == 1)).permute(0, 3, 1, 2)
+    if pixels.shape[1] in (2, 4):
+        pixels, alpha = pixels[:, :-1], pixels[:, -1:]
+        pixels = pixels * alpha + (1 - alpha)
+    return pixels.expand(-1, channels, -1, -1)
+
+
+def _to_unit_interval(name: str, values: np.ndarray, is_mask: bool) -> np.ndarray:
+    """Return `values` as float32 in [0, 1]: floats are there already, integers are 0 to 255, those of uint16 0 to 65,535.
+
+    A mask of integers may also consist of 0 and 1.
+
+    Raises:
+        UserError: they are not in that range.
+    """
+    kind, largest = values.dtype.kind, 1
+    if kind in "iu" and not (is_mask and values.max() <= 1):
+        largest = np.iinfo(np.uint16).max if values.dtype == np.uint16 else np.iinfo(np.uint8).max
+    low, high = values.min(), values.max()
+    slack = ROUNDING if kind == "f" else 0
+    if kind not in "biuf" or not (low >= -slack and high <= largest + slack):  # nor are NaNs
+        raise UserError(
+            f"{name}: {values.dtype} from {low:g} to {high:g}; floats from 0 to 1, or uint8 from 0 to 255, would be right"
+        )
+    return (values.astype(np.float32) / np.float32(largest)).clip(0, 1)
+
+
 def _preprocess(
     name: str, processor: VaeImageProcessor, channels: int, images: Any, size: tuple[int, int], prompts: int, times: int
 ) -> torch.Tensor:
     """Return the argument `name` as (N, channels, H, W) float32, one for each generated image; `size` is (H, W)."""
-    images = list(images) if isinstance(images, tuple) else images
-    if getattr(images, "dtype", None) in (bool, torch.bool):
-        images = images * 1.0
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
     try:
-        pixels = processor.preprocess(images, *size, resize_mode="crop")
-        shape = tuple(pixels.shape)
-    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+        parts = [_standardise(name, image, channels, size, processor.config.vae_scale_factor) for image in images]
+        pixels = torch.cat([processor.preprocess(part, *size, resize_mode="crop") for part in parts])
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, OSError, SyntaxError) as error:
         raise UserError(f"{name}: not an image, nor several ({one_line(error)})") from None
-    if shape[1:] != (channels, *size):
-        raise UserError(f"{name}: {shape} are no images of {channels} x {size[0]} x {size[1]}")
     if len(pixels) not in (1, prompts):
         raise UserError(f"{name}: one for all, or one for each of {prompts} prompts")
     return pixels.to(torch.float32).repeat_interleave(times * (prompts if len(pixels) == 1 else 1), 0)

@@ -175,8 +175,10 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         Args:
             prompt: one caption or several.
             negative_prompt: what the images should not show, one for all or one for each prompt; by default the empty caption.
-            image: an image to start from (PIL, numpy or tensor in [0, 1]; or several, one for each prompt). PIL images
-                are cropped to the shape of the result, and resized.
+            image: an image to start from, or several, one for each prompt: PIL images of any mode, numpy arrays (H, W, C) or
+                tensors (C, H, W). Floats are in [0, 1], integers in [0, 255], those of uint16 in [0, 65,535]. What is
+                transparent becomes white, as in training. PIL images are cropped to the shape of the result, and resized;
+                others are stretched.
             mask_image: white (1) where `image` changes; pixels elsewhere stay as they are. It has the shape of `image`.
             strength: how much noise `image` starts with, in [0, 1]: at 0 the VAE's reconstruction is returned, at 1 nothing
                 of it is kept. By default 0.6 without a mask (objects keep their places and may change colour), 1 with one.

@@ -159,6 +159,32 @@ def test_generate_mask(there, scene):
     assert facts["mask"] == f"sha256:{sha256_file(Path('mask.png'))}" and facts["strength"] == "1.0"
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_image_is_white_everywhere(there, model, mode):
+    """In `dit generate`, in the pipeline and in training."""
+    image = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (16, 16, 48, 48))
+    image.convert(mode).save("holes.png")
+    given, _ = read_images(Path("holes.png"), None, None)
+    trained = open_rgb(Path("holes.png").read_bytes())
+    assert given.image == trained and trained.getpixel((0, 0)) == (255, 255, 255)
+    settings = {"strength": 0.0, "num_inference_steps": 3}
+    pipeline = load_pipeline(model, DEFAULTS.scheduler)
+    by_hand, expected = (pipeline("a", image=image, **settings).images[0] for image in (Image.open("holes.png"), trained))
+    assert by_hand == expected
+    assert generate("--prompt", "a", "--image", "holes.png", "--strength", "0") == 0
+    assert np.array_equal(pixels("generated.png"), np.asarray(expected))
+
+
+def test_generate_mask_that_is_transparent_is_white(there, scene):
+    """One way for all images: where an editor has erased a mask, the image changes."""
+    mask = Image.new("RGBA", (64, 64), "black")
+    mask.paste((0, 0, 0, 0), (16, 16, 48, 48))
+    mask.save("mask.png")
+    _, read = read_images(scene, Path("mask.png"), None)
+    assert read.image.getpixel((32, 32)) == 255 and read.image.getpixel((2, 2)) == 0
+
+
 def test_generate_mask_may_be_a_pixel_off(there):
     """As an editor makes it that halves 1024 x 683 pixels."""
     Image.new("RGB", (1024, 683)).save("image.png")

@@ -36,7 +36,6 @@ SPARE = {
     "sample": {
         "dit/dataset/decode.py",
         "dit/dataset/image_io.py",
-        "dit/dataset/rgb.py",
         "dit/dataset/storage.py",
         "dit/model/loss.py",
         "dit/shapes/detector.py",

@@ -9,15 +9,17 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from dit.config import Scheduler
+from dit.dataset.rgb import to_rgb
 from dit.errors import UserError
-from dit.pipeline.img2img import get_timesteps, latent_mask
+from dit.pipeline.img2img import SourceImage, get_timesteps, latent_mask
 from dit.pipeline.pipeline import DiTTextToImagePipeline
 from dit.pipeline.schedulers import make_scheduler, set_timesteps, timesteps_to_sigmas
 from dit.shapes.scene import Object, Scene, render
-from dit.utils.images import decode_latents, encode_image, lies_over
+from dit.utils.images import decode_latents, encode_image, lies_over, to_tensor
 
 SCENE = Scene((Object("red", "circle", "large"),), ((0.25, 0.75),), (0.2025,), "cream")
 
@@ -80,6 +82,90 @@ def test_latent_mask():
     expected = torch.zeros(4, 4)
     expected[0:2, 2] = 1
     assert torch.equal(latent_mask(mask, 8)[0, 0], expected)
+
+
+def source_pixels(pipeline, image, mask=None) -> SourceImage:
+    """What a call with 16 x 16 pixels starts from."""
+    processors = (pipeline.image_processor, pipeline.mask_processor)
+    return SourceImage.prepare(pipeline.vae, *processors, image, mask, torch.zeros(1, 4, 2, 2), 1, 1)
+
+
+@given(arrays(np.uint8, st.tuples(st.just(16), st.just(16), st.integers(1, 4))), st.sampled_from(["uint8", "int64", "float32"]))
+def test_arrays_start_as_their_image_does(pipeline, array, dtype):
+    """Grey, RGB, both with alpha; integers or floats; numpy or torch: as the PIL image, which is converted as in training."""
+    mode = ["L", "LA", "RGB", "RGBA"][array.shape[2] - 1]
+    image = Image.fromarray(array[..., 0] if mode == "L" else array, mode)
+    expected = to_tensor(torch.from_numpy(np.array(to_rgb(image))[None]))
+    values = array.astype(np.float32) / 255 if dtype == "float32" else array.astype(dtype)
+    tensor = torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, -1, 0)))
+    for given_image in (image, values, tensor, values[None], [tensor], (image,)):
+        pixels = source_pixels(pipeline, given_image).pixels
+        assert pixels.shape == (1, 3, 16, 16) and (pixels - expected).abs().max() <= 1.01 / 127.5  # alpha_composite rounds
+
+
+def test_uint8_array_generates_as_its_image(pipeline):
+    image = render(SCENE)
+    expected, *others = (
+        np.asarray(pipeline("a red circle", image=kind, strength=0.0).images[0])
+        for kind in (image, np.asarray(image), np.asarray(image) / 255, torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    )
+    assert all(np.array_equal(other, expected) for other in others)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "La", "PA", "RGBa", "P", "L", "RGB", "I;16"])
+def test_transparent_image_is_white(pipeline, mode):
+    """Whatever colour is beneath; as in training."""
+    image = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 8, 16))
+    if mode == "RGB":
+        image = image.convert("RGB")
+        image.info["transparency"] = (255, 0, 0)
+    elif mode in ("P", "L", "I;16"):  # one value is transparent
+        values = np.repeat(np.array([[0] * 8 + [7] * 8]), 16, 0)
+        image = Image.fromarray(values.astype(np.uint16 if mode == "I;16" else np.uint8))
+        image = image if mode == "I;16" else image.convert(mode)
+        image.info["transparency"] = 7
+    elif mode == "PA":
+        alpha = image.getchannel("A")
+        image = image.convert("RGB").convert("P")
+        image.putalpha(alpha)
+    else:
+        image = image.convert("LA").convert(mode) if mode == "La" else image.convert(mode)
+    assert image.mode == mode
+    (pixels,) = source_pixels(pipeline, image).pixels
+    assert torch.equal(pixels[:, :, :8], torch.full((3, 16, 8), -1.0)) and torch.equal(pixels[:, :, 8:], torch.ones(3, 16, 8))
+
+
+@pytest.mark.parametrize(
+    ("image", "value"),
+    [
+        (Image.new("1", (16, 16), 1), 255),
+        (Image.new("L", (16, 16), 100), 100),
+        (Image.new("I;16", (16, 16), 25_700), 100),
+        (Image.new("I", (16, 16), 25_700), 100),
+        (Image.new("F", (16, 16), 0.4), 102),
+        (Image.new("CMYK", (16, 16), (0, 0, 0, 155)), 100),
+        (np.full((16, 16), 100, np.uint8), 100),
+        (np.full((16, 16), 25_700, np.uint16), 100),
+        (torch.full((16, 16), 0.4, dtype=torch.bfloat16), 102),
+        (np.full((16, 16), 100, np.uint8)[::-1], 100),  # not contiguous
+        (np.full((16, 16), 1.004), 255),
+    ],
+)
+def test_grey_image_of_any_kind(pipeline, image, value):
+    pixels = source_pixels(pipeline, image).pixels
+    assert pixels.shape == (1, 3, 16, 16) and ((pixels + 1) * 127.5 - value).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("largest", [1, 255])
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_mask_of_integers(pipeline, kind, largest):
+    """As of 0 and 1, or of 0 to 255, where less than half is black."""
+    rows = [[0] * 16] * 8 + [[largest] * 16] * 8
+    mask = source_pixels(pipeline, Image.new("RGB", (16, 16)), kind(rows)).mask
+    assert not mask[..., :8, :].any() and mask[..., 8:, :].all()
+    dark = source_pixels(pipeline, Image.new("RGB", (16, 16)), kind([[0] + [100] * 15] * 16)).mask
+    assert not dark.any()
 
 
 SIDES = st.integers(64, 4000)
