@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from dit.commands._args import make_folder_of, save_image
 from dit.errors import UserError, one_line, without_password
@@ -139,23 +139,23 @@ def comparison_table(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 def comparison_image(runs: pd.DataFrame, metric: str) -> Image.Image | None:
     """Return a row of images per run, a column per prompt that all runs sampled with the same seed; None if there is none."""
-    from dit.utils.images import wrap
+    from dit.utils.images import draw_label, label_font, wrap
 
     rows = {run["run_id"]: _read_samples(run["run_id"]) for _, run in runs.iterrows()}
     shared = [prompt for prompt in next(iter(rows.values()), {}) if all(prompt in row for row in rows.values())]
     if not shared:
         return None
-    font = ImageFont.load_default(size=12)
-    labels = [wrap(text, font, CELL) for text, _ in shared]
+    fonts = [label_font(text) for text, _ in shared]
+    labels = [wrap(text, font, CELL) for (text, _), font in zip(shared, fonts, strict=True)]
     top = 16 * max(len(lines) for lines in labels) + 8
     sheet = Image.new("RGB", (MARGIN + len(shared) * (CELL + 4), top + len(rows) * (CELL + 4)), "white")
-    canvas = ImageDraw.Draw(sheet)
-    for column, lines in enumerate(labels):
-        canvas.multiline_text((MARGIN + column * (CELL + 4) + 2, 4), "\n".join(lines), fill=(60, 60, 60), font=font, spacing=2)
+    for column, (lines, font) in enumerate(zip(labels, fonts, strict=True)):
+        draw_label(sheet, (MARGIN + column * (CELL + 4) + 2, 4), lines, font, (60, 60, 60))
     for number, (_, run) in enumerate(runs.iterrows()):
         y = top + number * (CELL + 4)
+        font = label_font(run["tags.mlflow.runName"])
         lines = [*wrap(run["tags.mlflow.runName"], font, MARGIN), run["run_id"][:8], f"{metric} {run[f'metrics.{metric}']:.4g}"]
-        canvas.multiline_text((6, y + 6), "\n".join(lines), fill=(0, 0, 0), font=font, spacing=2)
+        draw_label(sheet, (6, y + 6), lines, font, (0, 0, 0))
         for column, prompt in enumerate(shared):
             image = rows[run["run_id"]][prompt].resize((CELL, CELL), Image.Resampling.LANCZOS)
             sheet.paste(image, (MARGIN + column * (CELL + 4), y))

@@ -1,8 +1,10 @@
-"""Between images, tensors and the latents of a VAE; grids of images."""
+"""Between images, tensors and the latents of a VAE; grids of images, and their labels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,28 +76,99 @@ def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], columns:
     Images of up to `cell` pixels are enlarged a whole number of times, as far as `cell`. Wider ones are reduced to `cell`, or
     further, so that the sheet is not wider than `WIDEST`.
     """
-    font, gap = ImageFont.load_default(size=12), 8
+    gap = 8
     width, height = images[0].size
     factor: float = cell // width if width <= cell else min(cell, (WIDEST - gap) // columns - gap) / width
     width, height = round(width * factor), round(height * factor)
-    texts = [wrap(label, font, width) for label in labels]
+    fonts = [label_font(label) for label in labels]
+    texts = [wrap(label, font, width) for label, font in zip(labels, fonts, strict=True)]
     below = 16 * max(len(lines) for lines in texts) + 4
     tiles = []
-    for image, lines in zip(images, texts, strict=True):
+    for image, lines, font in zip(images, texts, fonts, strict=True):
         tile = Image.new("RGB", (width, height + below), "white")
         tile.paste(image.resize((width, height), Image.Resampling.LANCZOS))
-        ImageDraw.Draw(tile).multiline_text((2, height + 2), "\n".join(lines), fill=(60, 60, 60), font=font, spacing=2)
+        draw_label(tile, (2, height + 2), lines, font, (60, 60, 60))
         tiles.append(tile)
     return grid(tiles, columns, gap)
 
 
-def wrap(text: str, font, width: int, most: int = 5) -> list[str]:
-    """Break `text` into lines of at most `width` pixels; after `most` lines, the rest is left out."""
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 5) -> list[str]:
+    """Break `text` into lines of at most `width` pixels, with a margin of 4.
+
+    Lines end between words, or within one that no line holds: an address, or Chinese, which is written without blanks. After
+    `most` lines, the rest is left out.
+    """
+
+    def fits(line: str) -> bool:
+        return font.getlength(line) <= width - 4
+
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width - 4 or not lines[-1]:
+        if fits(longer):
             lines[-1] = longer
-        else:
-            lines.append(word)
-    return [*lines[: most - 1], lines[most - 1] + " …"] if len(lines) > most else lines
+            continue
+        if lines[-1]:
+            lines.append("")
+        for character in word:
+            if lines[-1] and not fits(lines[-1] + character):
+                lines.append("")
+            lines[-1] += character
+        if len(lines) > most:
+            break
+    if len(lines) <= most:
+        return lines
+    last = lines[most - 1]
+    while last and not fits(f"{last} …"):
+        last = last[:-1].rstrip()
+    return [*lines[: most - 1], f"{last} …".strip()]
+
+
+def draw_label(
+    sheet: Image.Image, corner: tuple[int, int], lines: Sequence[str], font: ImageFont.FreeTypeFont, colour: tuple[int, int, int]
+) -> None:
+    """Draw `lines` below each other, 14 pixels apart whatever the font's own height is; `corner` is the upper left one."""
+    canvas, (x, y) = ImageDraw.Draw(sheet), corner
+    for k, line in enumerate(lines):
+        canvas.text((x, y + 12 + 14 * k), line, fill=colour, font=font, anchor="ls")
+
+
+def label_font(text: str, size: int = 11) -> ImageFont.FreeTypeFont:
+    """Return a font that has the characters of `text`.
+
+    That is DejaVu Sans: Latin, Greek, Cyrillic, Arabic, symbols. Of other scripts, the system's font that has most of `text`;
+    where there is none, they are boxes.
+    """
+    import matplotlib  # here and below, since few need it: it brings DejaVu
+
+    dejavu = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    characters = set(map(ord, "".join(text.split())))
+    if text.isascii() or characters <= _characters(dejavu):
+        return ImageFont.truetype(dejavu, size)
+    shares = {path: len(characters & _characters(path)) for path in (dejavu, *_system_fonts())}
+    better = [path for path in shares if shares[path] > shares[dejavu]]
+    for path in sorted(better, key=lambda path: (-shares[path], "regular" not in path.name.lower(), path)):
+        try:
+            return ImageFont.truetype(path, size)
+        except OSError:  # a bitmap font that has not this size, as most emoji are
+            continue
+    return ImageFont.truetype(dejavu, size)
+
+
+@cache
+def _system_fonts() -> list[Path]:
+    """Return the files of the system's fonts, but for macOS' LastResort, which has a box for every character there is."""
+    from matplotlib.font_manager import findSystemFonts
+
+    return [path for path in map(Path, findSystemFonts()) if not path.name.lower().startswith("lastresort")]
+
+
+@cache
+def _characters(path: Path) -> frozenset[int]:
+    """Return the code points that a font file has; none where it cannot be read."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return frozenset(FT2Font(path).get_charmap())
+    except (OSError, RuntimeError):
+        return frozenset()

@@ -5,17 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from unittest.mock import patch
 
+import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
-from PIL import Image, ImageDraw, ImageFont
+from hypothesis import example, given
+from hypothesis import strategies as st
+from PIL import Image
 
+from dit.commands.compare import comparison_image
 from dit.config import GRID_PROMPTS
 from dit.dataset.reader import Entry
 from dit.evaluation.figures import plot_nearest, plot_worst
 from dit.evaluation.memorization import Nearest
 from dit.pipeline.sampling import COLUMNS, MOMENTS, SHOWN, TIMES, settings_grid
 from dit.report.report import WIDEST
-from dit.utils.images import grid, labelled_grid, wrap
+from dit.utils import images as images_module
+from dit.utils.images import draw_label, grid, label_font, labelled_grid, wrap
 
 SCALES, STEPS = (1.0, 1.5, 3.0), (5, 10, 20)
 LABEL = "a man riding a wave on top of a surfboard in front of a large crowd of people"
@@ -28,16 +34,16 @@ def random_images(count: int, size: int) -> list[Image.Image]:
 
 def enlarged(images: list[Image.Image], labels: list[str], columns: int, cell: int) -> Image.Image:
     """The sheet in which images are enlarged a whole number of times, up to `cell` pixels, and never reduced."""
-    font = ImageFont.load_default(size=12)
     scale = max(1, cell // images[0].width)
     width, height = images[0].width * scale, images[0].height * scale
-    texts = [wrap(label, font, width) for label in labels]
+    fonts = [label_font(label) for label in labels]
+    texts = [wrap(label, font, width) for label, font in zip(labels, fonts, strict=True)]
     below = 16 * max(len(lines) for lines in texts) + 4
     tiles = []
-    for image, lines in zip(images, texts, strict=True):
+    for image, lines, font in zip(images, texts, fonts, strict=True):
         tile = Image.new("RGB", (width, height + below), "white")
         tile.paste(image.resize((width, height), Image.Resampling.LANCZOS))
-        ImageDraw.Draw(tile).multiline_text((2, height + 2), "\n".join(lines), fill=(60, 60, 60), font=font, spacing=2)
+        draw_label(tile, (2, height + 2), lines, font, (60, 60, 60))
         tiles.append(tile)
     return grid(tiles, columns, gap=8)
 
@@ -95,3 +101,68 @@ def test_labelled_grid_reduces_large_images(columns, width):
     expected = image.resize((width, round(width / 2)), Image.Resampling.LANCZOS)
     assert sheet.crop((8, 8, 8 + width, 8 + expected.height)) == expected
     assert sheet.width <= WIDEST
+
+
+BOX = "\U0010ffff"  # no font has this character
+BEYOND_ASCII = "éüß–…€½“Жλ→★♥أ"
+
+
+def labelled(text: str) -> Image.Image:
+    return labelled_grid([Image.new("RGB", (64, 64))], [text], 1)
+
+
+@pytest.mark.parametrize("character", BEYOND_ASCII)
+def test_labels_are_no_boxes(character):
+    assert labelled(character) != labelled(BOX)
+
+
+def test_labels_of_compare_are_no_boxes():
+    """Those of prompts above, and names of runs on the left."""
+    sheets = []
+    for name, prompt in (("é", "a"), (BOX, "a"), ("a", "é"), ("a", BOX)):
+        runs = pd.DataFrame([{"run_id": "0123456789", "tags.mlflow.runName": name, "metrics.val_loss": 0.5}])
+        with patch("dit.commands.compare._read_samples", lambda _, prompt=prompt: {(prompt, 0): Image.new("RGB", (64, 64))}):
+            sheets.append(comparison_image(runs, "val_loss"))
+    assert sheets[0] != sheets[1] and sheets[2] != sheets[3]
+
+
+def fonts_of_matplotlib(*names: str) -> list[str]:
+    return [str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf") for name in names]
+
+
+def test_label_font_of_system(monkeypatch, tmp_path):
+    """What DejaVu lacks comes from the system's font that has most of it, if it has more."""
+    both = "\U0001d538\u2902"  # one that DejaVu has, and one of STIX alone
+    (tmp_path / "damaged.ttf").write_bytes(b"no font")
+    (tmp_path / "LastResort.otf").write_bytes(Path(*fonts_of_matplotlib("LastResortHE-Regular")).read_bytes())
+    found = [*map(str, tmp_path.iterdir()), *fonts_of_matplotlib("cmr10", "STIXGeneral")]
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: found)
+    images_module._system_fonts.cache_clear()
+    assert label_font(both).getname()[0] == "STIXGeneral"
+    assert label_font("é").getname()[0] == label_font(BOX).getname()[0] == "DejaVu Sans"
+    assert labelled(both) != labelled(both[0] + BOX)
+    found[:] = []
+    images_module._system_fonts.cache_clear()
+    assert label_font(both).getname()[0] == "DejaVu Sans"
+    monkeypatch.undo()
+    images_module._system_fonts.cache_clear()
+
+
+@given(st.text() | st.text("ab 文字é-/…", max_size=200), st.integers(30, 300), st.integers(1, 6))
+@example("一只红色的圆在蓝色方块上面" * 3, 128, 5)
+@example("https://example.com/a/very/long/path/that/no/line/holds/image-0001.png", 64, 9)
+@example("a " * 100, 30, 2)
+@example("W" * 100, 30, 1)
+def test_wrap_fits_and_loses_nothing(text, width, most):
+    """Each line fits, and all characters are there in order, unless more lines than allowed are cut, with a sign of it."""
+    font = label_font(text)
+    lines = wrap(text, font, width, most)
+    assert len(lines) <= most and all(font.getlength(line) <= width for line in lines)
+    whole, shown = "".join(text.split()), "".join("".join(lines).split())
+    assert shown == whole or (len(lines) == most and shown.endswith("…") and whole.startswith(shown[:-1]))
+
+
+def test_wrap_keeps_words_that_fit():
+    font = label_font("")
+    assert wrap("a red circle above a blue star", font, 80) == ["a red circle", "above a blue", "star"]
+    assert wrap("see https://example.com/images", font, 80)[0] == "see"
