@@ -49,6 +49,16 @@ def make_folder_of(path: Path, flag: str = "--output") -> None:
         raise UserError(f"{flag} {path}: you may not write {'it' if path.exists() else f'into {path.parent}'}")
 
 
+def image_path(text: str, name: str = "generated.png") -> Path:
+    """Return the image file that `text`, of a flag, stands for: `name` in it, if it is a folder or named as one.
+
+    A folder is what there is as one, what ends in a slash, and what has no suffix.
+    """
+    path = Path(text)
+    is_folder = text.endswith(("/", os.sep)) or path.is_dir() or not path.suffix
+    return path / name if is_folder else path
+
+
 def save_image(image: Image.Image, path: Path) -> None:
     """Write an image, in the format that the end of its name says, into a folder that is made if it is missing."""
     make_folder_of(path)

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import get_args
 
 from dit import __version__
-from dit.commands._args import add_flag
-from dit.commands.inputs import InputImage, check_numbers, check_output, check_text, read_images, read_prompts
+from dit.commands._args import add_flag, image_path
+from dit.commands.inputs import (
+    InputImage,
+    check_numbers,
+    check_output,
+    check_text,
+    find_checkpoints,
+    read_images,
+    read_prompts,
+)
 from dit.config import DEFAULTS, STRENGTH, Scheduler
+from dit.errors import UserError
 from dit.pipeline.model_folder import read_index, weights_hash
 
 EXAMPLES = """\
@@ -22,6 +32,7 @@ examples:
   dit generate --prompts-file prompts.txt --output images/image.png    images/image-0.png, image-1.png, ...
   dit generate --prompt "a green cross" --image generated.png --strength 0.8
   dit generate --prompt "a red circle" --image generated.png --mask mask.png --output mended.png
+  dit generate --prompt "a red circle" --checkpoint latest                 with a training that is still going
   dit inspect generated.png                                                how an image was generated
 """
 LOW_PSNR = 25  # dB of a VAE's reconstruction: the bundled one has 42 for rendered scenes, and 15 to 20 for photographs
@@ -47,7 +58,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_flag(what, "width", type=int, metavar="PIXELS", help="the same")
     add_flag(what, "seed", type=int, default=0, metavar="N", help="of the first image; the next has N + 1; default: %(default)s")
     how = parser.add_argument_group("how")
-    add_flag(how, "checkpoint", type=Path, default=Path("models/dit"), metavar="FOLDER", help="the model; default: %(default)s")
+    add_flag(
+        how,
+        "checkpoint",
+        type=Path,
+        default=Path("models/dit"),
+        metavar="FOLDER",
+        help="the model; or a checkpoint of a training that is still going, .state/train/.../step-....safetensors, or latest for "
+        "the newest; default: %(default)s",
+    )
     add_flag(
         how,
         "num_inference_steps",
@@ -95,10 +114,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_flag(
         where,
         "output",
-        type=Path,
+        type=image_path,
         default=Path("generated.png"),
         metavar="FILE.png",
-        help="of several images, k goes into FILE-k.png, from 0 on; default: %(default)s",
+        help="of several images, k goes into FILE-k.png, from 0 on; a folder, or a name without a suffix, stands for "
+        "generated.png in it; default: %(default)s",
     )
     add_flag(where, "grid", action="store_true", help="write one sheet with all images and their prompts, instead of each")
     parser.set_defaults(action=generate)
@@ -110,7 +130,9 @@ def generate(arguments: argparse.Namespace) -> None:
     prompts = read_prompts(arguments.prompt, arguments.prompts_file)
     check_text("--negative_prompt", arguments.negative_prompt)
     image, mask = read_images(arguments.image, arguments.mask, arguments.strength)
-    read_index(arguments.checkpoint)
+    checkpoints = find_checkpoints(arguments.checkpoint)
+    if not checkpoints:
+        read_index(arguments.checkpoint)
     check_output(arguments.output)
 
     from tqdm import tqdm
@@ -123,7 +145,8 @@ def generate(arguments: argparse.Namespace) -> None:
     from dit.utils.images import labelled_grid, psnr, reconstruct
 
     disable_progress_bar()  # the weights are loaded at once; the bar is for the steps
-    pipeline = load_pipeline(arguments.checkpoint, arguments.scheduler)
+    with model_folder(arguments.checkpoint, checkpoints) as folder:
+        pipeline, weights = load_pipeline(folder, arguments.scheduler), weights_hash(folder)
     for prompt in dict.fromkeys([*prompts, arguments.negative_prompt]):
         for line in prompt_warnings(pipeline.tokenizer, prompt):
             print(f"dit: {line}", file=sys.stderr)
@@ -158,7 +181,11 @@ def generate(arguments: argparse.Namespace) -> None:
         guidance_scale=arguments.guidance_scale,
         guidance_interval=tuple(arguments.guidance_interval),
     )
-    made_with = {"scheduler": scheduler_name(pipeline.scheduler), "dtype": str(pipeline.transformer.dtype).removeprefix("torch.")}
+    made_with = {
+        "scheduler": scheduler_name(pipeline.scheduler),
+        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
+        "model": f"sha256:{weights}",
+    }
     shared = png_facts(arguments, image, mask, made_with, pipeline.config.image_size)
     output: Path = arguments.output
     if arguments.grid:
@@ -177,6 +204,34 @@ def generate(arguments: argparse.Namespace) -> None:
             path = output if len(prompts) == 1 else output.with_name(f"{output.stem}-{k}{output.suffix}")
             write_png(path, generated_image, {"prompt": prompt, "seed": str(seed)} | shared)
             tqdm.write(str(path))  # above the progress bar
+
+
+@contextmanager
+def model_folder(given: Path, checkpoints: Sequence[Path]) -> Iterator[Path]:
+    """Provide the model folder that `--checkpoint` asks for: `given` itself, or a temporary one of the first whole checkpoint.
+
+    Raises:
+        UserError: none of `checkpoints` is whole; the line is of the first.
+    """
+    if not checkpoints:
+        yield given
+        return
+    from dit.training.export import export_checkpoint
+
+    problems = []
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for path in checkpoints:
+            try:
+                export_checkpoint(path, Path(folder))
+            except UserError as error:  # the training deletes old ones
+                problems.append(error)
+                continue
+            if path != given:
+                print(f"dit: {path.with_suffix('.safetensors')}", file=sys.stderr)
+            break
+        else:
+            raise problems[0]
+        yield Path(folder)
 
 
 def input_warnings(
@@ -213,7 +268,7 @@ def png_facts(
 
     Args:
         arguments, image, mask: what was asked for.
-        made_with: what the pipeline has been given or found: `scheduler` and `dtype`.
+        made_with: what the pipeline has been given or found: `scheduler`, `dtype` and `model`.
         trained_size: side of the images that the model was trained on.
     """
     strength = arguments.strength if arguments.strength is not None else 1.0 if mask else STRENGTH
@@ -228,7 +283,6 @@ def png_facts(
         "image": image and f"sha256:{image.sha256}",
         "mask": mask and f"sha256:{mask.sha256}",
         "strength": image and strength,
-        "model": f"sha256:{weights_hash(arguments.checkpoint)}",
         "software": f"latent-dit {__version__}",
     }
     return {name: str(value) for name, value in facts.items() if value is not None}

@@ -15,6 +15,8 @@ from dit.dataset.decode import open_named
 from dit.dataset.filters import is_text
 from dit.errors import UserError
 
+TRAININGS = Path(".state/train")  # where trainings that are not done keep their checkpoints, each in a folder of its own
+LATEST = Path("latest")
 LARGEST = 100_000  # of these
 POSITIVE = ("num_inference_steps", "height", "width", "num_images_per_prompt", "batch_size")
 
@@ -113,6 +115,27 @@ def _read_image(flag: str, path: Path, mode: str) -> InputImage:
     return InputImage(image, hashlib.sha256(content).hexdigest())
 
 
+def find_checkpoints(given: Path) -> list[Path]:
+    """Return the checkpoints of trainings that `--checkpoint` asks for: the file of one or, if it is "latest", all, newest first.
+
+    There is none where it names a model's folder.
+
+    Raises:
+        UserError: "latest" is asked for, and there is none.
+    """
+    if given.is_file() and given.suffix in (".safetensors", ".json") and given.name.startswith("step-"):
+        return [given]
+    if given != LATEST or given.exists():
+        return []
+    records = {path: path.stat().st_mtime for path in TRAININGS.glob("*/step-*.json")}
+    if not records:
+        raise UserError(
+            f"--checkpoint {given}: there is none in {TRAININGS}; a training writes one every runtime.checkpoint_every steps, "
+            "and deletes them when it is done: then models/dit is its model"
+        )
+    return sorted(records, key=lambda path: records[path], reverse=True)
+
+
 def check_output(path: Path) -> None:
     """Make the folder that `path` lies in.
 
@@ -120,5 +143,7 @@ def check_output(path: Path) -> None:
         UserError: `path` is no name for a PNG file, or cannot be written.
     """
     if path.suffix.lower() != ".png":
-        raise UserError(f"--output {path}: its name must end in .png, since only a PNG keeps every pixel and its settings")
+        raise UserError(
+            f"--output {path}: its name must end in .png, since only a PNG keeps every pixel and its settings; a folder's in /"
+        )
     make_folder_of(path)

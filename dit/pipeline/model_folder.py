@@ -46,7 +46,7 @@ def weights_hash(folder: Path) -> str:
 def _kind(file: Path) -> str:
     """Return what kind of file somebody took for a model, in a few words."""
     if file.suffix == ".safetensors" and file.name.startswith("step-"):
-        return f"a checkpoint of a training that is not done (`python -m stages.train --resume {file}` resumes it)"
+        return f"a checkpoint of a training that is not done (`dit generate --checkpoint {file}` generates images with it)"
     if file.suffix in (".pt", ".pth", ".ckpt", ".bin", ".pkl"):
         return "a pickle, which may hold code and is never loaded"
     return "weights alone, without what they belong to" if file.suffix == ".safetensors" else "a file"

@@ -99,7 +99,8 @@ class TrainingState:
                 tensors[f"{moment}.{name}"] = value
             if self.early_stopping.weights:
                 tensors[f"best.{name}"] = self.early_stopping.weights[k]
-        return tensors
+        # The text's statistics never change; with them, the tensors named ema are all of a trained model's.
+        return tensors | {f"ema.{name}": buffer for name, buffer in self.transformer.named_buffers()}
 
     def record(self) -> dict[str, Any]:
         """Return what is no tensor, as JSON."""
@@ -216,7 +217,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         whole = sha256_file(tensors) == content["sha256"]
         checkpoint = Checkpoint(content["step"], tensors, content["record"])
     except OSError as error:
-        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror}), so it is no checkpoint") from None
+        why = ": a training is still writing it, or has deleted it" if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror}), so it is no checkpoint{why}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{record}: not the record of a checkpoint") from None
     if not whole:

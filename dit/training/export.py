@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+from safetensors import SafetensorError
 
 from dit.config import Model, Optim, Train
+from dit.errors import UserError
 from dit.latents.cache import LatentCache
 from dit.model.objectives import euler_scheduler, make_objective
 from dit.model.transformer import DiT
+from dit.training.checkpoint import open_checkpoint
 from dit.utils.files import write_json
 
 FACTS = "training.json"  # what the card is rendered from
@@ -40,10 +44,32 @@ Settings:
 
 def save_model(folder: Path, transformer: DiT, cache: LatentCache, model: Model, optim: Optim, train: Train) -> None:
     """Write the model folder. The same training gives the same bytes: no run id, no time stamp, no machine."""
-    transformer.save_pretrained(folder / "transformer", safe_serialization=True)
+    _write_folder(folder, transformer, describe_model(transformer, cache, model, optim, train))
+
+
+def export_checkpoint(path: Path, folder: Path) -> None:
+    """Write the model folder of a training that is not done: the EMA weights of the checkpoint at `path`, and what they need.
+
+    Raises:
+        UserError: there is no whole checkpoint, or it was deleted meanwhile; one line that names it.
+    """
+    checkpoint = open_checkpoint(path)
+    try:
+        description = checkpoint.record["model"]
+        transformer = DiT(**description["transformer"])
+        tensors = checkpoint.tensors()
+    except KeyError:
+        raise UserError(f"{path}: of an earlier version, which did not record its model; newer checkpoints will do") from None
+    except (OSError, SafetensorError):
+        raise UserError(f"{path}: deleted while it was read, as the training writes newer ones; try again") from None
+    transformer.load_state_dict({name: tensors[f"ema.{name}"] for name in transformer.state_dict()})
+    _write_folder(folder, transformer, description)
+
+
+def describe_model(transformer: DiT, cache: LatentCache, model: Model, optim: Optim, train: Train) -> dict[str, Any]:
+    """Return what a model folder holds beside its weights, as JSON: `transformer` (its arguments), `index` and `facts`."""
     objective = make_objective(train.objective, train.prediction_type)
     scheduler = euler_scheduler(objective.prediction_type)
-    scheduler.save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "DiTTextToImagePipeline",
         "_diffusers_version": diffusers.__version__,
@@ -55,7 +81,6 @@ def save_model(folder: Path, transformer: DiT, cache: LatentCache, model: Model,
         "prediction_type": objective.prediction_type,
         "encoders": {"vae": cache.index["vae"], "clip": cache.index["clip"], "image_size": cache.index["image_size"]},
     }
-    write_json(folder / "model_index.json", index)
     facts = {
         "parameters": transformer.num_parameters() / 1e6,
         "objective": "rectified flow" if train.objective == "flow" else f"DDPM ({train.prediction_type})",
@@ -68,6 +93,15 @@ def save_model(folder: Path, transformer: DiT, cache: LatentCache, model: Model,
         "clip": cache.index["clip"]["name"],
         "settings": {"model": asdict(model), "optim": asdict(optim), "train": asdict(train)},
     }
+    arguments = {name: transformer.config[name] for name in inspect.signature(DiT.__init__).parameters if name != "self"}
+    return {"transformer": arguments, "index": index, "facts": facts}
+
+
+def _write_folder(folder: Path, transformer: DiT, description: dict[str, Any]) -> None:
+    index, facts = description["index"], description["facts"]
+    transformer.save_pretrained(folder / "transformer", safe_serialization=True)
+    euler_scheduler(index["prediction_type"]).save_pretrained(folder / "scheduler")
+    write_json(folder / "model_index.json", index)
     write_json(folder / FACTS, facts)
     front_matter = "".join(f"{key}: {value}\n" for key, value in METADATA.items())
     card = f"---\n{front_matter}---\n{render_card(facts, 'models/dit')}"

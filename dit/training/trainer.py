@@ -30,6 +30,7 @@ from dit.training.data import (
     read_batch,
     sample_step_noise,
 )
+from dit.training.export import describe_model
 from dit.training.logging import MetricLogger, RunningMetrics
 from dit.training.setup import (
     DTYPES,
@@ -268,6 +269,7 @@ class Trainer:
                 "seconds": self.seconds_before + time.perf_counter() - self.started,
                 "logger": self.logger.state(),
                 "precision": self.accelerator.mixed_precision,
+                "model": describe_model(self.transformer, self.cache, self.model, self.optim, self.settings),
             }
             self.checkpoints.save(self.state.step, tensors, self.state.record() | about)
         if wait:

@@ -23,6 +23,7 @@ def write_cache(
     augmentations: int = 2,
     channels: int = 4,
     fingerprint: str = FINGERPRINT,
+    text_sizes: tuple[int, int] = (32, 16),
 ) -> LatentCache:
     """A cache of random moments and text: images with so many augmentations and captions each, of 3 to 9 tokens."""
     source = torch.Generator().manual_seed(0)
@@ -32,8 +33,8 @@ def write_cache(
 
     mean = random(images, augmentations, channels, size, size)
     moments = torch.cat([mean, torch.full_like(mean, -9.0)], dim=2)  # hardly any variance
-    tokens = [random(3 + k % 7, 32) for k in range(images * captions)]
-    pooled = random(images * captions, 16)
+    tokens = [random(3 + k % 7, text_sizes[0]) for k in range(images * captions)]
+    pooled = random(images * captions, text_sizes[1])
     sides = ["left" if (k // captions + k % captions) % 4 == 0 else "top" for k in range(images * captions)]
     rows = [
         {
@@ -61,6 +62,6 @@ def write_cache(
         "clip": source_record,
         "val_images": val,
     }
-    assemble_cache(folder / "parts", shards, folder, about, (random(2, 32), random(16)))
+    assemble_cache(folder / "parts", shards, folder, about, (random(2, text_sizes[0]), random(text_sizes[1])))
     shutil.rmtree(folder / "parts")
     return LatentCache(folder)

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,16 @@ from dit.commands.png import read_facts
 from dit.config import DEFAULTS
 from dit.dataset.decode import open_rgb
 from dit.encoders.vocabulary import unknown_words
+from dit.latents.cache import LatentCache
 from dit.pipeline.generate import load_pipeline
 from dit.pipeline.pipeline import DiTTextToImagePipeline
 from dit.shapes.scene import render, sample_description, sample_scene
+from dit.training.export import save_model
+from dit.training.stop import Stopped
 from dit.utils.files import sha256_file
 from helpers import REPO
+from helpers.cache import write_cache
+from helpers.training import MODEL, OPTIM, TRAIN, MemoryLogger, run
 
 QUICK = ["--num_inference_steps", "3"]
 
@@ -134,6 +141,80 @@ def test_generate_grid(there, capsys):
     twice = Image.open("generated.png").resize((128, 128), Image.Resampling.LANCZOS)
     right = pixels("sheet.png")[8:136, 144:272]
     assert np.abs(np.asarray(twice) - right).mean() < 1 < np.abs(pixels("sheet.png")[8:136, 8:136] - right).mean()
+
+
+@pytest.mark.parametrize("name", ["./outputs/generated", "new.png/", "there.png", "."])
+def test_generate_output_may_be_a_folder(there, capsys, name):
+    """One that exists, or one by its name: without a suffix, or with a slash behind it."""
+    Path("there.png").mkdir()
+    assert generate("--prompt", "a", "--prompt", "b", "--output", name) == 0
+    expected = [Path(name) / f"generated-{k}.png" for k in range(2)]
+    assert capsys.readouterr().out.split() == [str(path) for path in expected] and all(path.is_file() for path in expected)
+    assert generate("--prompt", "a", "--output", name) == 0
+    assert read_facts(Path(name) / "generated.png")["prompt"] == "a"
+
+
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory) -> Path:
+    """What two trainings that were stopped have left in .state/train: steps 4 and 6 of one, then step 2 of another."""
+    folder = tmp_path_factory.mktemp("trainings")
+    cache = write_cache(folder / "latents", text_sizes=(128, 128))
+    for name, step in (("first", 6), ("second", 2)):
+        stop = MemoryLogger(
+            lambda line, step=step: line.startswith(f"step {step}/9 loss") and os.kill(os.getpid(), signal.SIGTERM)
+        )
+        with pytest.raises(Stopped):
+            run(cache, folder / "train" / name, {"lr_scheduler": "constant"}, logger=stop)
+    return folder
+
+
+def test_generate_with_checkpoint_of_running_training(there, trainings):
+    """The images of the model that the training would be if it ended there."""
+    cache = LatentCache(trainings / "latents")
+    transformer, _ = run(cache, there / "state", {"lr_scheduler": "constant"}, num_epochs=2)  # six steps
+    save_model(there / "done", transformer, cache, MODEL, OPTIM, replace(TRAIN, lr_scheduler="constant"))
+    command = ["--prompt", "a red circle"]
+    assert generate(*command, "--checkpoint", "done", "--output", "expected.png") == 0
+    for suffix in ("safetensors", "json"):
+        assert generate(*command, "--checkpoint", str(trainings / "train" / "first" / f"step-00000006.{suffix}")) == 0
+        assert Path("generated.png").read_bytes() == Path("expected.png").read_bytes()
+    assert generate(*command, "--checkpoint", str(trainings / "train" / "first" / "step-00000004.json")) == 0
+    assert read_facts(Path("generated.png"))["model"] != read_facts(Path("expected.png"))["model"]
+
+
+def test_generate_with_latest_checkpoint(there, trainings, capsys):
+    """The newest of all trainings that is whole; another one where it is still written, or was deleted meanwhile."""
+    shutil.copytree(trainings / "train", ".state/train", copy_function=shutil.copy2)
+    command, newest = ["--prompt", "a red circle", "--checkpoint", "latest"], Path(".state/train/second/step-00000002.json")
+    assert generate(*command) == 0
+    assert f"dit: {newest.with_suffix('.safetensors')}\n" in capsys.readouterr().err
+    newest.with_suffix(".safetensors").unlink()
+    assert generate(*command) == 0
+    assert "dit: .state/train/first/step-00000006.safetensors\n" in capsys.readouterr().err
+    newest.unlink()
+    for path in Path(".state/train/first").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert generate(*command) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("dit: .state/train/first/step-00000006.safetensors: damaged") and error.count("\n") == 1
+    shutil.rmtree(".state/train/first")
+    assert generate(*command) == 1
+    assert capsys.readouterr().err.startswith("dit: --checkpoint latest: there is none in .state/train")
+
+
+def test_generate_refuses_unusable_checkpoints(there, trainings, capsys):
+    shutil.copytree(trainings / "train" / "first", "first")
+    record = json.loads(Path("first/step-00000006.json").read_text())
+    del record["record"]["model"]  # as version 0.2.0 wrote it
+    Path("first/step-00000006.json").write_text(json.dumps(record))
+    Path("first/step-00000004.json").unlink()
+    for step, message in (
+        (6, "of an earlier version, which did not record its model"),
+        (4, "a training is still writing it, or has"),
+    ):
+        assert generate("--prompt", "a", "--checkpoint", f"first/step-{step:08d}.safetensors") == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"dit: first/step-{step:08d}.") and message in error and error.count("\n") == 1
 
 
 def test_generate_strength(there, scene):
@@ -251,12 +332,20 @@ def test_unknown_words_of_large_vocabulary(model):
         (["--prompt", "a", "--image", "scene.png", "--mask", "text.png"], "--mask text.png: not an image"),
         (["--prompt", "a", "--image", "scene.png", "--mask", "wide.png"], "--mask wide.png: 64 x 32 pixels do not lie over"),
         (["--prompt", "a", "--output", "a.jpg"], "--output a.jpg: its name must end in .png"),
-        (["--prompt", "a", "--output", "folder.png"], "--output folder.png: is a folder"),
+        (
+            ["--prompt", "a", "--output", "v1.5"],
+            "--output v1.5: its name must end in .png, since only a PNG keeps every pixel and",
+        ),
+        (["--prompt", "a", "--output", "text"], "--output text/generated.png: text cannot be made"),
         (["--prompt", "a", "--output", "text.png/a.png"], "--output text.png/a.png: text.png cannot be made"),
         (["--prompt", "a", "--checkpoint", "nowhere"], "nowhere: no such folder; run from the project's folder, or name one"),
         (["--prompt", "a", "--checkpoint", "."], ".: not a trained model, it has no model_index.json"),
         (["--prompt", "a", "--checkpoint", "other"], "other: holds a StableDiffusionPipeline; a DiTText"),
-        (["--prompt", "a", "--checkpoint", "step-00000100.safetensors"], "a checkpoint of a training that is not done"),
+        (["--prompt", "a", "--checkpoint", "step-00000100.safetensors"], "step-00000100.json: cannot be read (No such file"),
+        (
+            ["--prompt", "a", "--checkpoint", "latest"],
+            "--checkpoint latest: there is none in .state/train; a training writes one",
+        ),
         (["--prompt", "a", "--checkpoint", "weights.safetensors"], "weights.safetensors: weights alone"),
         (["--prompt", "a", "--checkpoint", "model.ckpt"], "model.ckpt: a pickle, which may hold code"),
     ],
@@ -268,7 +357,6 @@ def test_generate_refuses_before_loading(there, scene, capsys, monkeypatch, argu
     Path("text").write_text("no image")
     Path("cut.png").write_bytes(scene.read_bytes()[:900])
     Image.new("L", (64, 32)).save("wide.png")
-    Path("folder.png").mkdir()
     Path("other").mkdir()
     Path("other/model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     for name in ("step-00000100.safetensors", "weights.safetensors", "model.ckpt"):
