@@ -7,26 +7,33 @@ later holds no surprise.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from dataclasses import fields, is_dataclass
+from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_type_hints
 
-import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
 
-from dit.errors import UserError
+from dit.errors import UserError, one_line
 
 VAE_FACTOR = 8  # pixels per latent, in each direction; every Stable Diffusion VAE since 2021
 
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Fraction = Annotated[Float, Field(ge=0, lt=1)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(min_length=1)]
+Item = TypeVar("Item")
+# A list; a single text or number is a list of one, so that `-S folder.data.paths=custom_data` does what it seems to.
+Several = Annotated[tuple[Item, ...], BeforeValidator(lambda value: [value] if isinstance(value, (str, int, float)) else value)]
 Layout = Literal["auto", "files", "shards"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Scheduler = Literal["euler", "heun", "dpm++", "unipc", "ddim", "stochastic"]
@@ -56,7 +63,7 @@ class ShapesData:
 
     source: Literal["shapes"]
     num_samples: Annotated[int, Field(strict=True, ge=10)]
-    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    val_fraction: Annotated[Float, Field(gt=0, lt=1)]
     image_size: Annotated[int, Field(strict=True, ge=16, le=1024)]
     layout: Layout
     seed: NonNegativeInt
@@ -69,7 +76,7 @@ class CocoData:
     source: Literal["coco"]
     split: Literal["train2017", "val2017", "both"]
     num_samples: Annotated[int, Field(strict=True, ge=2)]
-    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    val_fraction: Annotated[Float, Field(gt=0, lt=1)]
     base_url: Text
     captions_per_image: PositiveInt
     layout: Layout
@@ -82,8 +89,8 @@ class FolderData:
     """Your own images and captions."""
 
     source: Literal["folder"]
-    paths: Annotated[tuple[Text, ...], Field(min_length=1)]
-    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    paths: Annotated[Several[Text], Field(min_length=1)]
+    val_fraction: Annotated[Float, Field(gt=0, lt=1)]
     layout: Layout
     max_bad_fraction: Fraction
     seed: NonNegativeInt
@@ -99,9 +106,9 @@ class HubData:
     revision: Text | None
     split: Text
     image_column: Text
-    caption_columns: Annotated[tuple[Text, ...], Field(min_length=1)]
+    caption_columns: Annotated[Several[Text], Field(min_length=1)]
     num_samples: Annotated[int, Field(strict=True, ge=2)]
-    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    val_fraction: Annotated[Float, Field(gt=0, lt=1)]
     layout: Layout
     max_bad_fraction: Fraction
     seed: NonNegativeInt
@@ -139,7 +146,7 @@ class Optim:
 
     num_epochs: PositiveInt
     learning_rate: PositiveFloat
-    logit_mean: Annotated[float, Field(ge=-3, le=3)]
+    logit_mean: Annotated[Float, Field(ge=-3, le=3)]
     compile_model: Literal["auto", True, False]
 
 
@@ -209,21 +216,21 @@ class Sample:
     """What is sampled for the evaluation, and how."""
 
     num_inference_steps: PositiveInt
-    guidance_scale: Annotated[float, Field(ge=1)]
+    guidance_scale: Annotated[Float, Field(ge=1)]
     scheduler: Scheduler
     num_samples: PositiveInt
     batch_size: PositiveInt
     seed: NonNegativeInt
-    prompts: tuple[Text, ...]
-    grid_guidance_scales: Annotated[tuple[Annotated[float, Field(ge=1)], ...], Field(min_length=1)]
-    grid_steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    prompts: Several[Text]
+    grid_guidance_scales: Annotated[Several[Annotated[Float, Field(ge=1)]], Field(min_length=1)]
+    grid_steps: Annotated[Several[PositiveInt], Field(min_length=1)]
 
 
 @dataclass(frozen=True, config=STRICT)
 class Evaluate:
     """The evaluation."""
 
-    confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    confidence: Annotated[Float, Field(gt=0.5, lt=1)]
     val_passes: PositiveInt
     resamples: Annotated[int, Field(strict=True, ge=2)]
 
@@ -276,14 +283,36 @@ def load_config(path: str | Path = "params.yaml") -> Params:
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from the project's folder") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    values = read_yaml(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected blocks of settings, found {type(values).__name__}")
     return parse_config(values, path.name)
+
+
+def read_yaml(text: str, name: str) -> Any:
+    """Return what the text of the file `name` holds, by the rules that DVC reads and writes with: YAML 1.2, where `no` is a text.
+
+    Raises:
+        UserError: it is not YAML; one line that names the line and the column.
+    """
+    try:
+        return YAML(typ="safe").load(text)
+    except MarkedYAMLError as error:
+        mark, where = error.problem_mark or error.context_mark, ""
+        if mark:
+            where = f" line {mark.line + 1}, column {mark.column + 1}:"
+        tab = "; indent with blanks" if "'\\t'" in str(error.problem) else ""
+        reason = one_line(ValueError(error.problem or error.context)).removeprefix("but ")
+        raise UserError(f"{name}: not valid YAML:{where} {reason}{tab}") from None
+    except Exception as error:  # Python's own conversions raise anything: 2024-13-45 a ValueError, [[[[… a RecursionError
+        raise UserError(f"{name}: not valid YAML: {one_line(error, with_type=True)}") from None
 
 
 def parse_config(values: dict[str, Any], name: str = "params.yaml") -> Params:
@@ -303,6 +332,15 @@ def parse_config(values: dict[str, Any], name: str = "params.yaml") -> Params:
 
 # What became of the keys of version 0.1.
 RENAMED = {"schedule": "optim", "max_skipped": "max_nonfinite_steps"}
+WORDING = {  # by pydantic's type of error
+    "bool_type": "must be true or false",
+    "tuple_type": "must be a list: [one, another]",
+    "string_type": "must be a text",
+    "string_too_short": "must not be empty",
+    "string_unicode": "a text holds half of a UTF-16 pair, which is no character",
+}
+SHORTENED = reprlib.Repr()  # of values in messages; its default is a few items and levels of what is nested
+SHORTENED.maxstring = SHORTENED.maxother = 160
 
 
 def _impossible(recipe: str, settings: Recipe) -> str | None:
@@ -336,27 +374,42 @@ def _nearest(value: int, step: int) -> str:
 
 def _most_telling(errors: list[ErrorDetails]) -> ErrorDetails:
     """Return the first error; where a key is missing and an old spelling of it is there, the latter."""
-    return next((error for error in errors if error["loc"][-1] in RENAMED), errors[0])
+    return next((error for error in errors if error["loc"] and error["loc"][-1] in RENAMED), errors[0])
 
 
 def _explain(error: ErrorDetails) -> str:
     """Word one of pydantic's errors as `key: value is wrong; this would be right`."""
     location = [str(part) for part in error["loc"]]
+    if not location:  # of a key that is no text
+        return _remedy(error, "")
     known = _keys(location[:-1])
     while not known:  # pydantic goes on below our keys: into tuples, and into the members of a union
         location.pop()
         known = _keys(location[:-1])
-    key = ".".join(location)
+    key = " ".join(".".join(location).split())
     if location[-1] in RENAMED and RENAMED[location[-1]] in known:
         return f"{key}: is called {RENAMED[location[-1]]} now; rename it"
-    if error["type"] == "unexpected_keyword_argument":
+    if error["type"] in ("unexpected_keyword_argument", "invalid_key"):
         close = difflib.get_close_matches(location[-1], known, n=1)
         return f"{key}: unknown key; " + (f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}")
     if error["type"] == "missing":
         return f"{key}: missing; add it, or take the line from the params.yaml in git"
+    return f"{key}: {SHORTENED.repr(error['input'])}: {_remedy(error, key)}"
+
+
+def _remedy(error: ErrorDetails, key: str) -> str:
+    """Return what the value of `key` must be, in a user's words where pydantic's are a programmer's."""
+    value, kind = error["input"], error["type"]
+    if kind == "string_type" and (value is None or isinstance(value, (bool, int, float, date))):
+        # What was typed is not known any more: 1e5 is 100000.0 by now, and 0123 is 123.
+        quoted = "['…']" if isinstance(error["loc"][-1], int) else "'…'"
+        return f"must be a text, and YAML reads something else; put it in quotes: '…', or with -S: -S \"{key}={quoted}\""
+    if kind == "int_type" and isinstance(value, float) and value.is_integer():
+        return f"must be a valid integer; {int(value)} would be right"
+    if kind in WORDING:
+        return WORDING[kind]
     message = error["msg"].removeprefix("Input ").replace("'", "").replace("should be", "must be")
-    message = message.replace("a dictionary or an instance of", "a block of settings, see class")
-    return f"{key}: {error['input']!r}: {message}"
+    return message.replace("a dictionary or an instance of", "a block of settings, see class")
 
 
 def _keys(location: list[str]) -> list[str]:

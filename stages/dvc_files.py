@@ -10,13 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
+from dit.config import read_yaml
 
 
 def locked_outs(stage: str) -> list[dict]:
     """Return what dvc.lock records of the outs of `stage`."""
     lock = Path("dvc.lock")
-    stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {}) if lock.exists() else {}
+    stages = (read_yaml(lock.read_text(encoding="utf-8"), "dvc.lock") or {}).get("stages", {}) if lock.exists() else {}
     return stages.get(stage, {}).get("outs", [])
 
 
@@ -49,7 +49,7 @@ def restore_metrics(stage: str, metrics: list[str]) -> None:
 
 def code_digest(stage: str) -> str:
     """Return a SHA-256 of the code that `stage` depends on, as dvc.yaml lists it; comments and docstrings do not count."""
-    deps = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
+    deps = read_yaml(Path("dvc.yaml").read_text(encoding="utf-8"), "dvc.yaml")["stages"][stage]["deps"]
     digest = hashlib.sha256()
     for dep in map(Path, deps):
         for path in sorted(dep.rglob("*.py")) if dep.is_dir() else [dep] if dep.suffix == ".py" else []:

@@ -12,12 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dit.config import Params, load_config, read_yaml
 from dit.dataset.filters import check_captions, check_name, clean_caption
 from dit.dataset.reader import Entry, read_metadata
 from dit.errors import UserError
 from dit.latents.cache import LatentCache
 from dit.sources import coco
 from dit.sources.folder import read_list
+from helpers import REPO
 from helpers.cache import write_cache
 
 EXAMPLES = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -70,6 +72,20 @@ def only_user_errors(read):
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 2000
         return None
+
+
+PARAMS = read_yaml((REPO / "params.yaml").read_text(encoding="utf-8"), "params.yaml")
+YAML_PARTS = [*"abn01:-,[]{}&*!|>'\"%@#?~=. \n\t", "<<", "!!", "---", "no", "1e5", "2024-01-05"]
+
+
+@settings(EXAMPLES, max_examples=100)
+@given(data=st.data())
+def test_load_config_any_input(tmp_path, data):
+    any_yaml = st.lists(st.sampled_from(YAML_PARTS), max_size=30).map(lambda parts: "".join(parts).encode())
+    content = data.draw(content_of(PARAMS) | any_yaml)
+    (tmp_path / "params.yaml").write_bytes(content)
+    params = only_user_errors(lambda: load_config(tmp_path / "params.yaml"))
+    assert params is None or isinstance(params, Params)
 
 
 ROWS = [{"image": f"images/{k}.jpg", "text": f"caption {k}", "split": "val" if k else "train"} for k in range(3)]
