@@ -137,7 +137,7 @@ def decode_images(cache: LatentCache, raw: Path, count: int) -> Image.Image:
     from dit.utils.images import decode_latents, labelled_grid, to_images
 
     chosen, latents = _mean_latents(cache, count)
-    vae, _ = load_vae(EncoderSource(**cache.index["vae"]))
+    vae, _ = load_vae(EncoderSource(**cache.index["vae"], recorded_in=cache.folder))
     decoded = [to_images(decode_latents(vae, each[None]))[0] for each in latents]  # one at a time: any size fits into memory
     captions = [rows[0] for rows in cache.captions(chosen)]
     originals = _originals(raw, [caption["image"] for caption in captions], decoded[0].width)

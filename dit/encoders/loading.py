@@ -6,7 +6,9 @@ The Hub's library keeps what it has downloaded and heeds HF_HOME, HF_ENDPOINT, H
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import os
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from safetensors import SafetensorError
 
 from dit.config import VAE_FACTOR
 from dit.errors import UserError, one_line
-from dit.utils.files import sha256_files
+from dit.utils.files import expand_home, sha256_files
 
 if TYPE_CHECKING:  # both take seconds to import, which a look at a configuration does not need
     from diffusers import AutoencoderKL
@@ -25,6 +27,7 @@ BUILTIN = Path(__file__).parent / "builtin"
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHTS = {"vae": "diffusion_pytorch_model*.safetensors", "clip": "model*.safetensors"}  # never a pickle
 BESIDES = {"vae": ["config.json"], "clip": ["*.json", "merges.txt", "vocab.txt"]}
+COPIES = "encoders"  # in a model folder: encoders that were folders elsewhere, for MLflow's registry
 OTHERWISE = "or set it to a local folder written by save_pretrained, or to builtin"
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
@@ -37,15 +40,17 @@ class EncoderSource:
         name: "builtin", a Hub id (owner/name, or owner/name/subfolder for a VAE) or a local folder, as in params.yaml.
         revision: branch, tag or commit asked for; None for the default or where there is none.
         resolved: commit of the Hub repository, or `sha256:…` of the weights for a local folder.
+        recorded_in: the folder of the model or cache that records this encoder, which a relative folder is looked for from, too.
     """
 
     name: str
     revision: str | None = None
     resolved: str | None = None
+    recorded_in: Path | None = None
 
     def to_dict(self) -> dict[str, str | None]:
-        """Return the attributes by name, for JSON."""
-        return asdict(self)
+        """Return what a model or a cache records, by name, for JSON."""
+        return {"name": self.name, "revision": self.revision, "resolved": self.resolved}
 
 
 def load_vae(
@@ -97,8 +102,8 @@ def find_encoder(kind: str, source: EncoderSource, weights: bool = True) -> tupl
     """
     if source.name == "builtin":
         folder, commit = BUILTIN / kind, None
-    elif Path(source.name).is_dir():
-        folder, commit = Path(source.name), None
+    elif is_folder(source):
+        folder, commit = _find_folder(kind, source), None
     else:
         folder, commit = _download(kind, source, weights)
     _check_class(kind, source.name, folder)
@@ -106,10 +111,71 @@ def find_encoder(kind: str, source: EncoderSource, weights: bool = True) -> tupl
         return folder, None
     if not any(folder.glob(WEIGHTS[kind])):
         raise _unusable(kind, source.name, f"has no {WEIGHTS[kind]}; other formats may hold code and are never loaded")
-    resolved = commit or f"sha256:{sha256_files(sorted(folder.glob('*.safetensors')))}"
+    resolved = commit or _digest(folder)
     if source.resolved and resolved != source.resolved:
         raise _unusable(kind, source.name, f"is now {resolved}, but {source.resolved} is needed: the weights have changed")
     return folder, resolved
+
+
+def is_folder(source: EncoderSource) -> bool:
+    """Return whether `source` names a folder and no repository of the Hub, whether or not the folder is there.
+
+    That is known once it has been loaded. Before, a name is a path if it looks like one, or if it begins with a folder's name.
+    """
+    name = source.name
+    if name == "builtin":
+        return False
+    if source.resolved:
+        return source.resolved.startswith("sha256:")
+    if name.startswith((".", "/", "~")) or "\\" in name or Path(name).is_absolute():
+        return True
+    return any(_is_dir(root / name.split("/")[0]) for root in _roots(source))
+
+
+def copy_folders(model: Path, sources: dict[str, EncoderSource]) -> None:
+    """Copy those of the encoders ("vae", "clip") that are folders into the model folder that records them, for other machines.
+
+    Raises:
+        UserError: one is not there any more, or has changed.
+    """
+    for kind, source in sources.items():
+        if is_folder(source):
+            folder, _ = find_encoder(kind, source)
+            for pattern in (*BESIDES[kind], "*.safetensors"):
+                for path in folder.glob(pattern):
+                    (model / COPIES / kind).mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, model / COPIES / kind / path.name)
+
+
+def _roots(source: EncoderSource) -> list[Path]:
+    """Return where a relative folder is looked for: here, in the project, and in the project that the model lies in."""
+    roots = [Path(), Path(os.environ.get("DVC_ROOT", "."))]  # `dvc exp run --temp` runs in a copy of what git tracks
+    if source.recorded_in:
+        above = source.recorded_in.resolve().parents
+        roots += [folder for folder in above if (folder / "dvc.yaml").is_file()][:1]
+    return roots
+
+
+def _find_folder(kind: str, source: EncoderSource) -> Path:
+    """Return the folder of an encoder; of several places that have one, that of the weights that are needed."""
+    named = [(root / expand_home(source.name)).absolute() for root in _roots(source)]
+    copies = [source.recorded_in / COPIES / kind] if source.recorded_in else []
+    found = [place for place in dict.fromkeys([*copies, *named]) if _is_dir(place)]
+    if not found:
+        looked = " and no ".join(map(str, dict.fromkeys(named)))
+        raise _unusable(kind, source.name, f"is no folder, there is no {looked}; check the name")
+    return next((place for place in found if len(found) > 1 and _digest(place) == source.resolved), found[0])
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # the name is too long, or what is above it cannot be read
+        return False
+
+
+def _digest(folder: Path) -> str:
+    return f"sha256:{sha256_files(sorted(folder.glob('*.safetensors')))}"
 
 
 def _load(
@@ -123,7 +189,7 @@ def _load(
         # Both libraries report files that are missing or damaged, and weights of another shape, as one of these.
         raise UserError(
             f"encode.{kind}: {source.name!r} cannot be loaded as {model_class.__name__} ({one_line(error)}); "
-            f"delete {folder} to download it again, {OTHERWISE}"
+            f"{'save it' if is_folder(source) else f'delete {folder} to download it'} again, {OTHERWISE}"
         ) from None
     return model.requires_grad_(False).eval().to(device), EncoderSource(source.name, source.revision, resolved), folder
 
@@ -183,7 +249,7 @@ def _download(kind: str, source: EncoderSource, weights: bool) -> tuple[Path, st
 def _parts(kind: str, name: str) -> tuple[str, str]:
     """Return the repository of a Hub id, and the subfolder that may follow it."""
     parts = name.split("/")
-    if name.startswith((".", "/", "~")) or len(parts) > 3 or "" in parts:
+    if len(parts) > 3 or "" in parts:
         raise _unusable(kind, name, "is no folder")
     return "/".join(parts[:2]), "/".join(parts[2:])
 
@@ -208,7 +274,7 @@ def _read_config(kind: str, name: str, folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        where = "" if folder.is_relative_to(Path(name)) else ", perhaps in a subfolder: owner/name/vae"
+        where = f", perhaps {name.rstrip('/')}/vae has" if kind == "vae" else ""
         raise _unusable(kind, name, f"has no config.json{where}; choose another") from None
     except (OSError, ValueError, RecursionError):
         raise _unusable(kind, name, "has a config.json that is not readable; download it again") from None

@@ -47,7 +47,7 @@ def load_components(folder: Path, dtype: torch.dtype, transformer_dtype: torch.d
         }
         if complete:
             return parts | {"scheduler": _load_scheduler(folder, index["scheduler"][1])} | _load_own_encoders(folder, dtype)
-        sources = {kind: EncoderSource(**index["encoders"][kind]) for kind in ("vae", "clip")}
+        sources = recorded_encoders(folder)
         parts["scheduler"] = make_scheduler(DEFAULTS.scheduler, prediction_type)
     except DAMAGE as error:
         reason = one_line(error, with_type=True)
@@ -55,6 +55,12 @@ def load_components(folder: Path, dtype: torch.dtype, transformer_dtype: torch.d
     vae, _ = load_vae(sources["vae"], dtype)
     text_encoder, tokenizer, _ = load_text_encoder(sources["clip"], dtype)
     return parts | {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+
+
+def recorded_encoders(folder: Path) -> dict[str, EncoderSource]:
+    """Return which "vae" and "clip" the model folder of the train stage records; KeyError or TypeError if it is damaged."""
+    encoders = read_index(folder)["encoders"]
+    return {kind: EncoderSource(**encoders[kind], recorded_in=folder) for kind in ("vae", "clip")}
 
 
 def _load_transformer(folder: Path, dtype: torch.dtype) -> DiT:

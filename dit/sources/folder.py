@@ -26,6 +26,7 @@ from dit.dataset.decode import check_image
 from dit.dataset.filters import check_captions, check_name, clean_caption, printable
 from dit.errors import UserError, one_line
 from dit.sources.writer import DatasetWriter, FetchResult
+from dit.utils.files import expand_home
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 LISTS = ("metadata.jsonl", "metadata.csv", "metadata.json")
@@ -75,7 +76,7 @@ def find_images(data: FolderData) -> tuple[list[ImageCaptions], FetchResult]:
     found: list[ImageCaptions] = []
     result = FetchResult()
     for number, name in enumerate(data.paths):
-        root = Path(name)
+        root = Path(expand_home(name))
         if not root.is_dir():
             raise UserError(f"folder.data.paths: {name} is not a folder; set it to where your images and captions are")
         prefix = f"images/{number}/" if len(data.paths) > 1 else "images/"

@@ -17,6 +17,7 @@ from dit.dataset.decode import check_image, image_format
 from dit.dataset.filters import check_captions, clean_caption
 from dit.errors import UserError, one_line
 from dit.sources.writer import DatasetWriter, FetchResult
+from dit.utils.files import expand_home
 
 LOGIN = "if it is private or gated, accept its conditions and log in with `hf auth login`, or set HF_TOKEN"
 
@@ -52,7 +53,8 @@ def open_stream(data: HubData) -> Any:
         raise UserError("hub.data.source: needs the library datasets; pip install -c constraints.txt -e '.[hub]'") from None
     known = f"hub.data.dataset: {data.dataset!r}"
     try:
-        stream = datasets.load_dataset(data.dataset, name=data.config, revision=data.revision, split=data.split, streaming=True)
+        name = expand_home(data.dataset)
+        stream = datasets.load_dataset(name, name=data.config, revision=data.revision, split=data.split, streaming=True)
         columns = stream.column_names or list(next(iter(stream), {}))
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(

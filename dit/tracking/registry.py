@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import mlflow
 from mlflow import MlflowClient
@@ -60,7 +62,8 @@ def register_model(uri: str, run: str, folder: Path, name: str, step: int, packa
         package: the code that goes with it.
     """
     experiment = MlflowClient(uri).get_run(run).info.experiment_id
-    with _addressed(uri, experiment), redirect_stderr(io.StringIO()):  # MLflow announces each version
+    # MLflow announces each version on stderr.
+    with TemporaryDirectory() as aside, _addressed(uri, experiment), redirect_stderr(io.StringIO()):
         Model.log(
             None,
             mlflow.pyfunc,
@@ -69,11 +72,25 @@ def register_model(uri: str, run: str, folder: Path, name: str, step: int, packa
             step=step,
             registered_model_name=name,
             python_model=str(_loader(package)),  # as code: nothing is pickled
-            artifacts={"model": str(folder.resolve())},
+            artifacts={"model": str(_self_contained(folder, Path(aside)).resolve())},
             code_paths=[str(package)],
             pip_requirements=[f"{each}=={version(each).split('+')[0]}" for each in REQUIREMENTS],
             signature=SIGNATURE,
         )
+
+
+def _self_contained(folder: Path, aside: Path) -> Path:
+    """Return the model folder or, if its encoders are folders of this machine, a copy of it in `aside` that holds them."""
+    from dit.encoders.loading import copy_folders, is_folder  # both take seconds, also where there is no model to register
+    from dit.pipeline.loading import recorded_encoders
+
+    sources = recorded_encoders(folder)
+    if not any(map(is_folder, sources.values())):
+        return folder
+    copy = aside / folder.name
+    shutil.copytree(folder, copy)
+    copy_folders(copy, sources)
+    return copy
 
 
 def _loader(package: Path) -> Path:

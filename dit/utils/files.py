@@ -24,6 +24,14 @@ def write_json(path: Path, value: Any) -> None:
     part.replace(path)
 
 
+def expand_home(path: str) -> str:
+    """Return a path of the settings with the home folder for a leading `~`; they record it as it is, without anybody's name."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except (RuntimeError, ValueError):  # nobody of that name
+        return path
+
+
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     return sha256_files([path])

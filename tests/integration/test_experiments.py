@@ -16,7 +16,8 @@ import pytest
 import yaml
 from PIL import Image, ImageChops
 
-from helpers.clones import Clone
+from dit.encoders.loading import BUILTIN
+from helpers.clones import Clone, environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -266,6 +267,26 @@ def test_run_cache_serves_switched_recipe(clone):
     assert clone.json("metrics/download.json")["images"] == 17
     back(clone)
     assert "up to date" in clone.dvc("status").stdout
+
+
+def test_exp_run_aside_with_own_encoder(tmp_path):
+    """With a setting that YAML 1.1 takes for false, and a folder that git does not know and the copy does not have."""
+    clone = Clone(tmp_path / "project")
+    shutil.copytree(BUILTIN / "vae", clone.root / "encoders" / "my-vae")
+    (clone.root / ".git" / "info" / "exclude").write_text("encoders\n")
+    settings = ("train.mixed_precision=no", "shapes.encode.vae=encoders/my-vae", "shapes.optim.num_epochs=1")
+    clone.dvc("exp", "run", "--temp", "-n", "aside", *(part for setting in settings for part in ("-S", setting)))
+    (run,) = clone.parents()
+    assert (run.data.params["train.mixed_precision"], run.data.params["encode.vae"]) == ("no", "encoders/my-vae")
+    clone.dvc("exp", "apply", "aside")
+    assert clone.json("models/dit/model_index.json")["encoders"]["vae"]["name"] == "encoders/my-vae"
+    model, image = str(clone.root / "models" / "dit"), tmp_path / "image.png"
+    command = (sys.executable, "-m", "dit.cli", "generate", "--checkpoint", model, "--prompt", "a red circle", "--output", image)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(clone.root) | {"PYTHONPATH": str(clone.root)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert image.is_file()
 
 
 @pytest.mark.parametrize(

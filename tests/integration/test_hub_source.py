@@ -69,6 +69,14 @@ def test_fetch_first_rows(tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == content
 
 
+def test_fetch_from_the_home_folder(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "set")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # of Windows
+    assert fetch(hub_data("~/set"), tmp_path / "out", RUNTIME).images == 6
+    assert json.loads((tmp_path / "out" / "source.json").read_text())["dataset"] == "~/set"  # without the user's name
+
+
 def test_fetch_reads_only_what_is_used(tmp_path):
     write_parquet(tmp_path / "set", files=3, rows=6)
     for number in (1, 2):  # whoever touches them fails

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -14,6 +15,7 @@ import torch
 from mlflow import MlflowClient
 
 from dit.config import DEFAULTS
+from dit.encoders.loading import BUILTIN, EncoderSource, find_encoder
 from dit.pipeline.generate import load_pipeline
 from dit.tracking import mlflow as tracking
 from dit.tracking import sync
@@ -78,6 +80,22 @@ def test_registered_model_generates_as_pipeline(project, model):
     again.resume()
     again.log_model(model, "dit-shapes", 9)
     again.finish()
+    check(project, model, run.run_id)
+
+
+def test_registered_model_has_its_local_encoders(project, model, tmp_path_factory):
+    """The project with its folders of encoders may be gone, or on another machine."""
+    own = tmp_path_factory.mktemp("own")
+    (own / "dvc.yaml").touch()
+    mine = shutil.copytree(model, own / "models" / "dit")
+    index = json.loads((mine / "model_index.json").read_text())
+    for kind in ("vae", "clip"):
+        shutil.copytree(BUILTIN / kind, own / "encoders" / kind)
+        _, resolved = find_encoder(kind, EncoderSource("builtin"))
+        index["encoders"][kind] = {"name": f"encoders/{kind}", "revision": None, "resolved": resolved}
+    (mine / "model_index.json").write_text(json.dumps(index))
+    run = register(mine)
+    shutil.rmtree(own)
     check(project, model, run.run_id)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from dit.encode.moments import encode_moments
-from dit.encoders.loading import BUILTIN, EncoderSource, load_clip, load_text_encoder, load_vae
+from dit.encoders.loading import BUILTIN, EncoderSource, copy_folders, find_encoder, load_clip, load_text_encoder, load_vae
 from dit.encoders.text import TextEncoder
 from dit.errors import UserError
 from dit.shapes.captions import describe
@@ -133,6 +135,84 @@ def test_load_vae_problem_is_one_line(tmp_path, damage, problem):
     with pytest.raises(UserError) as error:
         load_vae(EncoderSource(str(folder)))
     assert f"encode.vae: '{folder}' {problem}" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A project with a VAE in `encoders/my-vae`; the working directory is elsewhere, and nothing reaches a network."""
+    shutil.copytree(BUILTIN / "vae", tmp_path / "project" / "encoders" / "my-vae")
+    (tmp_path / "project" / "dvc.yaml").touch()
+    (tmp_path / "project" / "models" / "dit").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the environment was read when it was imported
+    return tmp_path / "project"
+
+
+def recorded(project: Path) -> EncoderSource:
+    """The VAE as the model of the project records it."""
+    _, resolved = find_encoder("vae", EncoderSource(str(project / "encoders" / "my-vae")))
+    return EncoderSource("encoders/my-vae", None, resolved, project / "models" / "dit")
+
+
+def test_find_encoder_in_the_project_of_a_copy(project, monkeypatch):
+    """`dvc exp run --temp` runs in a folder without what git does not know, and names the project in DVC_ROOT."""
+    monkeypatch.setenv("DVC_ROOT", str(project))
+    assert find_encoder("vae", EncoderSource("encoders/my-vae"))[0] == project / "encoders" / "my-vae"
+
+
+def test_find_encoder_in_the_project_of_a_model(project):
+    _, source = load_vae(recorded(project))
+    assert source == EncoderSource("encoders/my-vae", None, recorded(project).resolved)
+    assert recorded(project).to_dict() == {"name": "encoders/my-vae", "revision": None, "resolved": source.resolved}
+
+
+def test_find_encoder_prefers_the_recorded_weights(project):
+    here = Path("encoders/my-vae")
+    shutil.copytree(project / here, here)
+    weights = next(here.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes() + b"\0")
+    assert find_encoder("vae", recorded(project))[0] == project / here
+    assert find_encoder("vae", EncoderSource(str(here)))[0] == here.absolute()
+
+
+def test_find_encoder_copied_into_the_model(project, tmp_path):
+    source = recorded(project)
+    model = shutil.copytree(project / "models" / "dit", tmp_path / "copy")
+    copy_folders(model, {"vae": source, "clip": EncoderSource("builtin", None, "sha256:0")})
+    assert [path.name for path in (model / "encoders").iterdir()] == ["vae"]
+    (project / "encoders").rename(project / "moved")
+    folder, resolved = find_encoder("vae", EncoderSource(source.name, None, source.resolved, model))
+    assert (folder, resolved) == (model / "encoders" / "vae", source.resolved)
+
+
+def test_find_encoder_in_the_home_folder(project, monkeypatch):
+    monkeypatch.setenv("HOME", str(project))
+    monkeypatch.setenv("USERPROFILE", str(project))  # of Windows
+    _, source = load_vae(EncoderSource("~/encoders/my-vae"))
+    assert source.name == "~/encoders/my-vae"  # without the user's name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["./my-vae", "../my-vae", "/nowhere", "~/my-vae", "~nobody-of-that-name/vae", "my\\vae", "encoders/my-va", "encoders/a/b/c"]
+    + ["/" + "a" * 300, "~\0", "./\0"],
+)
+def test_find_encoder_says_first_that_there_is_no_folder(project, monkeypatch, name):
+    monkeypatch.chdir(project)
+    with pytest.raises(UserError) as error:
+        find_encoder("vae", EncoderSource(name), weights=False)
+    assert f"encode.vae: {name!r} is no folder, there is no " in str(error.value) and "\n" not in str(error.value)
+
+
+def test_find_encoder_that_was_recorded_is_not_taken_for_another_kind(project, monkeypatch):
+    monkeypatch.chdir(project)
+    with pytest.raises(UserError, match="'encoders/my-vae' is not in the cache"):  # of the Hub: the model has its commit
+        find_encoder("vae", EncoderSource("encoders/my-vae", None, "0123456789abcdef0123456789abcdef01234567"))
+    shutil.rmtree("encoders")
+    with pytest.raises(UserError, match="'encoders/my-vae' is no folder, there is no "):
+        find_encoder("vae", EncoderSource("encoders/my-vae", None, "sha256:0"))
 
 
 def test_bundled_encoders_are_small():

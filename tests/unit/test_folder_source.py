@@ -41,6 +41,18 @@ def test_fetch_folder_of_pairs(tmp_path):
     assert [Path(name).name for name in result.unpaired] == ["alone.jpg", "alone_too.txt"]
 
 
+def test_fetch_folder_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # of Windows
+    add_pair(tmp_path / "mine", "cat.jpg", "a cat", noise_file(1))
+    add_pair(tmp_path / "mine", "dog.jpg", "a dog", noise_file(2))
+    data = folder_data("~/mine")
+    assert fetch(data, tmp_path / "out", RUNTIME).images == 2
+    assert json.loads((tmp_path / "out" / "source.json").read_text())["paths"] == ["~/mine"]  # without the user's name
+    with pytest.raises(UserError, match="folder.data.paths: ~nobody-of-that-name/x is not a folder"):
+        fetch(folder_data("~nobody-of-that-name/x"), tmp_path / "none", RUNTIME)
+
+
 def test_fetch_two_folders_with_same_names(tmp_path):
     for k in range(2):
         add_pair(tmp_path / str(k), "x.jpg", f"number {k}", noise_file(k))
