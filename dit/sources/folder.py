@@ -38,9 +38,18 @@ NAME_COLUMNS, TEXT_COLUMNS = ("file_name", "image"), ("text", "caption")
 
 @dataclass
 class ImageCaptions:
-    """An image file, its name in the data set, and where its captions are: some in a .txt, some as the lists have them."""
+    """An image file, and where its captions are: some in a .txt, some as the lists have them.
+
+    Attributes:
+        path: where the file is.
+        shown: the same as the settings write it, with ~ for the home folder: metrics name no user.
+        name: in the data set.
+        text_file: the .txt beside it.
+        listed: captions of lists.
+    """
 
     path: Path
+    shown: Path
     name: str
     text_file: Path | None = None
     listed: list[str] = field(default_factory=list)
@@ -53,13 +62,13 @@ def fetch(data: FolderData, folder: Path, runtime: Runtime) -> FetchResult:
     for image in tqdm(found, desc="copy", unit="image"):
         problem = check_name(image.name)
         if problem:
-            result.reject(str(image.path), problem)
+            result.reject(str(image.shown), problem)
             continue
         content = image.path.read_bytes()
         captions, problem = read_captions(image)
         problem = check_image(content) or problem
         if problem:
-            result.reject(str(image.path), problem)
+            result.reject(str(image.shown), problem)
         else:
             writer.add(image.name, content, captions)
     return writer.close(result)
@@ -80,7 +89,7 @@ def find_images(data: FolderData) -> tuple[list[ImageCaptions], FetchResult]:
         if not root.is_dir():
             raise UserError(f"folder.data.paths: {name} is not a folder; set it to where your images and captions are")
         prefix = f"images/{number}/" if len(data.paths) > 1 else "images/"
-        found += _find_in(root, prefix, result)
+        found += _find_in(root, Path(name), prefix, result)
     if not found:
         raise UserError(
             f"folder.data.paths: no image with a .txt beside it in {', '.join(data.paths)}; "
@@ -90,10 +99,14 @@ def find_images(data: FolderData) -> tuple[list[ImageCaptions], FetchResult]:
     return found, result
 
 
-def _find_in(root: Path, prefix: str, result: FetchResult) -> list[ImageCaptions]:
-    """Find the images with captions in one folder; their names begin with `prefix`."""
+def _find_in(root: Path, shown: Path, prefix: str, result: FetchResult) -> list[ImageCaptions]:
+    """Find the images with captions in the folder `root`, which the settings write as `shown`; names begin with `prefix`."""
     files = list_files(root)
-    images = {path: ImageCaptions(root / path, prefix + path.as_posix()) for path in files if path.suffix.lower() in SUFFIXES}
+    images = {
+        path: ImageCaptions(root / path, shown / path, prefix + path.as_posix())
+        for path in files
+        if path.suffix.lower() in SUFFIXES
+    }
     by_name, by_stem = ByName(), ByName()
     for path, image in images.items():
         by_name.add(path, image)
@@ -104,19 +117,19 @@ def _find_in(root: Path, prefix: str, result: FetchResult) -> list[ImageCaptions
             for image in partners:
                 image.text_file = root / path
             if not partners:
-                result.leave_unpaired(root / path)
+                result.leave_unpaired(shown / path)
         elif path.name.lower() in LISTS:
             for row, file_name, text in read_list(root / path):
                 problem, listed = _find_listed(root, path.parent, file_name, by_name)
                 if listed:
                     listed.listed.append(text)
                 else:
-                    result.reject(str(root / path.parent / file_name), f"{path.name}, {row}: {problem}")
+                    result.reject(str(shown / path.parent / file_name), f"{path.name}, {row}: {problem}")
         elif path not in images:
-            result.leave_out(root / path)
+            result.leave_out(shown / path)
     for image in images.values():
         if not (image.text_file or image.listed):
-            result.leave_unpaired(image.path)
+            result.leave_unpaired(image.shown)
     return [image for image in images.values() if image.text_file or image.listed]
 
 

@@ -46,8 +46,9 @@ def test_fetch_folder_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("USERPROFILE", str(tmp_path))  # of Windows
     add_pair(tmp_path / "mine", "cat.jpg", "a cat", noise_file(1))
     add_pair(tmp_path / "mine", "dog.jpg", "a dog", noise_file(2))
-    data = folder_data("~/mine")
-    assert fetch(data, tmp_path / "out", RUNTIME).images == 2
+    (tmp_path / "mine" / "alone.jpg").write_bytes(noise_file(3))
+    result = fetch(folder_data("~/mine"), tmp_path / "out", RUNTIME)
+    assert result.images == 2 and result.unpaired == [str(Path("~/mine/alone.jpg"))]
     assert json.loads((tmp_path / "out" / "source.json").read_text())["paths"] == ["~/mine"]  # without the user's name
     with pytest.raises(UserError, match="folder.data.paths: ~nobody-of-that-name/x is not a folder"):
         fetch(folder_data("~nobody-of-that-name/x"), tmp_path / "none", RUNTIME)
