@@ -9,7 +9,7 @@ import sys
 import dit
 from dit.commands import benchmark, check, compare, export, generate, inspect, sweep, sync_runs, where
 from dit.commands._args import not_understood
-from dit.errors import UserError
+from dit.errors import UserError, is_out_of_memory, out_of_memory
 
 EXAMPLES = """\
 examples:
@@ -55,6 +55,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # what read the output has closed it: `dit inspect | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's end has nothing left to write
         return 141  # as shells do
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"dit: {out_of_memory(error)}", file=sys.stderr)
+        return 1
     except OSError as error:  # a path that cannot be written, most often
         print(f"dit: {error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
         return 1

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 MAX_LENGTH = 160  # characters of another library's message: where and what, without its dumps
+
+# What errors for want of memory have in them: those of torch's allocators (GPU, CPU), of cuBLAS and cuDNN, of mmap and fork; and
+# those of worker processes, which find no shared memory, or which the system has ended: it does so for no other reason.
+WORKERS = ("allocate shared memory", "DataLoader worker (pid")
+NO_MEMORY = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED", "Cannot allocate memory", *WORKERS)
 
 
 class UserError(Exception):
@@ -29,3 +36,33 @@ def one_line(error: BaseException, with_type: bool = False) -> str:
     kind, text = type(error).__name__, without_password(" ".join(str(error).split()))
     line = text if len(text) <= MAX_LENGTH else text[:MAX_LENGTH].rsplit(" ", 1)[0] + " …"
     return (f"{kind}: {line}" if with_type else line) if line else kind
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` was raised since memory, a GPU's or the computer's, does not suffice."""
+    kinds = (RuntimeError, OSError)  # torch's own class is a RuntimeError, and not the only one that torch raises
+    return isinstance(error, MemoryError) or (isinstance(error, kinds) and any(text in str(error) for text in NO_MEMORY))
+
+
+def out_of_memory(error: BaseException, advice: str = "") -> str:
+    """Word an error for which `is_out_of_memory` is true: what happened, and `advice`, the setting to change, if there is one."""
+    text = str(error)
+    if any(worker in text for worker in WORKERS):
+        what = "memory, or the shared part of it in /dev/shm, ran out in a worker process"
+        rest = "a smaller runtime.num_workers or runtime.prefetch_factor may fit; in Docker, a larger --shm-size"
+    elif isinstance(error, RuntimeError) and ("out of memory" in text or "ALLOC_FAILED" in text):
+        what, rest = "the GPU ran out of memory", "ending other programs that use it may help; nvidia-smi lists them"
+    else:
+        what, rest = "memory ran out", "ending other programs may help"
+    return "; ".join(part for part in (what, advice, rest) if part)
+
+
+@contextmanager
+def memory_errors(advice: str = "") -> Iterator[None]:
+    """Turn an error for want of memory into a `UserError` with `advice`, the setting to change, if there is one."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(out_of_memory(error, advice)) from None

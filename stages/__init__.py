@@ -8,8 +8,10 @@ import sys
 from collections.abc import Callable
 
 from dit.config import Params, load_config
-from dit.errors import UserError
+from dit.errors import UserError, is_out_of_memory, out_of_memory
 from stages.dvc_files import lost_outs, restore_metrics
+
+BATCHES = ("encode", "train", "sample")  # stages whose memory is that of a batch, which a setting of their block sizes
 
 
 def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], parallel: bool = False) -> None:
@@ -40,7 +42,7 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], par
         lost = [] if is_worker else lost_outs(name)
         if not is_worker:
             restore_metrics(name, metrics)
-        problem = _user_message(error)
+        problem = _user_message(error, name)
         if problem is None:
             raise
         print(f"{name}: {problem}", file=sys.stderr)
@@ -49,12 +51,14 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], par
         sys.exit(1)
 
 
-def _user_message(error: BaseException) -> str | None:
-    """Return what a user can act on; None for a defect of ours, which needs its stack trace."""
+def _user_message(error: BaseException, name: str) -> str | None:
+    """Return what a user of stage `name` can act on; None for a defect of ours, which needs its stack trace."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "stopped"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full; free some (`dvc gc -w` drops what no commit uses) and run again"
+    if is_out_of_memory(error):
+        return out_of_memory(error, f"a smaller {name}.batch_size may fit" if name in BATCHES else "")
     return None

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from dit.dataset.decode import open_named
 from dit.dataset.storage import StoredImages
 from dit.errors import UserError
+from dit.utils.hardware import limit_workers
 
 CROP_AREA = (0.5, 1.0)  # of the largest square in the image
 
@@ -57,6 +58,9 @@ def load_crops(
         UserError: an image cannot be read.
     """
     workers = max(0, min(workers, os.cpu_count() or 1, len(batches) - 1))
+    if workers:
+        largest = max(map(len, batches)) * (1 + crops) * image_size**2 * 3  # bytes
+        workers, prefetch = limit_workers(workers, prefetch, largest)
     for item in DataLoader(
         CropBatches(raw, batches, image_size, crops),
         batch_size=None,

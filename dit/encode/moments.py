@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from dit.config import Encode
-from dit.errors import UserError
+from dit.errors import UserError, is_out_of_memory
 from dit.utils.images import to_tensor
 
 
@@ -26,8 +26,8 @@ def encode_moments(vae: AutoencoderKL, pixels: torch.Tensor, settings: Encode) -
     """
     try:
         moments = _moments(vae, pixels)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise UserError(_oom_message(vae, pixels, settings)) from None
     if not moments.isfinite().all():
@@ -48,11 +48,6 @@ def _moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     return torch.stack(moments, dim=1).cpu()
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether `error` is that of a GPU's or the CPU's allocator."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def _oom_message(vae: AutoencoderKL, pixels: torch.Tensor, settings: Encode) -> str:
     """Return what to do about a batch that did not fit, after trying which size does.
 
@@ -65,8 +60,8 @@ def _oom_message(vae: AutoencoderKL, pixels: torch.Tensor, settings: Encode) -> 
         try:
             _moments(vae, pixels[:fits])
             break
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
             fits //= 2
     remedy = f"{fits} would fit" if fits else "not even 1 fits; set encode.vae_tiling, or a smaller encode.image_size"

@@ -12,12 +12,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dit.errors import UserError
+from dit.errors import memory_errors
 from dit.pipeline.pipeline import DiTTextToImagePipeline
 from dit.pipeline.schedulers import make_scheduler
 from dit.utils.hardware import has_fast_bf16
-
-ALLOCATOR = "DefaultCPUAllocator"  # what a CPU's memory error names; its class is RuntimeError
 
 
 def load_pipeline(folder: str | Path, scheduler: str | None = None) -> DiTTextToImagePipeline:
@@ -74,7 +72,7 @@ def generate_images(
         for start in range(0, len(prompts), batch_size):
             batch = list(prompts[start : start + batch_size])
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-            with _quiet(logging.getLogger("dit.pipeline.pipeline")), _memory_errors(len(batch)):
+            with _quiet(logging.getLogger("dit.pipeline.pipeline")), memory_errors(_fewer(len(batch))):
                 (images,) = pipeline(batch, generator=generators, return_dict=False, **settings)
             if bar is not None and start + len(batch) == len(prompts):
                 bar.close()  # before the last images are handed on, so that their names are not printed over it
@@ -94,14 +92,8 @@ def _quiet(logger: logging.Logger) -> Iterator[None]:
         logger.setLevel(level)
 
 
-@contextmanager
-def _memory_errors(count: int) -> Iterator[None]:
-    """Turn what torch raises where the memory does not hold `count` images into a `UserError`."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and ALLOCATOR not in str(error):
-            raise
-        if count == 1:
-            raise UserError("the memory does not hold this image; a smaller height and width may fit") from None
-        raise UserError(f"the memory does not hold {count} images at once; try a batch_size of {count // 2}") from None
+def _fewer(count: int) -> str:
+    """Advise what to do where the memory does not hold `count` images at once."""
+    if count == 1:
+        return "a smaller height and width may fit"
+    return f"{count} images at once are too many, {count // 2} may fit: --batch_size, in params.yaml sample.batch_size"

@@ -14,9 +14,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dit.config import Runtime
+from dit.errors import memory_errors
 from dit.latents.cache import Batch, LatentCache
 from dit.latents.device_cache import DeviceLatentCache, fits_on_device
 from dit.model.objectives import Objective
+from dit.utils.hardware import limit_workers
 from dit.utils.random import seeded_generator
 
 # One stream per independent use of randomness, so that adding one never shifts another; validation.py has stream 3.
@@ -110,14 +112,24 @@ def load_batches(batches: StepBatches, first: int, last: int, device: torch.devi
         on_device = DeviceLatentCache(cache, device)
         batches = StepBatches(on_device, batches.seed, batches.batch_size, batches.flip, batches.slices)
         return (batches[number] for number in numbers)
-    if device.type == "cpu" or runtime.num_workers == 0:  # workers would take the cores that train
+    workers, prefetch = 0, runtime.prefetch_factor
+    if device.type != "cpu" and runtime.num_workers:  # on a CPU, workers would take the cores that train
+        batch_bytes = sum(tensor.nbytes for tensor in vars(batches[numbers[0]]).values())
+        workers, prefetch = limit_workers(runtime.num_workers, prefetch, batch_bytes)
+    if workers == 0:
         return (batches[number].to(device) for number in numbers)
     loader = DataLoader(
         batches,
         batch_size=None,
         sampler=numbers,
-        num_workers=runtime.num_workers,
-        prefetch_factor=runtime.prefetch_factor,
+        num_workers=workers,
+        prefetch_factor=prefetch,
         pin_memory=True,
     )
-    return (batch.to(device) for batch in loader)
+    return (batch.to(device) for batch in _loaded(loader))
+
+
+def _loaded(loader: DataLoader) -> Iterator[Batch]:
+    """Yield the batches of `loader`; raise a `UserError` where the system ends a worker, since memory runs out."""
+    with memory_errors():
+        yield from loader

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 if TYPE_CHECKING:  # it takes seconds to import
     from diffusers import AutoencoderKL
 
+AT_ONCE = 8192  # positions of latents that go through a VAE at once: 128 images of 64 x 64 pixels, 8 of 256 x 256, 2 of 512 x 512
 WIDEST = 1200  # pixels of a sheet of large images: the report shows no more, and labels in a wider one could not be read
 
 
@@ -29,7 +30,9 @@ def to_images(tensor: torch.Tensor) -> list[Image.Image]:
 
 def encode_image(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """Encode `pixels` (N, 3, H, W) in [-1, 1] to latents (N, C, H / 8, W / 8) float32: the posterior's mean, scaled."""
-    latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    parts = pixels.split(_images_at_once(pixels.shape[2] // factor, pixels.shape[3] // factor))
+    latents = torch.cat([vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode().float() for part in parts])
     return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
@@ -42,9 +45,18 @@ def lies_over(size: tuple[int, int], other: tuple[int, int]) -> bool:
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Decode latents to pixels (N, 3, H, W) float32 in about [-1, 1]; the inverse of `encode_image`, but for the VAE's error."""
+    """Decode latents to pixels (N, 3, H, W) float32 in about [-1, 1]; the inverse of `encode_image`, but for the VAE's error.
+
+    A VAE takes far more memory than what comes out: 0.2 GB for an image of 256 x 256 pixels. So `AT_ONCE` limits it.
+    """
     unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    return vae.decode(unscaled.to(vae.dtype)).sample.float()
+    parts = unscaled.to(vae.dtype).split(_images_at_once(*unscaled.shape[2:]))
+    return torch.cat([vae.decode(part).sample.float() for part in parts])
+
+
+def _images_at_once(height: int, width: int) -> int:
+    """Return how many images, whose latents are of this size, go through a VAE at once."""
+    return max(1, AT_ONCE // (height * width))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from dit import cli
+from dit.commands import where
 from dit.config import parse_config
 from dit.encode.encode import encode_dataset
 from dit.sources import fetch
@@ -241,3 +244,20 @@ def test_benchmark_help_has_examples(capsys, kind):
 def test_group_alone_prints_its_help(capsys, arguments):
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out.startswith(" ".join(["usage: dit", *arguments, "[-h]"]))
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "dit: the GPU ran out of memory; "),
+        (MemoryError(), "dit: memory ran out; "),
+    ],
+)
+def test_cli_out_of_memory_is_one_line(monkeypatch, capsys, error, says):
+    def full(arguments: argparse.Namespace) -> None:
+        raise error
+
+    monkeypatch.setattr(where, "run_where", full)
+    assert cli.main(["where"]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith(says) and line.count("\n") == 1

@@ -391,13 +391,16 @@ def test_generate_out_of_gpu_memory(there, capsys, monkeypatch):
 
     monkeypatch.setattr(DiTTextToImagePipeline, "__call__", full)
     assert generate("--prompt", "a", "--num_images_per_prompt", "6") == 1
-    assert capsys.readouterr().err == "dit: the memory does not hold 6 images at once; try a batch_size of 3\n"
+    assert capsys.readouterr().err == (
+        "dit: the GPU ran out of memory; 6 images at once are too many, 3 may fit: --batch_size, in params.yaml "
+        "sample.batch_size; ending other programs that use it may help; nvidia-smi lists them\n"
+    )
 
 
 def test_generate_out_of_cpu_memory(there, capsys, monkeypatch):
     monkeypatch.setattr(DiTTextToImagePipeline, "__call__", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
     assert generate("--prompt", "a") == 1
-    assert capsys.readouterr().err == "dit: the memory does not hold this image; a smaller height and width may fit\n"
+    assert capsys.readouterr().err == "dit: memory ran out; a smaller height and width may fit; ending other programs may help\n"
 
 
 def test_generate_prints_after_the_progress_bar(there, capsys):

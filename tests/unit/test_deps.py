@@ -32,7 +32,7 @@ READ = {"dit/encoders/loading.py": "dit/encoders/builtin"}  # files that are no 
 # same result. The train stage has none.
 SPARE = {
     "download": {"dit/dataset/image_io.py", "dit/dataset/reader.py", "dit/shapes/detector.py", "dit/shapes/scoring.py"},
-    "encode": {"dit/latents/device_cache.py", "dit/utils/hardware.py", "dit/utils/random.py"},
+    "encode": {"dit/latents/device_cache.py", "dit/utils/random.py"},
     "sample": {
         "dit/dataset/decode.py",
         "dit/dataset/image_io.py",
@@ -47,7 +47,6 @@ SPARE = {
         "dit/encoders/vocabulary.py",
         "dit/latents/device_cache.py",
         "dit/shapes/prompts.py",
-        "dit/utils/hardware.py",
     },
 }
 

@@ -1,0 +1,237 @@
+"""Memory: counted for every recipe, errors for want of it, and batches in shared memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import CLIPConfig, CLIPModel
+
+from dit.config import RECIPES, load_config
+from dit.encoders.loading import BUILTIN
+from dit.errors import UserError, is_out_of_memory, memory_errors, one_line, out_of_memory
+from dit.evaluation import clip as clip_features
+from dit.evaluation import losses
+from dit.model.transformer import DiT
+from dit.training.trainer import PREVIEW_IMAGES
+from dit.utils.hardware import IN_USE, limit_workers
+from dit.utils.images import decode_latents, encode_image, reconstruct
+from helpers import REPO
+from helpers.memory import PeakMemory, weights
+
+CARD = 24e9  # bytes of an RTX 4090
+TOKENS = 77  # of the longest caption
+SD_VAE = {  # of stabilityai/sd-vae-ft-mse
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+CLIP_L = {  # of openai/clip-vit-large-patch14
+    "projection_dim": 768,
+    "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12},
+    "vision_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "image_size": 224,
+    },
+}
+
+
+def on_meta(recipe: str) -> tuple[DiT, AutoencoderKL, CLIPModel, int]:
+    """The networks of `recipe`, of shapes alone, and the side of its latents."""
+    params = load_config(REPO / "params.yaml")
+    blocks = getattr(params, recipe)
+    builtin = blocks.encode.vae == "builtin"
+    vae_config = json.loads((BUILTIN / "vae" / "config.json").read_text()) if builtin else SD_VAE
+    clip_config = json.loads((BUILTIN / "clip" / "config.json").read_text()) if builtin else CLIP_L
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(vae_config).eval()
+        clip = CLIPModel(CLIPConfig(**clip_config)).eval()
+        transformer = DiT(
+            in_channels=vae.config.latent_channels,
+            cross_attention_dim=clip.config.text_config.hidden_size,
+            pooled_projection_dim=clip.config.projection_dim,
+            **vars(blocks.model),
+        ).eval()
+    return transformer, vae, clip, blocks.encode.image_size // 8
+
+
+@pytest.fixture(autouse=True)
+def no_autocast(monkeypatch):
+    """torch knows no autocast on the meta device, where there are no numbers to round."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+
+
+def predict(transformer: DiT, latents: torch.Tensor, guided: bool) -> torch.Tensor:
+    """One step of sampling."""
+    count = len(latents) * (2 if guided else 1)
+    config = transformer.config
+    keys_values = transformer.text_keys_values(torch.empty(count, TOKENS, config.cross_attention_dim, device="meta"))
+    mask = torch.empty(count, TOKENS, dtype=torch.bool, device="meta")
+    pooled = torch.empty(count, config.pooled_projection_dim, device="meta")
+    inputs = latents.repeat(2, 1, 1, 1) if guided else latents
+    return transformer(inputs, torch.empty(count, device="meta"), None, mask, pooled, keys_values)
+
+
+def latents_of(transformer: DiT, count: int, side: int) -> torch.Tensor:
+    return torch.empty(count, transformer.config.in_channels, side, side, device="meta")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@torch.no_grad()
+def test_memory_of_sampling_fits_24_gb(recipe):
+    """In fp32, as on a card without bf16; 125 images of 256 x 256 in one piece took 25 GB in the decoder alone."""
+    transformer, vae, clip, side = on_meta(recipe)
+    batch_size = load_config(REPO / "params.yaml").sample.batch_size
+    with PeakMemory() as memory:
+        decode_latents(vae, predict(transformer, latents_of(transformer, batch_size, side), True))
+    assert memory.peak + weights(transformer, vae, clip.text_model) < CARD / 2
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@torch.no_grad()
+def test_memory_of_previews_and_validation_fits_24_gb(recipe):
+    transformer, vae, _, side = on_meta(recipe)
+    with PeakMemory() as memory:
+        decode_latents(vae, predict(transformer, latents_of(transformer, PREVIEW_IMAGES, side), True))
+        predict(transformer, latents_of(transformer, load_config(REPO / "params.yaml").train.batch_size, side), False)
+    assert memory.peak + 5 * weights(transformer) + weights(vae) < CARD / 2  # gradients, EMA and AdamW's two moments
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@torch.no_grad()
+def test_memory_of_evaluation_fits_24_gb(recipe):
+    transformer, _, clip, side = on_meta(recipe)
+    size = clip.config.vision_config.image_size
+    with PeakMemory() as memory:
+        clip.get_image_features(pixel_values=torch.empty(clip_features.BATCH_SIZE, 3, size, size, device="meta"))
+        predict(transformer, latents_of(transformer, losses.BATCH_SIZE, side), False)
+    assert memory.peak + weights(transformer, clip) < CARD / 2
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@torch.no_grad()
+def test_memory_of_reconstructions_fits_24_gb(recipe):
+    _, vae, _, side = on_meta(recipe)
+    batch_size = getattr(load_config(REPO / "params.yaml"), recipe).encode.batch_size
+    with PeakMemory() as memory:
+        reconstruct(vae, torch.empty(batch_size, 3, 8 * side, 8 * side, device="meta"))
+    assert memory.peak + weights(vae) < CARD / 2
+
+
+def test_peak_memory_counts_what_lives():
+    x = torch.empty(1000, device="meta")
+    with PeakMemory() as memory:
+        y = x + 1
+        z = (y * 2).view(10, 100)
+        del y
+        z = z[:5] - z[5:]
+    assert memory.peak == 8000 and memory.live == 2000 == z.nbytes
+
+
+@torch.no_grad()
+def test_decode_latents_slices_large_batches():
+    """What the default recipe decodes is one slice, to the same bits; more images are several, and only rounded otherwise."""
+    from dit.encoders.loading import EncoderSource, load_vae
+
+    vae, _ = load_vae(EncoderSource("builtin"))
+    latents = torch.randn(130, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole = vae.decode(latents[:125] / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).sample
+    assert torch.equal(decode_latents(vae, latents[:125]), whole)
+    decoded = decode_latents(vae, latents)
+    assert decoded.shape == (130, 3, 64, 64) and torch.allclose(decoded[:125], whole, atol=1e-4)
+    assert torch.allclose(decoded[128:], decode_latents(vae, latents[128:]), atol=1e-4)
+    pixels = decoded.clamp(-1, 1)
+    assert torch.allclose(encode_image(vae, pixels)[128:], encode_image(vae, pixels[128:]), atol=1e-3)
+
+
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:116] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("unable to mmap 100 bytes from file <x>: Cannot allocate memory (12)"),
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. Workers may be out of shared memory."),
+    RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback\nunable to allocate shared memory(shm)"),
+    MemoryError(),
+    OSError(12, "Cannot allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=one_line)
+def test_memory_errors_are_one_line_of_advice(error):
+    with pytest.raises(UserError) as raised, memory_errors("a smaller x may fit"):
+        raise error
+    line = str(raised.value)
+    assert "\n" not in line and len(line) < 250 and "; a smaller x may fit; " in line
+    assert ("GPU" in line) == ("CUDA" in str(error)) and ("--shm-size" in line) == ("DataLoader" in str(error))
+    assert out_of_memory(error, "a smaller x may fit") == line
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), OSError(28, "No space left"), ValueError("out of memory")])
+def test_memory_errors_leave_others_alone(error):
+    with pytest.raises(type(error)) as raised, memory_errors("a smaller x may fit"):
+        raise error
+    assert raised.value is error and not is_out_of_memory(error)
+
+
+@given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 10**9), st.integers(0, 10**11))
+def test_limit_workers_stays_within_shared_memory(workers, prefetch, batch_bytes, free):
+    fewer, ahead = limit_workers(workers, prefetch, batch_bytes, free)
+    assert 0 <= fewer <= workers and 1 <= ahead <= prefetch
+    assert fewer == 0 or (fewer * ahead + IN_USE) * batch_bytes <= free
+    if (workers * prefetch + IN_USE) * batch_bytes <= free:
+        assert (fewer, ahead) == (workers, prefetch)
+    elif (workers + IN_USE) * batch_bytes <= free:
+        assert fewer == workers  # as many as there is room for
+    assert fewer or free < (1 + IN_USE) * batch_bytes
+
+
+def test_limit_workers_names_the_setting(capsys):
+    """Docker's 64 MB, and a batch of 32 images of 256 x 256: 8 workers with 4 batches each need 214 MB."""
+    assert limit_workers(8, 4, 32 * 3 * 256 * 256, 64e6) == (8, 1)
+    line = capsys.readouterr().out
+    assert "64 MB are free, 214 are needed for runtime.num_workers 8 and prefetch_factor 4" in line and "--shm-size" in line
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import numpy as np
+from PIL import Image
+from dit.dataset.image_io import load_crops
+raw = Path(sys.argv[1])
+(raw / "images").mkdir()
+names = [f"images/{k}.png" for k in range(48)]
+for k, name in enumerate(names):
+    Image.fromarray(np.full((256, 256, 3), k, np.uint8)).save(raw / name)
+batches = [[(name, name) for name in names[start : start + 8]] for start in range(0, 48, 8)]
+found = [int(image[0, 0, 0, 0]) for pixels, _ in load_crops(raw, batches, 256, workers=2, prefetch=4) for image in pixels]
+assert found == list(range(48)), found
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /dev/shm")
+@pytest.mark.parametrize("megabytes", [1, 5])
+def test_load_crops_with_little_shared_memory(tmp_path, megabytes):
+    """Batches of 1.6 MB, as in a container: a worker that writes more than there is dies of a bus error."""
+    namespace = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size={megabytes}m tmpfs /dev/shm"
+    if subprocess.run([*namespace, mount], capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    command = [*namespace, f'{mount} && exec "$@"', "sh", sys.executable, "-c", SCRIPT, str(tmp_path)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "/dev/shm" in done.stdout
