@@ -178,6 +178,13 @@ class MetricLogger:
         table.to_csv(path, float_format="%.6g", lineterminator="\n")
 
 
+def duration(seconds: float) -> str:
+    """Word a time roughly: "40 s", "7 min", "2.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
 class NullLogger(MetricLogger):
     """The logger of every process but the first: it logs nothing."""
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from dit.config import Model, Train
-from dit.errors import UserError
+from dit.errors import UserError, is_out_of_memory
 from dit.latents.cache import LatentCache
 from dit.model.transformer import DiT
 from dit.utils.hardware import has_fast_bf16
@@ -121,8 +121,9 @@ def largest_batch_that_fits(attempt: Callable[[int], None], size: int) -> int:
         try:
             attempt(size)
             return size
-        except torch.OutOfMemoryError:
-            continue
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
     return 0
 
 

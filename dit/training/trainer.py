@@ -9,13 +9,13 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm import tqdm
 
 from dit.config import Model, Optim, Runtime, Train
-from dit.errors import UserError
+from dit.errors import UserError, is_out_of_memory, memory_errors, one_line, out_of_memory
 from dit.latents.cache import Batch, LatentCache, sample_posterior
 from dit.model.loss import diffusion_loss
 from dit.model.objectives import make_objective
@@ -31,7 +31,7 @@ from dit.training.data import (
     sample_step_noise,
 )
 from dit.training.export import describe_model
-from dit.training.logging import MetricLogger, RunningMetrics
+from dit.training.logging import MetricLogger, RunningMetrics, duration
 from dit.training.setup import (
     DTYPES,
     build_model,
@@ -50,7 +50,9 @@ from dit.utils.hardware import matmul_peak
 ADAM_BETAS = (0.9, 0.99)  # a shorter memory than 0.999 suits runs of some thousand steps
 PREVIEW_IMAGES = 16
 VALIDATION_IMAGES = 512  # at most, while training; the evaluate stage takes all
+WARM_UP_SHARE = 10  # a warm-up is at most one tenth of the steps, so that a short run reaches the learning rate that is set
 MAX_LOSS = 100.0  # mean loss of a batch; a network that predicts 0 has about 2
+SMALLER_BATCH = "a smaller train.batch_size may fit, with more train.gradient_accumulation_steps a step is of as many images"
 
 
 class Trainer:
@@ -86,6 +88,7 @@ class Trainer:
         self.device = self.accelerator.device
         self.batch_size = train.batch_size * train.gradient_accumulation_steps
         self.total_steps = max(1, optim.num_epochs * len(cache.train) // self.batch_size)
+        self.warmup_steps = min(train.warmup_steps, self.total_steps // WARM_UP_SHARE)
         if train.batch_size < self.accelerator.num_processes:
             processes = self.accelerator.num_processes
             raise UserError(f"train.batch_size: {train.batch_size} cannot be split over {processes} processes")
@@ -106,10 +109,12 @@ class Trainer:
         optimizer = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=ADAM_BETAS, fused=True)
         network, self.optimizer = self.accelerator.prepare(self.transformer, optimizer)
         ema.to(self.device)
+        self.uncompiled = network
         self.network = compile_network(network, optim.compile_model, self.device, logger.log_line)
         self.state = TrainingState(self.accelerator, self.transformer, ema, self.optimizer.optimizer, RunningMetrics(self.device))
         self.empty = cache.read_empty(1).to(self.device)
         self.val_loss, self.seconds_before = float("nan"), 0.0
+        self.measured_from: tuple[int, float] | None = None  # a step, and when it was done
         self.last_metrics: dict[str, float] = {}
 
         flops = 3 * forward_flops(self.transformer, cache.latent_shape[1:], cache.max_tokens)
@@ -132,6 +137,7 @@ class Trainer:
         batches = StepBatches(self.cache, self.settings.seed, self.batch_size, self.settings.horizontal_flip, self.slices)
         self.batches = load_batches(batches, first, self.total_steps, self.device, runtime)
         main = self.accelerator.is_main_process
+        self.try_compiled()
         self.progress = tqdm(initial=first, total=self.total_steps, desc="train", unit="step", disable=not main)
         with StopRequest() as request:
             for step in range(first, self.total_steps):
@@ -144,6 +150,7 @@ class Trainer:
                 logs = done % runtime.log_every == 0 or last
                 if logs:
                     self.log(done)
+                self.print_time_left(done, logs)
                 if done % self.settings.validate_every == 0 or last:
                     last |= self.validate(done)
                 if done % runtime.sample_every == 0 or last:
@@ -161,7 +168,7 @@ class Trainer:
 
     def set_learning_rate(self, step: int) -> None:
         """Set the learning rate of `step`."""
-        factor = learning_rate_factor(self.settings.lr_scheduler, step, self.settings.warmup_steps, self.total_steps)
+        factor = learning_rate_factor(self.settings.lr_scheduler, step, self.warmup_steps, self.total_steps)
         self.learning_rate = self.optim.learning_rate * factor
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
@@ -201,12 +208,34 @@ class Trainer:
         shape, dropout = self.cache.latent_shape, self.settings.caption_dropout
         return sample_step_noise(shape, self.settings.seed, step, self.batch_size, dropout, self.objective, self.device)
 
+    def try_compiled(self) -> None:
+        """Compute gradients once with the compiled network; if that fails in any process, train without compiling in all of them.
+
+        No weight changes, and no randomness is used up: it comes from counters. Without a compiler that works, or without the
+        headers of Python, torch.compile raises errors of many kinds, and only when the network is first used. A fault that is not
+        the compiler's is raised again by the first step.
+        """
+        if self.network is self.uncompiled:
+            return
+        problem = None
+        try:
+            self.redo(self.state.step, self.slices[0], sync_grads=False)
+        except Exception as error:
+            # Memory is the business of the first step, which names what fits.
+            problem = None if is_out_of_memory(error) else _compiler_error(error)
+        self.optimizer.zero_grad()
+        problem = next(filter(None, gather_object([problem])), None)
+        if problem:
+            self.network = self.uncompiled
+            self.logger.log_line(f"torch.compile failed, so the transformer is not compiled: {problem}")
+
     def train_step_or_explain(self, step: int) -> None:
         """Make one step; raise a `UserError` that names the batch size that would fit where this one does not."""
         try:
             return self.train_step(step)
-        except torch.OutOfMemoryError:
-            pass  # what the step holds is free only when this clause is left
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise  # else: what the step holds is free only when this clause is left
         self.optimizer.zero_grad()
         # The optimiser's moments need memory, too: before the first step they are not there yet.
         moments = [torch.empty_like(p) for p in self.transformer.parameters() for _ in range(2)] if not self.state.step else []
@@ -214,11 +243,11 @@ class Trainer:
         del moments
         raise UserError(oom_message(self.settings, fits))
 
-    def redo(self, step: int, rows: slice) -> None:
+    def redo(self, step: int, rows: slice, sync_grads: bool = True) -> None:
         """Compute the gradients of some rows of `step` again, outside the order of the batches."""
         settings = self.settings
         batch = read_batch(self.cache, settings.seed, step, self.batch_size, settings.horizontal_flip, rows).to(self.device)
-        self.forward_backward(batch, self.sample_noise(step)[rows])
+        self.forward_backward(batch, self.sample_noise(step)[rows], sync_grads)
 
     def log(self, done: int) -> None:
         """Log the means since the last log; raise a `UserError` after too many steps in a row without finite gradients."""
@@ -232,11 +261,21 @@ class Trainer:
                 self.redo(done - skipped, self.slices[0])
                 raise UserError(_explain_nonfinite(self.transformer, done - skipped, done, self.checkpoints))
 
+    def print_time_left(self, done: int, logs: bool) -> None:
+        """Print, at the first log, about how long the rest takes; the first step, which fills caches, is no measure."""
+        if self.measured_from is None:
+            self.measured_from = done, time.perf_counter()
+            return
+        before, began = self.measured_from
+        if logs and done - before <= self.runtime.log_every and done < self.total_steps:
+            pace = (time.perf_counter() - began) / (done - before)
+            self.logger.echo(f"step {done} of {self.total_steps}: about {duration(pace * (self.total_steps - done))} to go")
+
     def validate(self, done: int) -> bool:
         """Measure and log the validation losses of the EMA weights and of the raw ones; return whether to stop early."""
         settings, patience, best = self.settings, self.settings.early_stopping_patience, self.state.early_stopping
         arguments = (self.cache, self.val_objective, settings.batch_size, VALIDATION_IMAGES, self.accelerator)
-        with self.state.metrics.paused():
+        with self.state.metrics.paused(), memory_errors(SMALLER_BATCH):
             with self.state.ema_weights() as ema:
                 self.val_loss = validation_loss(ema, *arguments)
             raw = validation_loss(self.transformer.eval(), *arguments)
@@ -253,13 +292,18 @@ class Trainer:
             return True
 
     def preview(self, done: int) -> None:
-        """Sample and log a grid of images with the EMA weights."""
+        """Sample and log a grid of images with the EMA weights; without the memory for it, training goes on, and logs why."""
         if not (self.accelerator.is_main_process and self.decode):
             return
-        with self.state.metrics.paused(), self.state.ema_weights() as ema:
-            autocast = self.accelerator.autocast
-            image = sample_preview(ema, self.cache, self.val_objective, PREVIEW_IMAGES, self.decode, autocast)
-            self.logger.log_preview(done, image)
+        try:
+            with self.state.metrics.paused(), self.state.ema_weights() as ema:
+                autocast = self.accelerator.autocast
+                image = sample_preview(ema, self.cache, self.val_objective, PREVIEW_IMAGES, self.decode, autocast)
+                self.logger.log_preview(done, image)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.logger.log_line(f"no preview at step {done}: {out_of_memory(error, SMALLER_BATCH)}")
 
     def save_checkpoint(self, wait: bool = False) -> None:
         """Save all that is needed to resume; with `wait`, until it is on the disk. Every process has to call this."""
@@ -318,9 +362,14 @@ class Trainer:
         processes, precision = self.accelerator.num_processes, self.accelerator.mixed_precision
         share = f", {processes} processes" if processes > 1 else ""
         self.logger.log_line(
-            f"{len(self.cache.train)} images, {self.total_steps} steps of {self.batch_size}, "
+            f"{len(self.cache.train)} images, {self.optim.num_epochs} epochs: {self.total_steps} steps of {self.batch_size}, "
             f"{precision} on {self.device.type}{share}"
         )
+        if self.warmup_steps < self.settings.warmup_steps:
+            self.logger.log_line(
+                f"train.warmup_steps: {self.settings.warmup_steps} is more than a tenth of this run; "
+                f"the learning rate rises for {self.warmup_steps} steps"
+            )
         parameters = self.transformer.num_parameters() / 1e6
         self.logger.log_line(f"{parameters:.1f} M parameters, {flops / 1e9:.2f} GFLOP per image and step")
 
@@ -363,3 +412,9 @@ def _explain_nonfinite(transformer: DiT, first: int, done: int, checkpoints: Che
         f"the {done - first} steps after step {first} were skipped (train.max_nonfinite_steps): loss or gradients not finite; "
         f"{where}. The last good state is in {checkpoints.folder}; a lower learning_rate or max_grad_norm may help"
     )
+
+
+def _compiler_error(error: Exception) -> str:
+    """Return the line that a compiler has printed, if `error` holds one, or else its beginning."""
+    lines = str(error).splitlines()
+    return next((line.strip() for line in lines if "error:" in line), one_line(error, with_type=True))

@@ -14,7 +14,7 @@ from dit.errors import UserError
 from dit.model.objectives import Flow
 from dit.training import setup, trainer
 from dit.training.data import StepBatches, drop_captions, global_batch, load_batches, read_batch, sample_step_noise
-from dit.training.logging import RunningMetrics
+from dit.training.logging import RunningMetrics, duration
 from dit.training.setup import build_model, choose_precision, learning_rate_factor
 from dit.training.validation import validation_losses
 from helpers.cache import write_cache
@@ -300,3 +300,60 @@ def test_trainer_compiled_is_close_to_plain(cache, tmp_path):
     plain, compiled = (run(cache, tmp_path, compile_model=wanted)[0] for wanted in (False, True))
     for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize(("images", "warmup", "taken"), [(20, 100, 4), (20, 3, 3), (20, 0, 0), (4, 100, 0)])
+def test_trainer_warm_up_is_at_most_a_tenth_of_the_run(tmp_path, images, warmup, taken):
+    """20 images for 12 epochs are 40 steps of 6; with 100 steps of warm-up the rate ended at 0.39 of what is set."""
+    cache, logger = write_cache(tmp_path / "cache", images=images + 6), MemoryLogger()
+    run(cache, tmp_path / "state", {"warmup_steps": warmup}, {"log_every": 1}, logger, num_epochs=12)
+    rates = [logger.curves[step]["learning_rate"] / 1e-3 for step in sorted(logger.curves)]
+    assert len(rates) == 2 * images and rates.index(max(rates)) == max(0, taken - 1) and max(rates) == pytest.approx(1)
+    assert rates[-1] < 0.2  # the cosine has come to its end
+    line = f"train.warmup_steps: {warmup} is more than a tenth of this run; the learning rate rises for {taken} steps"
+    assert (line in logger.lines) == (taken < warmup)
+    assert logger.lines[0] == f"{images} images, 12 epochs: {2 * images} steps of 6, no on cpu"
+
+
+def test_trainer_prints_once_how_long_it_takes(cache, tmp_path):
+    logger = MemoryLogger()
+    run(cache, tmp_path, runtime={"log_every": 4}, logger=logger, num_epochs=6)
+    assert [line.split(":")[0] for line in logger.lines if "to go" in line] == ["step 4 of 18"]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(4.4, "4 s"), (89, "89 s"), (91, "2 min"), (3600, "60 min"), (9000, "2.5 h")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def full_memory(monkeypatch, name: str) -> None:
+    def full(*_, **__):
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(trainer, name, full)
+
+
+def test_trainer_out_of_memory_in_validation_is_one_line(cache, tmp_path, monkeypatch):
+    full_memory(monkeypatch, "validation_loss")
+    with pytest.raises(UserError, match=r"^memory ran out; a smaller train\.batch_size may fit, .*gradient_accumulation_steps"):
+        run(cache, tmp_path)
+
+
+def test_trainer_out_of_memory_in_a_preview_goes_on(cache, tmp_path, monkeypatch):
+    expected, _ = run(cache, tmp_path)
+    full_memory(monkeypatch, "sample_preview")
+    logger = MemoryLogger()
+    model, _ = run(cache, tmp_path, logger=logger)
+    assert same(model, expected) and not logger.previews
+    assert [line.split(":")[0] for line in logger.lines if "preview" in line] == [f"no preview at step {k}" for k in (4, 8, 9)]
+
+
+def test_trainer_out_of_cpu_memory_names_what_fits(cache, tmp_path, monkeypatch):
+    original = trainer.diffusion_loss
+
+    def small_memory(network, objective, latents, *arguments):
+        return original(network, objective, latents, *arguments) if len(latents) <= 3 else torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(trainer, "diffusion_loss", small_memory)
+    with pytest.raises(UserError, match="train.batch_size: 6 images need more memory than there is; 3 fit"):
+        run(cache, tmp_path)
