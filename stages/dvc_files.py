@@ -13,11 +13,21 @@ from pathlib import Path
 from dit.config import read_yaml
 
 
-def locked_outs(stage: str) -> list[dict]:
-    """Return what dvc.lock records of the outs of `stage`."""
+def _locked(stage: str) -> dict:
+    """Return what dvc.lock records of `stage`."""
     lock = Path("dvc.lock")
     stages = (read_yaml(lock.read_text(encoding="utf-8"), "dvc.lock") or {}).get("stages", {}) if lock.exists() else {}
-    return stages.get(stage, {}).get("outs", [])
+    return stages.get(stage, {})
+
+
+def locked_outs(stage: str) -> list[dict]:
+    """Return what dvc.lock records of the outs of `stage`."""
+    return _locked(stage).get("outs", [])
+
+
+def locked_params(stage: str) -> dict:
+    """Return the settings of params.yaml that `stage` ran with last, by their keys."""
+    return _locked(stage).get("params", {}).get("params.yaml", {})
 
 
 def locked_digest(stage: str, out: Path) -> str | None:

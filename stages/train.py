@@ -32,7 +32,7 @@ from dit.training.trainer import Trainer
 from dit.utils.files import sha256_file, warn_stale_state, write_json
 from dit.utils.images import decode_latents, to_images
 from stages import run_stage
-from stages.dvc_files import code_digest, locked_digest
+from stages.dvc_files import code_digest, locked_digest, locked_params
 
 METRICS, CURVES, RUN = "metrics/train.json", "metrics/curves.csv", "metrics/mlflow.json"
 LATENTS, MODEL, LOG, PREVIEWS = Path("data/latents"), Path("models/dit"), Path("models/train.log"), Path("samples/progress")
@@ -62,6 +62,13 @@ def main(params: Params) -> None:
         train(NullLogger())
         return
     warn_stale_state("train", state)
+    epochs = finished_epochs(params)
+    if epochs and not resume:
+        print(
+            f"train: num_epochs was {epochs}, and its training is finished; it cannot be continued, since its learning rate has "
+            f"fallen to 0: all {params.active.optim.num_epochs} epochs are trained, from the first on",
+            flush=True,
+        )
     tracker = begin_run(params, locked_digest("encode", LATENTS) or digest, state)
     logger = MetricLogger(
         LOG,
@@ -92,6 +99,16 @@ def main(params: Params) -> None:
     write_json(Path(METRICS), {key: round(value, 5) for key, value in summary.items()})
     write_json(Path(RUN), {"run_id": tracker.run_id})
     shutil.rmtree(state)
+
+
+def finished_epochs(params: Params) -> int | None:
+    """Return the number of epochs of the last finished training, if it differs from this one in nothing else."""
+    block, last = f"{params.recipe}.optim", locked_params("train")
+    epochs = last.get(block, {}).get("num_epochs")
+    own = {"recipe": params.recipe, f"{params.recipe}.model": asdict(params.active.model), "train": asdict(params.train)}
+    if epochs == params.active.optim.num_epochs or last != own | {block: asdict(params.active.optim) | {"num_epochs": epochs}}:
+        return None
+    return epochs
 
 
 def find_state(params: Params, cache: LatentCache, digest: str) -> tuple[Path, Checkpoint | None]:

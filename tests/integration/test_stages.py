@@ -10,11 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from dit.config import load_config
 from dit.errors import UserError
 from helpers import REPO
 from stages import dvc_files, run_stage
+from stages.train import finished_epochs
 
 DVC = [sys.executable, "-m", "dvc"]
 COMMIT = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a run"]
@@ -62,6 +65,8 @@ def fail(error: BaseException) -> None:
         (UserError("train.batch_size: too large"), "train: train.batch_size: too large"),
         (KeyboardInterrupt(), "train: stopped"),
         (OSError(errno.ENOSPC, "No space left on device"), "train: the disk is full"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "train: the GPU ran out of memory; a smaller train.batch_size may fit; "),
+        (MemoryError(), "train: memory ran out; a smaller train.batch_size may fit; "),
     ],
 )
 def test_run_stage_reports_failure_in_lines(project, capsys, error, says):
@@ -75,6 +80,31 @@ def test_run_stage_reports_failure_in_lines(project, capsys, error, says):
 def test_run_stage_keeps_stack_trace_of_a_defect(project):
     with pytest.raises(ZeroDivisionError):
         run_stage("train", lambda params: 1 // 0, [])
+
+
+@pytest.mark.parametrize(
+    ("changed", "epochs"),
+    [
+        ({"shapes": {"optim": {"num_epochs": 100}}}, 52),
+        ({}, None),  # the same training again
+        ({"shapes": {"optim": {"num_epochs": 100, "learning_rate": 1e-3}}}, None),  # another one
+        ({"train": {"seed": 1}, "shapes": {"optim": {"num_epochs": 100}}}, None),
+    ],
+)
+def test_train_finds_the_finished_training_that_was_shorter(tmp_path, monkeypatch, changed, epochs):
+    """Its epochs are all trained again, which whoever sets more of them should read."""
+    monkeypatch.chdir(tmp_path)
+    values = yaml.safe_load((REPO / "params.yaml").read_text(encoding="utf-8"))
+    values["shapes"]["optim"]["num_epochs"] = 52
+    locked = {"recipe": "shapes", "train": values["train"]}
+    locked |= {f"shapes.{block}": values["shapes"][block] for block in ("model", "optim")}
+    Path("dvc.lock").write_text(yaml.safe_dump({"stages": {"train": {"params": {"params.yaml": locked}}}}))
+    for settings in (values["shapes"]["optim"], values["train"]):
+        settings.update(changed.get("train", {}) if settings is values["train"] else changed.get("shapes", {}).get("optim", {}))
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+    assert finished_epochs(load_config()) == epochs
+    Path("dvc.lock").unlink()
+    assert finished_epochs(load_config()) is None
 
 
 def test_restore_metrics_from_dvcs_cache(project):
