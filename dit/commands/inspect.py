@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from dit.commands._args import save_image
+from dit.dataset.filters import printable
 from dit.errors import UserError
 
 if TYPE_CHECKING:  # it takes a second to import torch
@@ -75,11 +76,6 @@ def print_facts(path: Path) -> None:
     for name, value in facts.items():
         lines = ("\n" + 21 * " ").join(printable(line) for line in value.split("\n"))
         print(f"{printable(name):20} {lines}")
-
-
-def printable(text: str) -> str:
-    """Escape characters that control a terminal or are invisible, since an image may come from anybody."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def describe_cache(cache: LatentCache) -> str:

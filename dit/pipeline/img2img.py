@@ -210,5 +210,5 @@ def _preprocess(
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, OSError, SyntaxError) as error:
         raise UserError(f"{name}: not an image, nor several ({one_line(error)})") from None
     if len(pixels) not in (1, prompts):
-        raise UserError(f"{name}: one for all, or one for each of {prompts} prompts")
+        raise UserError(f"{name}: {len(pixels)} are given; one for all, or one for each of {prompts} prompts, would be right")
     return pixels.to(torch.float32).repeat_interleave(times * (prompts if len(pixels) == 1 else 1), 0)

@@ -64,7 +64,11 @@ def fetch(data: FolderData, folder: Path, runtime: Runtime) -> FetchResult:
         if problem:
             result.reject(str(image.shown), problem)
             continue
-        content = image.path.read_bytes()
+        try:
+            content = image.path.read_bytes()
+        except OSError as error:
+            result.reject(str(image.shown), f"not readable: {error.strerror}")
+            continue
         captions, problem = read_captions(image)
         problem = check_image(content) or problem
         if problem:
@@ -220,6 +224,8 @@ def read_list(path: Path) -> Iterator[tuple[str, str, str]]:
         else:
             listed = json.loads(content)
             rows = [(f"row {k}", row) for k, row in enumerate(listed if isinstance(listed, list) else [listed])]
+    except OSError as error:
+        raise UserError(f"folder.data.paths: {path} is not readable: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"folder.data.paths: {path} is not UTF-8; save it as UTF-8") from None
     except (ValueError, csv.Error, RecursionError) as error:
@@ -243,7 +249,8 @@ def _check_columns(path: Path, columns: list[str]) -> None:
     for names in (NAME_COLUMNS, TEXT_COLUMNS):
         if not set(names) & set(columns):
             separated = len(columns) == 1 and any(mark in columns[0] for mark in ";\t")
-            remedy = "separate the columns by commas" if separated else f"it has {', '.join(map(repr, columns)) or 'nothing'}"
+            listed = ", ".join(repr(column[:40]) for column in columns[:8])
+            remedy = "separate the columns by commas" if separated else f"it has {listed or 'nothing'}"
             raise UserError(f"folder.data.paths: {path}, line 1: no column {' or '.join(names)}; {remedy}")
 
 
@@ -259,6 +266,8 @@ def read_captions(image: ImageCaptions) -> tuple[list[str], str | None]:
             texts += image.text_file.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError:
             return [], f"{image.text_file.name} is not UTF-8"
+        except OSError as error:
+            return [], f"{image.text_file.name} is not readable: {error.strerror}"
     captions = [caption for caption in map(clean_caption, texts) if caption]
     if not captions and image.text_file:
         return [], f"no caption in {image.text_file.name}"

@@ -163,9 +163,13 @@ class DatasetWriter:
         return result
 
     def _check_rejected(self, rejected: list[dict[str, str]]) -> None:
-        total, limit, first = len(self._rows) + len(rejected), self.data.max_bad_fraction, rejected[0]
-        if len(rejected) > limit * total:
-            raise UserError(
-                f"{self.data.source}.data.max_bad_fraction: {len(rejected)} of {total} images are unusable, more than "
-                f"{limit:.1%}; the first is {first['image']}: {first['reason']}"
-            )
+        total, limit = len(self._rows) + len(rejected), self.data.max_bad_fraction
+        if len(rejected) <= limit * total:
+            return
+        examples: dict[str, str] = {}  # of each kind of reason, the first image
+        for row in rejected:
+            examples.setdefault(row["reason"].split(":")[0], f"{row['image']}: {row['reason']}")
+        raise UserError(
+            f"{self.data.source}.data.max_bad_fraction: {len(rejected)} of {total} images are unusable, more than {limit:.1%}; "
+            f"mend or remove them, or raise the limit. {'; '.join(list(examples.values())[:SHOWN])}"
+        )

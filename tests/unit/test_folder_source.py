@@ -76,8 +76,25 @@ def test_fetch_rejects_unusable_pairs_up_to_a_limit(tmp_path):
     assert reasons["novel.jpg"] == "a caption of 10000 words; 1000 are the most"
     assert reasons["latin.jpg"] == "latin.txt is not UTF-8" and reasons["silent.jpg"] == "no caption in silent.txt"
     assert result.images == 4
-    with pytest.raises(UserError, match="10 of 14 images are unusable"):
+    with pytest.raises(UserError, match="10 of 14 images are unusable, more than 50.0%; mend or remove them, or raise") as error:
         fetch(folder_data(mine, limit=0.5), tmp_path / "again", RUNTIME)
+    assert f"{mine / 'zero.jpg'}: empty file" in str(error.value) or "dot.png: only 1 x 1 pixels" in str(error.value)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here that exists and cannot be read")
+def test_fetch_files_that_cannot_be_read(tmp_path):
+    for k in range(3):
+        add_pair(tmp_path / "mine", f"{k}.jpg", "a caption", noise_file(k))
+    for name in ("bad.jpg", "2.txt"):
+        (tmp_path / "mine" / name).unlink(missing_ok=True)
+        (tmp_path / "mine" / name).symlink_to("/proc/self/mem")
+    (tmp_path / "mine" / "bad.txt").write_text("a caption")
+    result, _ = fetched(tmp_path)
+    reasons = {Path(row["image"]).name: row["reason"] for row in result.rejected}
+    assert reasons == {"bad.jpg": "not readable: Input/output error", "2.jpg": "2.txt is not readable: Input/output error"}
+    (tmp_path / "mine" / "metadata.jsonl").symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match="metadata.jsonl is not readable: Input/output error"):
+        fetched(tmp_path)
 
 
 def write_list(folder: Path, kind: str, rows: list[dict]) -> None:

@@ -68,8 +68,8 @@ def test_load_crops_spawn(stored):
         spawned = list(load_crops(stored / "shards", [*batches, batches[0]], 16, crops=1, workers=2))
     finally:
         multiprocessing.set_start_method(usual, force=True)
-    for (pixels, digests), (others, other_digests) in zip(here, spawned, strict=False):
-        assert torch.equal(pixels, others) and digests == other_digests
+    for (pixels, digests, sides), (others, other_digests, other_sides) in zip(here, spawned, strict=False):
+        assert torch.equal(pixels, others) and digests == other_digests and sides == other_sides
 
 
 def test_shards_are_deterministic_webdataset(tmp_path):
