@@ -66,3 +66,13 @@ def memory_errors(advice: str = "") -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(out_of_memory(error, advice)) from None
+
+
+def http_status(error: BaseException | None) -> int | None:
+    """Return the status of the HTTP answer that `error` reports or was raised because of; None if there was no answer."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__ or error.__context__
+    return None

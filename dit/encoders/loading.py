@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from dit.config import VAE_FACTOR
-from dit.errors import UserError, one_line
+from dit.errors import UserError, http_status, one_line
 from dit.utils.files import expand_home, sha256_files
 
 if TYPE_CHECKING:  # both take seconds to import, which a look at a configuration does not need
@@ -232,18 +232,22 @@ def _download(kind: str, source: EncoderSource, weights: bool) -> tuple[Path, st
     except hub.LocalEntryNotFoundError as error:
         if constants.is_offline_mode():
             problem = f"is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set; unset it once, to download"
+        elif status := http_status(error):
+            problem = _refused(endpoint, status)
         else:
             reason = one_line(error.__cause__ or error, with_type=True)
             problem = f"cannot be downloaded from {endpoint} ({reason}); check your network and HF_ENDPOINT"
     except hub.HfHubHTTPError as error:
-        status = error.response.status_code
-        what = LOGIN if status in (401, 403) else "try again later"
-        problem = f"cannot be downloaded, {endpoint} answers {status}; {what}"
+        problem = _refused(endpoint, error.response.status_code)
     except (hub.HTTPError, OSError, RuntimeError) as error:
         problem = f"is incomplete, {endpoint} broke off ({one_line(error, with_type=True)}); run again to resume the download"
     else:
         return folder, snapshot.name
     raise _unusable(kind, source.name, problem)
+
+
+def _refused(endpoint: str, status: int) -> str:
+    return f"cannot be downloaded, {endpoint} answers {status}; {LOGIN if status in (401, 403) else 'try again later'}"
 
 
 def _parts(kind: str, name: str) -> tuple[str, str]:

@@ -24,6 +24,7 @@ from dit.sources.writer import DatasetWriter, FetchResult
 
 ANNOTATIONS = "annotations/annotations_trainval2017.zip"
 KEY = "coco.data.base_url"
+UNPACKING = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)  # what zipfile raises for a damaged archive
 SPLITS = {"train2017": ("train2017",), "val2017": ("val2017",), "both": ("train2017", "val2017")}
 
 
@@ -36,10 +37,11 @@ def fetch(data: CocoData, folder: Path, runtime: Runtime) -> FetchResult:
     """Download `data.num_samples` images, chosen by `data.seed`, and their captions into `folder`."""
     base = data.base_url.rstrip("/")
     downloader = Downloader(KEY)
-    archive, problem = downloader.cached(f"{base}/{ANNOTATIONS}", progress=True)
+    splits = SPLITS[data.split]
+    archive, problem = downloader.cached(f"{base}/{ANNOTATIONS}", lambda path: check_archive(path, splits), progress=True)
     if problem:
-        raise UserError(f"{KEY}: {without_password(base)}/{ANNOTATIONS}: {problem}")
-    chosen = choose_images(read_captions(archive, SPLITS[data.split]), data)
+        raise UserError(f"{KEY}: {without_password(base)}/{ANNOTATIONS}: {problem}; check the address")
+    chosen = choose_images(read_captions(archive, splits), data)
     result = FetchResult()
     writer = DatasetWriter(folder, data, len(chosen))
     received = 0
@@ -48,10 +50,7 @@ def fetch(data: CocoData, folder: Path, runtime: Runtime) -> FetchResult:
         problem = image.problem or check_captions(image.captions)
         if problem:
             return Path(), problem
-        cached, problem = downloader.cached(f"{base}/{image.split}/{image.name}")
-        if problem is None and (problem := check_image(cached.read_bytes())):
-            cached.unlink()  # so that the next run asks for it again
-        return cached, problem
+        return downloader.cached(f"{base}/{image.split}/{image.name}", lambda path: check_image(path.read_bytes()))
 
     with ThreadPoolExecutor(runtime.download_connections) as pool:
         results = zip(chosen, pool.map(download, chosen), strict=True)
@@ -91,6 +90,21 @@ class CocoImage:
     problem: str | None
 
 
+def check_archive(archive: Path, splits: tuple[str, ...]) -> str | None:
+    """Return why what is needed of the annotations cannot be unpacked; None if it can, or if the archive does not have it."""
+    try:
+        with zipfile.ZipFile(archive) as files:
+            for split in splits:
+                with files.open(_captions_of(split)) as file:
+                    while file.read(1 << 20):  # compares the checksum at the end
+                        pass
+    except KeyError:
+        return None
+    except UNPACKING as error:
+        return f"a damaged archive ({one_line(error)})"
+    return None
+
+
 def read_captions(archive: Path, splits: tuple[str, ...]) -> list[CocoImage]:
     """Read all images that have captions straight from the zip, in the order of their ids, split by split.
 
@@ -103,7 +117,7 @@ def read_captions(archive: Path, splits: tuple[str, ...]) -> list[CocoImage]:
     found: list[CocoImage] = []
     names: set[str] = set()
     for split in splits:
-        licences, images, captions = _read_annotations(archive, f"annotations/captions_{split}.json")
+        licences, images, captions = _read_annotations(archive, _captions_of(split))
         numbers: set[int] = set()
         for number, name, licence in sorted(images, key=lambda image: image[0]):
             if number not in captions:
@@ -119,6 +133,10 @@ def read_captions(archive: Path, splits: tuple[str, ...]) -> list[CocoImage]:
     return found
 
 
+def _captions_of(split: str) -> str:
+    return f"annotations/captions_{split}.json"
+
+
 def _read_annotations(archive: Path, member: str) -> tuple[dict[int, str], list[tuple[int, str, int]], dict[int, list[str]]]:
     """Return licences' addresses by id, (id, name, licence) of each image, captions by image."""
     try:
@@ -127,7 +145,7 @@ def _read_annotations(archive: Path, member: str) -> tuple[dict[int, str], list[
         licences = {int(row["id"]): str(row["url"]) for row in content.get("licenses", [])}
         images = [(int(row["id"]), str(row["file_name"]), int(row.get("license", -1))) for row in content["images"]]
         rows = sorted((int(row["id"]), int(row["image_id"]), str(row["caption"])) for row in content["annotations"])
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
+    except (*UNPACKING, LookupError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{archive}: no readable {member} ({one_line(error)}); delete the file to download it again") from None
     captions: dict[int, list[str]] = {}
     for _, image, text in rows:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dit.config import HubData, Runtime
 from dit.dataset.decode import check_image, image_format
 from dit.dataset.filters import check_captions, clean_caption
-from dit.errors import UserError, one_line
+from dit.errors import UserError, http_status, one_line
 from dit.sources.writer import DatasetWriter, FetchResult
 from dit.utils.files import expand_home
 
@@ -29,7 +29,7 @@ def fetch(data: HubData, folder: Path, runtime: Runtime) -> FetchResult:
     rows = 0
     for number, row in enumerate(tqdm(_rows(data), total=data.num_samples, desc="download", unit="image")):
         rows += 1
-        content = _read_image(row[data.image_column])
+        content = row[data.image_column]
         captions, problem = _read_captions(row, data)
         problem = check_image(content) or problem or check_captions(captions)
         if problem:
@@ -70,6 +70,9 @@ def open_stream(data: HubData) -> Any:
         key = "config" if "config" in str(error).lower() else "split"
         raise UserError(f"hub.data.{key}: {getattr(data, key)!r}: {one_line(error, with_type=True)}") from None
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError) as error:
+        if status := http_status(error):
+            advice = LOGIN if status in (401, 403) else "try again later"
+            raise UserError(f"{known} is not to be had: the Hub answers {status}; {advice}") from None
         raise UserError(f"{known} cannot be read ({one_line(error, with_type=True)}); check the id and your network") from None
     for key, column in (("image_column", data.image_column), *(("caption_columns", name) for name in data.caption_columns)):
         if column not in columns:
@@ -81,10 +84,11 @@ def open_stream(data: HubData) -> Any:
 
 
 def _rows(data: HubData) -> Iterator[dict[str, Any]]:
+    """Yield the first rows, each with its image's bytes; whatever cannot be read is a `UserError`."""
     count = 0
     try:
         for row in islice(open_stream(data), data.num_samples):
-            yield row
+            yield row | {data.image_column: _read_image(row[data.image_column])}
             count += 1
     except UserError:
         raise

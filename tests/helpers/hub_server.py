@@ -28,6 +28,7 @@ class Hub:
     Attributes:
         gated: repositories whose files nobody may download.
         cut: names of files whose first answer breaks off half-way; `always_cut` every answer.
+        down: the status that every request is answered with, if not 0.
         asked: (file, first byte) of every request for a file's content.
     """
 
@@ -35,7 +36,7 @@ class Hub:
     gated: set[str] = field(default_factory=set)
     cut: set[str] = field(default_factory=set)
     always_cut: set[str] = field(default_factory=set)
-    down: bool = False
+    down: int = 0
     asked: list[tuple[str, int]] = field(default_factory=list)
 
 
@@ -53,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, query = unquote(urlsplit(self.path).path), urlsplit(self.path).query
         if self.server.hub.down:
-            return self.refuse(500, "", "internal error")
+            return self.refuse(self.server.hub.down, "", "")
         if found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/revision/([^/]+)", path):
             return self.describe(*found.groups())
         if found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/([^/]+)/?(.*)", path):

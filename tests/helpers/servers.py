@@ -1,4 +1,4 @@
-"""A file server on loopback that drops, delays and truncates some of its answers, and a COCO mirror to serve."""
+"""A file server on loopback that plays tricks with some of its answers, and a COCO mirror to serve."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import re
 import threading
 import time
 import zipfile
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +20,7 @@ from dit.dataset.filters import check_name
 from helpers.sources import noise_file
 
 DELAY = 0.3  # seconds
+LOGIN_PAGE = b"\n<!DOCTYPE html><html><body>Log in to the network of this hotel</body></html>"
 
 
 @dataclass
@@ -26,14 +28,20 @@ class Log:
     """What a server did: (name, first byte asked for or None) of every request, and how often it played which trick."""
 
     asked: list[tuple[str, int | None]] = field(default_factory=list)
-    tricks: dict[str, int] = field(default_factory=lambda: {"drop": 0, "delay": 0, "truncate": 0})
+    tricks: Counter[str] = field(default_factory=Counter)
 
     def names(self) -> list[str]:
         return [name for name, _ in self.asked]
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Files of a folder with ETag, Range and If-Range (RFC 9110, sections 13 and 14)."""
+    """Files of a folder with ETag, Range and If-Range (RFC 9110, sections 13 and 14).
+
+    Tricks: `drop` closes the connection instead of an answer; `delay` waits before it; `truncate` closes in the middle of the
+    body; `stall` sends half of it, and nothing more for as long as the client waits; `overstate` announces a byte more than
+    there is; `damage` sends half of the file as if it were all; `page` sends a web page instead; `moved` redirects to the same
+    address; a number is a status, with what may follow it as Retry-After: `503`, `429 0`.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -54,9 +62,24 @@ class Handler(SimpleHTTPRequestHandler):
         if trick == "delay":
             time.sleep(DELAY)
         if not path.is_file():
-            self.send_error(404)
+            trick = "404"
+        if trick and trick[0].isdigit():
+            status, _, wait = trick.partition(" ")
+            self.send_response(int(status))
+            if wait:
+                self.send_header("Retry-After", wait)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
-        content = path.read_bytes()
+        if trick == "moved":
+            self.send_response(302)
+            self.send_header("Location", self.path)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        content = LOGIN_PAGE if trick == "page" else path.read_bytes()
+        if trick == "damage":
+            content = content[: len(content) // 2]
         etag = f'"{hashlib.md5(content).hexdigest()}"'
         start = int(wanted[1]) if wanted and self.headers.get("If-Range") == etag else 0
         if start > len(content) or (start and start == len(content)):
@@ -68,11 +91,14 @@ class Handler(SimpleHTTPRequestHandler):
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.send_header("ETag", etag)
-        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("Content-Length", str(len(content) - start + (trick == "overstate")))
         self.end_headers()
         body = content[start:]
-        self.wfile.write(body[: len(body) // 2] if trick == "truncate" else body)
-        self.close_connection |= trick == "truncate"
+        self.wfile.write(body[: len(body) // 2] if trick in ("truncate", "stall") else body)
+        if trick == "stall":
+            self.wfile.flush()
+            self.rfile.read(1)  # returns when the client has closed the connection
+        self.close_connection |= trick in ("truncate", "stall", "overstate")
 
 
 @contextmanager
@@ -80,7 +106,7 @@ def listening(handler, **attributes):
     """Answer requests with `handler`, which finds `attributes` in its `server`; yields the address."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     vars(server).update(attributes)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
@@ -114,6 +140,11 @@ def once(trick: str, names):
         return None
 
     return choose
+
+
+def always(trick: str, names):
+    """A `choose` that plays `trick` on every request for one of `names`."""
+    return lambda name: trick if name in names else None
 
 
 def make_mirror(folder: Path, names: list[str], split: str = "val2017") -> None:

@@ -11,11 +11,19 @@ import pytest
 
 from dit.dataset.filters import printable
 from dit.errors import UserError
-from dit.sources import coco, fetch
+from dit.sources import coco, fetch, http
 from dit.sources.http import CHUNK, Downloader
 from helpers import SHARED
-from helpers.servers import bad_connection, make_mirror, once, serve
+from helpers.servers import always, bad_connection, make_mirror, once, serve
 from helpers.sources import RUNTIME, captions_of, coco_data
+
+
+@pytest.fixture
+def short_waits(monkeypatch):
+    """Wait for a stalled body, and before another try, for less than users do."""
+    monkeypatch.setattr(http, "TIMEOUT", (10, 0.5))
+    monkeypatch.setattr(http, "BACK_OFF", 0.001)
+    monkeypatch.setattr(http, "RETRIES", http.RETRIES.new(backoff_factor=0))
 
 
 @pytest.fixture
@@ -115,6 +123,99 @@ def test_fetch_asks_again_for_a_damaged_image(tmp_path):
         assert [row["image"] for row in result.rejected] == [NAMES[5]] and "damaged" in result.rejected[0]["reason"]
         (tmp_path / "mirror" / "val2017" / NAMES[5]).write_bytes(good)
         assert fetch(coco_data(url, 8), tmp_path / "again", RUNTIME).images == 8
+
+
+ANNOTATIONS = "annotations_trainval2017.zip"
+
+
+@pytest.mark.usefixtures("own_downloads", "short_waits")
+@pytest.mark.parametrize("name", [NAMES[3], ANNOTATIONS])
+@pytest.mark.parametrize(
+    "trick", ["stall", "truncate", "drop", "overstate", "damage", "page", "408", "425", "429 0", "500", "503 0", "504", "520"]
+)
+def test_fetch_survives_what_goes_wrong_once(tmp_path, trick, name):
+    make_mirror(tmp_path / "mirror", NAMES)
+    with serve(tmp_path / "mirror", once(trick, [name])) as (url, log):
+        result = fetch(coco_data(url, 8), tmp_path / "out", RUNTIME)
+    assert log.tricks == {trick: 1}
+    assert result.images == 8 and not result.rejected
+    for image in NAMES:
+        assert (tmp_path / "out" / "images" / image).read_bytes() == (tmp_path / "mirror" / "val2017" / image).read_bytes()
+
+
+@pytest.mark.usefixtures("own_downloads", "short_waits")
+def test_fetch_resumes_a_stalled_body(tmp_path):
+    make_mirror(tmp_path / "mirror", NAMES)
+    with serve(tmp_path / "mirror", once("stall", [NAMES[3]])) as (url, log):
+        fetch(coco_data(url, 8), tmp_path / "out", RUNTIME)
+    size = (tmp_path / "mirror" / "val2017" / NAMES[3]).stat().st_size
+    first, second = [start for asked, start in log.asked if asked == NAMES[3]]
+    assert first is None and size // 2 - CHUNK < second <= size // 2
+
+
+@pytest.mark.usefixtures("own_downloads", "short_waits")
+@pytest.mark.parametrize("name", [NAMES[3], ANNOTATIONS])
+@pytest.mark.parametrize(
+    ("trick", "says"),
+    [
+        ("stall", r": the connection broke off \(ConnectionError\), 6 times; try again later; what was downloaded stays"),
+        ("truncate", r": the connection broke off \(ChunkedEncodingError\), 6 times; try again later"),
+        ("drop", r": the connection broke off \(ConnectionError\), 6 times; try again later"),
+        ("overstate", ": the connection broke off .*, 6 times; try again later"),
+        ("page", ": a web page came instead of the file, .* 6 times; try again later"),
+        ("moved", r"cannot reach http://127.0.0.1:\d+ \(TooManyRedirects\); check the address"),
+        ("429 0", " answers 429 Too Many Requests; try again later; what was downloaded stays"),
+        ("503", " answers 503 Service Unavailable; try again later; what was downloaded stays"),
+        ("401", " answers 401 Unauthorized; check the address, and whether it wants a name and password"),
+        ("403", " answers 403 Forbidden; check the address, and whether it wants a name and password"),
+        ("400", " answers 400 Bad Request; check the address"),
+        ("204", " answers 204 No Content; check the address"),
+    ],
+)
+def test_fetch_ends_where_the_server_goes_on_failing(tmp_path, trick, says, name):
+    """No image is left out because of the server, what has arrived stays, and a second run asks only for the rest."""
+    make_mirror(tmp_path / "mirror", NAMES)
+    failing = {name}
+    with serve(tmp_path / "mirror", always(trick, failing)) as (url, log):
+        with pytest.raises(UserError, match=f"^coco.data.base_url: .*{says}") as error:
+            fetch(coco_data(url, 8, max_bad_fraction=0.5), tmp_path / "out", RUNTIME)
+        assert "\n" not in str(error.value)
+        failing.clear()
+        assert fetch(coco_data(url, 8), tmp_path / "again", RUNTIME).images == 8
+    assert {asked for asked in log.names() if log.names().count(asked) > 1} == {name}
+
+
+@pytest.mark.usefixtures("own_downloads", "short_waits")
+@pytest.mark.parametrize("status", ["404", "410"])
+def test_fetch_rejects_only_what_the_server_does_not_have(tmp_path, status):
+    make_mirror(tmp_path / "mirror", NAMES)
+    with serve(tmp_path / "mirror", always(status, [NAMES[5]])) as (url, log):
+        result = fetch(coco_data(url, 8, max_bad_fraction=0.2), tmp_path / "out", RUNTIME)
+    assert [row["image"] for row in result.rejected] == [NAMES[5]] and f"answers {status}" in result.rejected[0]["reason"]
+    assert result.images == 7 and log.names().count(NAMES[5]) == 1
+
+
+@pytest.mark.usefixtures("own_downloads", "short_waits")
+def test_fetch_annotations_damaged_twice(tmp_path):
+    make_mirror(tmp_path / "mirror", NAMES)
+    with (
+        serve(tmp_path / "mirror", always("damage", [ANNOTATIONS])) as (url, log),
+        pytest.raises(UserError, match=f"{ANNOTATIONS}: a damaged archive .*; check the address"),
+    ):
+        fetch(coco_data(url, 8), tmp_path / "out", RUNTIME)
+    assert log.names() == [ANNOTATIONS] * 2 and not list((tmp_path / "root").rglob(ANNOTATIONS))
+
+
+@pytest.mark.usefixtures("own_downloads", "short_waits")
+def test_fetch_waits_as_long_as_the_server_asks(tmp_path, monkeypatch):
+    """The seconds of Retry-After are slept, but no more than a minute, although a server may ask for a day."""
+    waits = []
+    monkeypatch.setattr("urllib3.util.retry.time.sleep", waits.append)
+    make_mirror(tmp_path / "mirror", NAMES)
+    for trick in ("429 7", "503 86400"):
+        with serve(tmp_path / "mirror", once(trick, NAMES[:1])) as (url, _):
+            assert fetch(coco_data(url, 8), tmp_path / trick, RUNTIME).images == 8
+    assert waits == [7, 60]
 
 
 OUTSIDE = "a name that does not stay in its folder"

@@ -174,6 +174,9 @@ def test_fetch_images_in_files_of_their_own(tmp_path):
     datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / "set" / "train.parquet")
     fetch(hub_data(tmp_path / "set"), tmp_path / "out", RUNTIME)
     assert [(tmp_path / "out" / f"images/{k:08d}.jpg").read_bytes() for k in range(6)] == [noise_file(k) for k in range(6)]
+    (tmp_path / "4.jpg").unlink()
+    with pytest.raises(UserError, match=r"breaks off after 4 rows \(FileNotFoundError: .*4.jpg.*\); run again"):
+        fetch(hub_data(tmp_path / "set"), tmp_path / "again", RUNTIME)
 
 
 STREAM = """
@@ -221,6 +224,18 @@ def test_fetch_refused_by_the_hub(tmp_path):
     assert revision.startswith("hub.data.dataset: 'some/set' ") and "v9" in revision
     for line, name in ((missing, "nothing"), (gated, "gated")):
         assert line.startswith(f"hub.data.dataset: 'some/{name}' ") and "log in with `hf auth login`" in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("status", "advice"),
+    [(403, "log in with `hf auth login`, or set HF_TOKEN"), pytest.param(429, "try again later", marks=pytest.mark.slow)],
+)
+def test_fetch_refused_with_a_status(tmp_path, status, advice):
+    """A Hub that is busy is no wrong id; its library tries again for half a minute first."""
+    with serve_hub(tmp_path / "hub") as (address, hub):
+        hub.down = status
+        (line,) = stream(tmp_path, [hub_data("some/set")], HF_ENDPOINT=address)
+    assert line.startswith(f"hub.data.dataset: 'some/set' is not to be had: the Hub answers {status}; ") and line.endswith(advice)
 
 
 @pytest.mark.parametrize(
