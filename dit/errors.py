@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 MAX_LENGTH = 160  # characters of another library's message: where and what, without its dumps
 
@@ -17,13 +18,21 @@ NO_MEMORY = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED", "Cannot all
 class UserError(Exception):
     """A mistake or a fault that the user can act on; its text is one line: what, where, and what to do.
 
-    The stages and the command line print it without a stack trace.
+    The stages and the command line print it without a stack trace. Addresses in it lose their names and passwords.
     """
+
+    def __init__(self, message: str):
+        super().__init__(without_password(message))
 
 
 def without_password(address: str) -> str:
     """Return `address` without the name and password before its host: what is printed may be pasted elsewhere."""
-    return re.sub(r"//[^/@\s]*@", "//", address)
+    return re.sub(r"//[^/\s]*@", "//", address)
+
+
+def without_passwords(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return `settings` with every address in it as `without_password` has it: what is written may be shared."""
+    return {key: without_password(value) if isinstance(value, str) else value for key, value in settings.items()}
 
 
 def one_line(error: BaseException, with_type: bool = False) -> str:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dit.config import VAE_FACTOR, CocoData, Encode, Params, load_config
-from dit.errors import UserError
+from dit.errors import UserError, without_passwords
 
 # Bytes on disk per image, generously: raw data, latent cache (moments of two augmentations, text rows), and DVC's copy of both.
 RAW_BYTES = {"shapes": 4_000, "coco": 200_000, "folder": 0, "hub": 200_000}
@@ -33,7 +33,7 @@ def run_check(arguments: argparse.Namespace) -> None:
     """
     params = load_config()
     check_disk(params)
-    if read_json(Path("data/raw/source.json")) != json.loads(json.dumps(asdict(params.active.data))):
+    if read_json(Path("data/raw/source.json")) != json.loads(json.dumps(without_passwords(asdict(params.active.data)))):
         check_data(params)
     check_weights(params.active.encode)
     print("settings, disk space, data and weights: nothing is missing")

@@ -13,7 +13,7 @@ import numpy as np
 
 from dit.dataset.filters import printable
 from dit.dataset.storage import LooseFiles, TarShards, choose_layout
-from dit.errors import UserError
+from dit.errors import UserError, without_passwords
 from dit.utils.files import write_json
 
 
@@ -155,7 +155,7 @@ class DatasetWriter:
             more = ({"stored": stored} if stored != image else {}) | ({"licence": licence} if licence else {})
             rows += [{"image": image, "text": text, "split": splits[image]} | more for text in captions]
         write_json(self.folder / "metadata.json", rows)
-        write_json(self.folder / "source.json", asdict(self.data))
+        write_json(self.folder / "source.json", without_passwords(asdict(self.data)))
         result.images, result.captions = len(self._rows), len(rows)
         result.val_images = sum(split == "val" for split in splits.values())
         result.train_images = result.images - result.val_images

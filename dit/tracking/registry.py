@@ -15,6 +15,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.utils.mlflow_tags import MLFLOW_GIT_BRANCH, MLFLOW_GIT_REPO_URL, MLFLOW_SOURCE_NAME, MLFLOW_USER
 
 from dit.config import DEFAULTS
 
@@ -37,6 +38,8 @@ REQUIREMENTS = (
     "transformers",
     "typing_extensions",
 )
+# What MLflow would add by itself: the user's name, and git's address, which may hold a token.
+TAGS = {MLFLOW_USER: "unknown", MLFLOW_SOURCE_NAME: "stages/train.py", MLFLOW_GIT_REPO_URL: "", MLFLOW_GIT_BRANCH: ""}
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "prompt")]),
     params=ParamSchema(
@@ -76,6 +79,7 @@ def register_model(uri: str, run: str, folder: Path, name: str, step: int, packa
             code_paths=[str(package)],
             pip_requirements=[f"{each}=={version(each).split('+')[0]}" for each in REQUIREMENTS],
             signature=SIGNATURE,
+            tags=TAGS,
         )
 
 
@@ -101,7 +105,7 @@ def _loader(package: Path) -> Path:
 @contextmanager
 def _addressed(uri: str, experiment: str) -> Iterator[None]:
     """Set the store and the experiment where the code that logs models looks for them: in the process and the environment."""
-    before = {key: os.environ.get(key) for key in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")}
+    before = {key: os.environ.get(key) for key in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_ID")}
     os.environ["MLFLOW_EXPERIMENT_ID"] = experiment
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
