@@ -82,13 +82,14 @@ def read_runs(names: list[str], metric: str) -> pd.DataFrame:
     """
     import pandas as pd
 
-    from dit.tracking.mlflow import PARENT, open_store, tracking_uri
+    from dit.tracking.mlflow import PARENT, open_store, sqlite_file, tracking_uri
 
     uri = tracking_uri()
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+    database = sqlite_file(uri)
+    if database and not database.exists():
         raise UserError(f"{uri}: no such database yet; `dvc repro` makes it")
     try:
-        store = open_store(uri)
+        store = open_store(uri, restore=False)
         runs = pd.DataFrame(_row(run) for run in store.client.search_runs([store.experiment], max_results=10_000))
     except Exception as error:
         raise UserError(f"{without_password(uri)} cannot be read: {one_line(error)}") from error

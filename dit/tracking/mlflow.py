@@ -9,28 +9,40 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sqlite3
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import mlflow
 import pandas as pd
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param, Run, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
+from mlflow.utils.file_utils import local_file_uri_to_path
 from PIL import Image
 
-from dit.errors import one_line, without_password
+from dit.errors import one_line, without_password, without_passwords
 
 EXPERIMENT = "dit"
 PARENT = "mlflow.parentRunId"
 BELONGS_TO = "dit.belongs_to"  # of an unsent run: the run of the store that it continues
 SENT_FROM = "dit.sent_from"  # of a run of the store: the run of another store, mostly the unsent one, that it is a copy of
+HAS_FILES = "dit.has_files"  # of an unsent run: images or other files belong to it, and are missing where none are found
+LOCATIONS = (  # where MLflow's database holds absolute paths
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "storage_location"),
+)
 
 
 def project_root() -> Path:
@@ -40,7 +52,7 @@ def project_root() -> Path:
 
 def tracking_uri() -> str:
     """Return `MLFLOW_TRACKING_URI`, or else a database file in the project's folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(project_root() / 'mlflow.db').as_posix()}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(project_root())
 
 
 def unsent_folder() -> Path:
@@ -50,7 +62,21 @@ def unsent_folder() -> Path:
 
 def unsent_uri() -> str:
     """Return the address of the store of unsent runs."""
-    return f"sqlite:///{(unsent_folder() / 'mlflow.db').as_posix()}"
+    return _sqlite_uri(unsent_folder())
+
+
+def _sqlite_uri(folder: Path) -> str:
+    """Return the address of the database in `folder`. SQLAlchemy decodes it, and takes what follows a `?` for options."""
+    path = (folder / "mlflow.db").as_posix()
+    encoded = path.replace("%", "%25").replace("?", "%3F")
+    # Of an address that begins with sqlite:, MLflow makes the folder, and does not decode it.
+    return f"sqlite:///{path}" if encoded == path else f"sqlite+pysqlite:///{encoded}"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Return the database file that `uri` names; None if it names a server."""
+    named = re.fullmatch(r"sqlite(\+pysqlite)?:///(.*)", uri, re.DOTALL)
+    return Path(unquote(named[2])).resolve() if named else None
 
 
 def flatten(prefix: str, settings: Any) -> dict[str, Any]:
@@ -68,11 +94,24 @@ class Store:
     experiment: str
 
 
-def open_store(uri: str) -> Store:
+def store_lock() -> FileLock:
+    """Return the lock under which the project's stores are made, moved and removed. Who holds it may take it again."""
+    lock = project_root() / ".state" / "mlflow.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(lock, is_singleton=True)
+
+
+def open_store(uri: str, restore: bool = True) -> Store:
     """Open the store at `uri`, with the experiment `dit`, made on first use. Under a lock: two first writers would both make it.
 
+    The project's own stores find their artifacts again after its folder has moved.
+
+    Args:
+        uri: the store.
+        restore: whether to restore the experiment if somebody has deleted it; nothing can be written into a deleted one.
+
     Raises:
-        MlflowException, OSError: it cannot be reached, or is none that this version of MLflow takes.
+        MlflowException, OSError: it cannot be reached, is none that this version of MLflow takes, or its experiment is deleted.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a server that is away shall not hold up a training
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -81,23 +120,57 @@ def open_store(uri: str) -> Store:
     warnings.filterwarnings("ignore", module="mlflow")
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    folder = unsent_folder() if uri == unsent_uri() else project_root()
-    lock = project_root() / ".state" / "mlflow.lock"
-    for needed in (lock.parent, folder):
-        needed.mkdir(parents=True, exist_ok=True)
-    artifacts = str(folder / "mlartifacts") if uri.startswith("sqlite:") else None  # a server knows where it wants them
-    with FileLock(lock):
+    database = sqlite_file(uri)
+    is_own = database in [(folder / "mlflow.db").resolve() for folder in (project_root(), unsent_folder())]
+    folder = database.parent if database and is_own else project_root()
+    artifacts = folder / "mlartifacts"
+    # As a URI, since MLflow decodes a path, too: of `a%20b` it makes `a b`. A server knows where it wants them.
+    location = artifacts.as_uri() if uri.startswith("sqlite") else None
+    with store_lock():
+        folder.mkdir(parents=True, exist_ok=True)
         client = MlflowClient(uri, registry_uri=uri)
         for attempt in (1, 2):
             experiment = client.get_experiment_by_name(EXPERIMENT)
-            if experiment:
-                return Store(uri, client, experiment.experiment_id)
             try:
-                client.create_experiment(EXPERIMENT, artifacts, tags={"mlflow.experimentKind": "custom_model_development"})
+                if experiment and experiment.lifecycle_stage == LifecycleStage.DELETED:
+                    _restore_experiment(client, uri, experiment.experiment_id, restore)
+                if experiment:
+                    if database and is_own and Path(local_file_uri_to_path(experiment.artifact_location)) != artifacts:
+                        _relocate(database, experiment.artifact_location, artifacts)
+                    return Store(uri, client, experiment.experiment_id)
+                client.create_experiment(EXPERIMENT, location, tags={"mlflow.experimentKind": "custom_model_development"})
             except MlflowException:  # another machine may have been faster
                 if attempt == 2:
                     raise
     raise AssertionError("unreachable")
+
+
+def _restore_experiment(client: MlflowClient, uri: str, experiment: str, restore: bool) -> None:
+    if not restore:
+        raise MlflowException(
+            f"its experiment {EXPERIMENT} is deleted; `mlflow experiments restore -x {experiment}` brings it back, "
+            "and so does the next training"
+        )
+    client.restore_experiment(experiment)
+    place = without_password(uri)
+    print(f"MLflow: the experiment {EXPERIMENT} had been deleted in {place}; it is restored, with its runs", flush=True)
+
+
+def _relocate(database: Path, before: str, artifacts: Path) -> None:
+    """Replace the path `before` by `artifacts` in all of a store: its folder has moved, and MLflow's database has absolute paths.
+
+    What lies at the old place alone, since it was not moved with the database, is still found there.
+    """
+    artifacts.mkdir(exist_ok=True)
+    with closing(sqlite3.connect(database, timeout=60)) as connection, connection:
+        for table, column in LOCATIONS:
+            for row, location in connection.execute(f"SELECT rowid, {column} FROM {table} WHERE {column} NOTNULL").fetchall():
+                rest = location[len(before) :]
+                if location[: len(before)].lower() != before.lower() or rest[:1] not in ("", "/"):  # of C: MLflow makes c:
+                    continue
+                if Path(f"{artifacts}{rest}").exists() or not Path(local_file_uri_to_path(location)).exists():
+                    connection.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (artifacts.as_uri() + rest, row))
+    _artifact_repos_cache.clear()  # where this process has looked for a run's artifacts before
 
 
 class Tracker:
@@ -120,6 +193,7 @@ class Tracker:
         self._store: Store | None = None
         self._run = run_id  # the run logged into; another than run_id where that is continued
         self._resumed = False
+        self._has_files = False
         self._last_steps: dict[str, int] = {}
         self._monitor: SystemMetricsMonitor | None = None
         if run_id is None:
@@ -130,14 +204,29 @@ class Tracker:
         while self.uri:
             try:
                 if self._store is None:
-                    self._store = open_store(self.uri)
-                if self._run is None:
-                    tags = self._tags | ({BELONGS_TO: self.run_id} if self.run_id else {})
-                    self._run = self._store.client.create_run(self._store.experiment, run_name=self.name, tags=tags).info.run_id
+                    self._store = self._open()
+                assert self._run
                 action(self._store.client, self._run)
                 return
             except Exception as error:  # whatever it is: no training ends because of its log
                 self._turn_away_from_store(error)
+
+    def _open(self) -> Store:
+        with store_lock():  # so that `dit sync-runs` does not remove the unsent store between the two
+            store = open_store(self.uri)
+            if self._run is None:
+                tags = self._tags | ({BELONGS_TO: self.run_id} if self.run_id else {})
+                self._run = store.client.create_run(store.experiment, run_name=self.name, tags=tags).info.run_id
+        return store
+
+    def _do_with_files(self, action: Callable[[MlflowClient, str], Any]) -> None:
+        def mark(client: MlflowClient, run: str) -> None:
+            if self.uri == unsent_uri() and not self._has_files:
+                client.set_tag(run, HAS_FILES, "true")
+                self._has_files = True
+            action(client, run)
+
+        self._do(mark)
 
     def _turn_away_from_store(self, error: Exception) -> None:
         problem = f"MLflow: {without_password(self.uri)} does not take this run ({one_line(error)}); "
@@ -162,8 +251,9 @@ class Tracker:
         return Tracker(self.uri, name, tags)
 
     def log_params(self, values: dict[str, Any]) -> None:
-        """Log settings."""
-        self._do(lambda client, run: client.log_batch(run, params=[Param(key, str(value)) for key, value in values.items()]))
+        """Log settings; of addresses without the name and password that they may hold."""
+        params = [Param(key, str(value)) for key, value in without_passwords(values).items()]
+        self._do(lambda client, run: client.log_batch(run, params=params))
 
     def log_metrics(self, values: dict[str, float], step: int = 0) -> None:
         """Log a point of each curve in `values`."""
@@ -191,11 +281,11 @@ class Tracker:
             elif not (self._resumed and (name, "step", str(step)) in {key[:3] for key in image_keys(client, run)}):
                 client.log_image(run, image, key=name, step=step)
 
-        self._do(log)
+        self._do_with_files(log)
 
     def log_json(self, values: Any, name: str) -> None:
         """Log `values` as a JSON file."""
-        self._do(lambda client, run: client.log_dict(run, values, name))
+        self._do_with_files(lambda client, run: client.log_dict(run, values, name))
 
     def log_dataset(self, name: str, digest: str, source: str) -> None:
         """Log what the run was trained on; MLflow keeps the first 36 characters of the digest."""
@@ -242,15 +332,33 @@ class Tracker:
 
 
 def find_run_id(store: Store, run_id: str) -> str | None:
-    """Find the run `run_id` in `store`, or the copy that was made of it there; return its id there."""
+    """Find the run `run_id` in `store`, or the copy that was made of it there; return its id there.
+
+    One that was deleted is restored, since it is about to be written into; in the store of unsent runs it has been sent.
+    """
+    found = []
     try:
-        if store.client.get_run(run_id).info.lifecycle_stage == "active":
-            return run_id
+        found.append(store.client.get_run(run_id))
     except MlflowException as error:
         if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
             raise
-    sent = store.client.search_runs([store.experiment], f"tags.`{SENT_FROM}` = '{run_id}'", max_results=1)
-    return sent[0].info.run_id if sent else None
+    if not any(map(_is_active, found)):
+        found += store.client.search_runs([store.experiment], f"tags.`{SENT_FROM}` = '{run_id}'", ViewType.ALL)
+    active = [run.info.run_id for run in found if _is_active(run)]
+    if active or not found or store.uri == unsent_uri():
+        return active[0] if active else None
+    deleted = found[0].info
+    store.client.restore_run(deleted.run_id)
+    print(
+        f"MLflow: the run {deleted.run_name} ({deleted.run_id[:8]}) had been deleted in {without_password(store.uri)}; "
+        "it is restored, since it goes on",
+        flush=True,
+    )
+    return deleted.run_id
+
+
+def _is_active(run: Run) -> bool:
+    return run.info.lifecycle_stage == LifecycleStage.ACTIVE
 
 
 def image_key(file: str) -> tuple[str, ...]:

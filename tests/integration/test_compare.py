@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow import MlflowClient
 from PIL import Image
 
 from dit import cli
 from dit.commands.compare import CELL, MARGIN, comparison_image, read_runs
+from dit.tracking.mlflow import tracking_uri
 from dit.tracking.runs import start_run
 
 COLOURS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255)}
@@ -118,3 +122,27 @@ def test_image_leaves_out_other_seeds(tmp_path, monkeypatch):
     log_run("one-seed", ["red"], 0.5, 96)
     log_run("other-seed", ["red"], 0.5, 96, seed=7)
     assert comparison_image(read_runs([], "prompt_accuracy"), "prompt_accuracy") is None
+
+
+def test_compare_after_project_moved(store, tmp_path, monkeypatch):
+    moved = shutil.copytree(store[0], tmp_path / "moved 100%")
+    monkeypatch.setenv("DVC_ROOT", str(moved))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    hidden = store[0].rename(store[0].with_name("hidden"))
+    try:
+        assert cli.main(["compare"]) == 0
+    finally:
+        hidden.rename(store[0])
+    assert (tmp_path / "compare.png").is_file()
+
+
+def test_compare_of_a_deleted_experiment(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    log_run("one", ["red"], 0.5, 96)
+    client = MlflowClient(tracking_uri())
+    client.delete_experiment(client.get_experiment_by_name("dit").experiment_id)
+    assert cli.main(["compare"]) == 1
+    assert "its experiment dit is deleted; `mlflow experiments restore -x 1` brings it back" in capsys.readouterr().err
+    assert client.get_experiment_by_name("dit").lifecycle_stage == "deleted"

@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.utils.file_utils import local_file_uri_to_path
 
 from dit.config import DEFAULTS
 from dit.encoders.loading import BUILTIN, EncoderSource, find_encoder
+from dit.errors import UserError
 from dit.pipeline.generate import load_pipeline
 from dit.tracking import mlflow as tracking
 from dit.tracking import sync
 from dit.tracking.runs import resume_run, start_run
+from helpers import REPO
 
 PROMPTS = ["a red circle", "a blue star"]
 USE = """
@@ -56,7 +59,7 @@ def check(project: Path, model: Path, run_id: str) -> None:
     assert int(registered.version) == 1 and registered.run_id == run_id
     logged = MlflowClient(store).get_logged_model(registered.source.removeprefix("models:/"))
     assert {metric.key: metric.value for metric in logged.metrics} == {"val_loss": 0.5}
-    folder = Path(logged.artifact_location)
+    folder = Path(local_file_uri_to_path(logged.artifact_location))
     assert folder.is_relative_to(project / "mlartifacts")
     used = subprocess.run(
         [sys.executable, "-c", USE, store, json.dumps(PROMPTS)], cwd=project, capture_output=True, text=True, check=False
@@ -97,6 +100,84 @@ def test_registered_model_has_its_local_encoders(project, model, tmp_path_factor
     run = register(mine)
     shutil.rmtree(own)
     check(project, model, run.run_id)
+
+
+def test_registered_model_after_project_moved(project, model, monkeypatch):
+    run = register(model)
+    (project / "moved").mkdir()
+    for name in ("mlflow.db", "mlartifacts"):
+        (project / name).rename(project / "moved" / name)
+    monkeypatch.setenv("DVC_ROOT", str(project / "moved"))
+    tracking.open_store(tracking.tracking_uri())
+    check(project / "moved", model, run.run_id)
+
+
+def test_deleted_registered_model_is_made_again(project, model):
+    run = register(model)
+    store = MlflowClient(tracking.tracking_uri())
+    store.delete_registered_model("dit-shapes")
+    again = resume_run(run.run_id, "shapes")
+    again.resume()
+    again.log_model(model, "dit-shapes", 9)
+    check(project, model, run.run_id)
+
+
+@pytest.mark.parametrize("deleted", ["logged model", "registered model"])
+def test_sync_runs_registers_a_deleted_model_again(project, model, monkeypatch, deleted):
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "file:./mlruns")
+        start_run("shapes").log_model(model, "dit-shapes", 9)  # a run that is not finished is sent, and kept
+    (run_id,) = sync.sync_runs()
+    store = MlflowClient(tracking.tracking_uri())
+    (version,) = store.search_model_versions("name = 'dit-shapes'")
+    if deleted == "logged model":
+        store.delete_logged_model(version.source.removeprefix("models:/"))
+    else:
+        store.delete_registered_model("dit-shapes")
+    for _ in range(2):
+        assert sync.sync_runs() == [run_id]
+        newest = max(store.search_model_versions("name = 'dit-shapes'"), key=lambda version: int(version.version))
+        assert int(newest.version) == (2 if deleted == "logged model" else 1)
+        assert store.get_logged_model(newest.source.removeprefix("models:/")).source_run_id == run_id
+
+
+def test_sync_runs_keeps_a_run_whose_model_is_gone(project, model, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "file:./mlruns")
+        register(model)
+    models = project / ".state" / "unsent" / "mlartifacts" / "models"
+    models.rename(project / "elsewhere")
+    with pytest.raises(UserError, match="0 runs sent, but not all .* lacks its model dit-shapes, which is not in"):
+        sync.sync_runs()
+    (project / "elsewhere").rename(models)
+    (run_id,) = sync.sync_runs()
+    check(project, model, run_id)
+
+
+LOG = """
+import sys
+from pathlib import Path
+from dit.tracking.runs import start_run
+run = start_run("shapes")
+run.log_model(Path(sys.argv[1]), "dit-shapes", 1)
+print(run.run_id)
+"""
+
+
+def test_registered_model_names_no_user_and_no_git_address(project, model, monkeypatch):
+    """MLflow adds both by itself, of the repository that the running script is in; git's address may hold a token."""
+    (project / "log.py").write_text(LOG)
+    for command in (["init", "-q"], ["remote", "add", "origin", "https://anna:planted-token@example.org/dit.git"], ["add", "."]):
+        subprocess.run(["git", *command], cwd=project, check=True)
+    author = ["-c", "user.name=A", "-c", "user.email=a@example.com"]
+    subprocess.run(["git", *author, "commit", "-qm", "a"], cwd=project, check=True)
+    monkeypatch.setenv("LOGNAME", "planted-user")  # which getpass takes first
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "planted-login")
+    subprocess.run([sys.executable, str(project / "log.py"), str(model)], cwd=project, check=True)
+    files = [project / "mlflow.db", *(project / "mlartifacts").rglob("*")]
+    assert len(files) > 50
+    assert [path for path in files if path.is_file() and b"planted-" in path.read_bytes()] == []
 
 
 @pytest.mark.parametrize("layout", ["new", "old"])

@@ -5,13 +5,18 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import mlflow
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
 from PIL import Image
@@ -154,6 +159,170 @@ def test_sync_runs_while_run_is_written(store, monkeypatch):
     _train_and_evaluate(run, range(3, 5))
     assert sync.sync_runs()[0] == there
     _check_everything(store, there, range(1, 5))
+
+
+NAMES = st.text(st.characters(exclude_categories=("C",), exclude_characters="/"), min_size=1, max_size=40).filter(
+    lambda name: name.strip(".") and len(os.fsencode(name)) < 200
+)
+
+
+@pytest.fixture(scope="module")
+def movable(tmp_path_factory) -> tuple[Path, str]:
+    """A folder that holds a project under any name, and the id of a run in it, with a preview of step 1."""
+    root = tmp_path_factory.mktemp("movable")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setenv("DVC_ROOT", str(root / "first"))
+        run = start_run("shapes")
+        _log_steps(run, range(1, 2))
+        run.finish()
+    return root, run.run_id
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=NAMES)
+@example(name="a%20b")  # which MLflow decodes to another folder
+@example(name="two words")
+@example(name="50% #1?")
+def test_project_moves_to_any_name(movable, monkeypatch, name):
+    root, run_id = movable
+    (project,) = root.iterdir()
+    project = project.rename(root / name)
+    monkeypatch.setenv("DVC_ROOT", str(project))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    client = tracking.open_store(tracking.tracking_uri()).client
+    steps = _preview_steps(client, run_id)
+    assert steps == list(range(1, len(steps) + 1))
+    _log_steps(resume_run(run_id, "shapes"), range(len(steps) + 1, len(steps) + 2))
+    new = start_run("shapes")
+    new.log_image(Image.new("RGB", (8, 8)), "grid")
+    assert [path.name for path in root.iterdir()] == [name]
+    assert len(list((project / "mlartifacts" / run_id).rglob("preview*.png"))) == len(steps) + 1
+    assert (project / "mlartifacts" / new.run_id / "artifacts" / "grid.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("experiment", "others"),
+    [("C:\\p q\\mlartifacts", "c:\\p q\\mlartifacts"), ("file:///C:/p%20q/mlartifacts", "file:///C:/p%20q/mlartifacts")],
+)
+def test_project_moves_from_windows(store, tmp_path, experiment, others):
+    """As MLflow writes its paths there: into the locations of runs, it appends to what it takes for a URI."""
+    run = start_run("shapes")
+    _log_steps(run, range(1, 3))
+    here = (tmp_path / "mlartifacts").as_uri()
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        database.execute("UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", (experiment, here))
+        database.execute("UPDATE runs SET artifact_uri = replace(artifact_uri, ?, ?)", (here, others))
+    tracking.open_store(tracking.tracking_uri())
+    assert _preview_steps(store, run.run_id) == [1, 2]
+
+
+def test_copied_database_finds_artifacts_where_they_are(store, tmp_path, monkeypatch):
+    run = start_run("shapes")
+    _log_steps(run, range(1, 3))
+    (tmp_path / "copy").mkdir()
+    shutil.copy(tmp_path / "mlflow.db", tmp_path / "copy")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "copy"))
+    copy = tracking.open_store(tracking.tracking_uri()).client
+    assert _preview_steps(copy, run.run_id) == [1, 2]
+    new = start_run("shapes")
+    _log_steps(new, range(1, 2))
+    assert (tmp_path / "copy" / "mlartifacts" / new.run_id).is_dir() and not (tmp_path / "mlartifacts" / new.run_id).exists()
+
+
+@pytest.fixture
+def unsent(store, monkeypatch) -> tracking.Tracker:
+    """A run with a parameter, a curve, previews and a data set, and its evaluation, which wait to be sent."""
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "file:./mlruns")  # MLflow refuses the old file store
+        run = start_run("shapes")
+        run.log_params({"a": 1})
+        run.log_dataset("shapes", "abc", "data/latents")
+        _train_and_evaluate(run, range(1, 4))
+    return run
+
+
+def test_sync_runs_after_project_moved(unsent, monkeypatch, tmp_path):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (tmp_path / ".state").rename(moved / ".state")
+    monkeypatch.setenv("DVC_ROOT", str(moved))
+    there = sync.sync_runs()
+    assert len(there) == 2 and not (moved / ".state" / "unsent").exists() and not (tmp_path / ".state").exists()
+    _check_everything(MlflowClient(tracking.tracking_uri()), there[0], range(1, 4))
+
+
+def test_sync_runs_keeps_what_it_cannot_read(unsent, store, tmp_path):
+    artifacts = tmp_path / ".state" / "unsent" / "mlartifacts"
+    artifacts.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="1 runs sent, but not all has arrived in .*: shapes .* lacks its images and files"):
+        sync.sync_runs()
+    (tmp_path / "elsewhere").rename(artifacts)
+    (there,) = sync.sync_runs()
+    _check_everything(store, there, range(1, 4))
+    assert not artifacts.parent.exists()
+
+
+def test_sync_runs_keeps_what_the_store_has_otherwise(unsent, store, tmp_path):
+    tracking.open_store(tracking.tracking_uri())
+    (experiment,) = store.search_experiments(filter_string="name = 'dit'")
+    other = store.create_run(experiment.experiment_id, tags={tracking.SENT_FROM: unsent.run_id}).info.run_id
+    store.log_param(other, "a", "2")
+    with pytest.raises(UserError, match=r"lacks parameter a\. It is kept in .*unsent"):
+        sync.sync_runs()
+    assert resume_run(unsent.run_id, "shapes").uri == tracking.unsent_uri()
+
+
+def test_sync_runs_keeps_files_of_no_run(unsent, store, tmp_path):
+    stray = tmp_path / ".state" / "unsent" / "mlartifacts" / "0" / "a.png"
+    stray.parent.mkdir()
+    stray.write_bytes(b"image")
+    with pytest.raises(UserError, match="2 runs sent, but not all .* 1 files are of no known run, the first .*a.png"):
+        sync.sync_runs()
+    assert stray.read_bytes() == b"image"
+
+
+def _delete_experiment(store: MlflowClient) -> str:
+    experiment = store.get_experiment_by_name("dit").experiment_id
+    store.delete_experiment(experiment)
+    return experiment
+
+
+def test_deleted_experiment_is_restored(store, capsys):
+    run = start_run("shapes")
+    experiment = _delete_experiment(store)
+    run.log_metrics({"train_loss": 1.0}, 1)  # goes into the unsent store
+    assert "is kept in" in capsys.readouterr().out
+    new = start_run("shapes")
+    assert capsys.readouterr().out.count("the experiment dit had been deleted in sqlite:") == 1
+    new.log_metrics({"train_loss": 1.0}, 1)
+    _delete_experiment(store)
+    assert sync.sync_runs() == [run.run_id]
+    assert {each.info.run_id for each in store.search_runs([experiment])} == {run.run_id, new.run_id}
+    assert store.get_metric_history(run.run_id, "train_loss")[0].value == 1.0
+
+
+def test_deleted_run_is_restored_when_it_goes_on(store, capsys):
+    run = start_run("shapes")
+    _log_steps(run, range(1, 3))
+    store.delete_run(run.run_id)
+    again = resume_run(run.run_id, "shapes")
+    assert again.run_id == run.run_id and "the run shapes" in capsys.readouterr().out
+    _log_steps(again, range(3, 4))
+    assert _preview_steps(store, run.run_id) == [1, 2, 3]
+
+
+def test_deleted_copy_of_a_sent_run_is_restored(unsent, store):
+    there = sync.sync_runs()[0]
+    store.delete_run(there)
+    assert resume_run(unsent.run_id, "shapes").run_id == there
+    _check_everything(store, there, range(1, 4))
+
+
+def test_log_params_without_password(store):
+    run = start_run("shapes")
+    run.log_params({"data.base_url": "http://anna:p@ss@example.org/coco", "a": 1})
+    assert store.get_run(run.run_id).data.params == {"data.base_url": "http://example.org/coco", "a": "1"}
 
 
 def test_tracker_where_nothing_can_be_written(store, monkeypatch, tmp_path, capsys):
