@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,17 @@ def locked_outs(stage: str) -> list[dict]:
 def locked_params(stage: str) -> dict:
     """Return the settings of params.yaml that `stage` ran with last, by their keys."""
     return _locked(stage).get("params", {}).get("params.yaml", {})
+
+
+def watched_file(recipe: str) -> Path:
+    """Return the file in which the watch stage keeps which version of the data `recipe` fetches."""
+    return Path("data", "watch", f"{recipe}.json")
+
+
+def read_watched(recipe: str) -> dict:
+    """Return what the watch stage has written; {} where it has not run."""
+    path = watched_file(recipe)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def locked_digest(stage: str, out: Path) -> str | None:

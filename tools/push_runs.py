@@ -37,6 +37,7 @@ def push_runs(remote: str | None) -> str:
         with repo.lock:
             runs = repo.stage_cache.push(remote)
             outputs, gone = set(), 0
+            outputs.update(*repo.used_objs(["watch"]).values())  # which has no record, and is a dep of those of download
             for run in runs:
                 try:
                     outputs.update(*repo.stage_cache.get_used_objs([run]).values())

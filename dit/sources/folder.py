@@ -89,7 +89,7 @@ def find_images(data: FolderData) -> tuple[list[ImageCaptions], FetchResult]:
     found: list[ImageCaptions] = []
     result = FetchResult()
     for number, name in enumerate(data.paths):
-        root = Path(expand_home(name))
+        root = project_path(name)
         if not root.is_dir():
             raise UserError(f"folder.data.paths: {name} is not a folder; set it to where your images and captions are")
         prefix = f"images/{number}/" if len(data.paths) > 1 else "images/"
@@ -101,6 +101,14 @@ def find_images(data: FolderData) -> tuple[list[ImageCaptions], FetchResult]:
         )
     result.unpaired.sort()
     return found, result
+
+
+def project_path(name: str) -> Path:
+    """Return a path of the settings: `~` is the home folder, and a relative one lies in the project.
+
+    `dvc exp run --temp` runs in a copy of what git tracks, and names the project in DVC_ROOT.
+    """
+    return Path(os.environ.get("DVC_ROOT", "."), expand_home(name))
 
 
 def _find_in(root: Path, shown: Path, prefix: str, result: FetchResult) -> list[ImageCaptions]:

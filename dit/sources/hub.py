@@ -16,8 +16,8 @@ from dit.config import HubData, Runtime
 from dit.dataset.decode import check_image, image_format
 from dit.dataset.filters import check_captions, clean_caption
 from dit.errors import UserError, http_status, one_line
+from dit.sources.folder import project_path
 from dit.sources.writer import DatasetWriter, FetchResult
-from dit.utils.files import expand_home
 
 LOGIN = "if it is private or gated, accept its conditions and log in with `hf auth login`, or set HF_TOKEN"
 
@@ -41,6 +41,12 @@ def fetch(data: HubData, folder: Path, runtime: Runtime) -> FetchResult:
     return writer.close(result)
 
 
+def local_folder(dataset: str) -> Path | None:
+    """Return the folder that `hub.data.dataset` names; None if it is an id of the Hub, as it is where there is no such folder."""
+    path = project_path(dataset)
+    return path if path.is_dir() else None
+
+
 def open_stream(data: HubData) -> Any:
     """Open the split as a `datasets.IterableDataset`, of which nothing has been read yet.
 
@@ -53,7 +59,7 @@ def open_stream(data: HubData) -> Any:
         raise UserError("hub.data.source: needs the library datasets; pip install -c constraints.txt -e '.[hub]'") from None
     known = f"hub.data.dataset: {data.dataset!r}"
     try:
-        name = expand_home(data.dataset)
+        name = str(local_folder(data.dataset) or data.dataset)
         stream = datasets.load_dataset(name, name=data.config, revision=data.revision, split=data.split, streaming=True)
         columns = stream.column_names or list(next(iter(stream), {}))
     except datasets.exceptions.DatasetNotFoundError as error:

@@ -30,6 +30,8 @@ class Hub:
         cut: names of files whose first answer breaks off half-way; `always_cut` every answer.
         down: the status that every request is answered with, if not 0.
         asked: (file, first byte) of every request for a file's content.
+        pushed: what main is since a push, by repository; its files stay as they are.
+        revisions: those at which files were asked for.
     """
 
     folder: Path
@@ -38,6 +40,8 @@ class Hub:
     always_cut: set[str] = field(default_factory=set)
     down: int = 0
     asked: list[tuple[str, int]] = field(default_factory=list)
+    pushed: dict[str, str] = field(default_factory=dict)
+    revisions: set[str] = field(default_factory=set)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -71,17 +75,22 @@ class Handler(BaseHTTPRequestHandler):
         """Whether there is such a repository and revision; answers if not, as the Hub does one who is not logged in."""
         if not (self.server.hub.folder / repository).is_dir():
             self.refuse(401, "RepoNotFound", "Repository not found")
-        elif revision not in ("main", "v1", commit_of(repository)):
+        elif revision not in ("main", "v1", commit_of(repository), self.server.hub.pushed.get(repository)):
             self.refuse(404, "RevisionNotFound", "Revision not found")
         else:
             return True
         return False
 
+    def commit(self, repository: str, revision: str) -> str:
+        """The commit that a revision is."""
+        commit = commit_of(repository)
+        return commit if revision in ("v1", commit) else self.server.hub.pushed.get(repository, commit)
+
     def describe(self, repository: str, revision: str) -> None:
         if self.known(repository, revision):
             root = self.server.hub.folder / repository
             siblings = [{"rfilename": path.relative_to(root).as_posix()} for path in sorted(root.rglob("*")) if path.is_file()]
-            sha = commit_of(repository)
+            sha = self.commit(repository, revision)
             self.send_json({"id": repository, "sha": sha, "siblings": siblings, "private": False, "tags": [], "downloads": 0})
 
     def list_files(self, repository: str, revision: str, within: str, recursive: bool) -> None:
@@ -111,6 +120,7 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, repository: str, revision: str, name: str) -> None:
         if not self.known(repository, revision):
             return
+        self.server.hub.revisions.add(revision)
         path = self.server.hub.folder / repository / name
         if repository in self.server.hub.gated:
             self.refuse(401, "GatedRepo", "Access to this model is restricted")

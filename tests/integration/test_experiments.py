@@ -262,8 +262,7 @@ def test_run_cache_serves_switched_recipe(clone):
 
     shutil.copy(next(own_images.glob("*.txt")), own_images / "one_more.txt")
     shutil.copy(next(own_images.glob("*.png")), own_images / "one_more.png")
-    assert ran(clone.dvc("repro")) == []  # DVC does not watch the folder
-    assert ran(clone.dvc("repro", "-f", "download")) == ["download"]
+    assert ran(clone.dvc("repro", "download")) == ["download"]
     assert clone.json("metrics/download.json")["images"] == 17
     back(clone)
     assert "up to date" in clone.dvc("status").stdout
