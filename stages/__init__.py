@@ -9,7 +9,13 @@ from collections.abc import Callable
 
 from dit.config import Params, load_config
 from dit.errors import UserError, is_out_of_memory, out_of_memory
-from stages.dvc_files import lost_outs, restore_metrics
+from stages.dvc_files import lost_outs, restore_metrics, unlink_outs
+
+# What torch's launcher sets for each process that it starts: ours, torchrun, accelerate launch. RANK alone is none: clusters and
+# containers set it, too, for every program.
+STARTED_BY_TORCH = "TORCHELASTIC_RUN_ID"
+# By these accelerate takes a process for one of several.
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 BATCHES = ("encode", "train", "sample")  # stages whose memory is that of a batch, which a setting of their block sizes
 
@@ -23,9 +29,14 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], par
     DVC deletes a stage's outs before it starts it. `dvc checkout --force` brings back those that it caches; `metrics`, the files
     that live in git instead, are brought back here.
     """
-    is_worker = "RANK" in os.environ  # one of several processes: the one that started them does the rest
+    is_worker = STARTED_BY_TORCH in os.environ  # one of several processes: the one that started them does the rest
+    if not is_worker:
+        for variable in RANKS:
+            os.environ.pop(variable, None)
     try:
         params = load_config()
+        if os.environ.get("RANK", "0") == "0":
+            unlink_outs(name)
         if parallel and params.runtime.num_processes > 1 and not is_worker:
             from stages.processes import run_processes  # imports torch, which the download stage need not wait for
 

@@ -52,6 +52,20 @@ def lost_outs(stage: str) -> list[str]:
     return [out["path"] for out in locked_outs(stage) if not Path(out["path"]).exists() and _cached(out).exists()]
 
 
+def unlink_outs(stage: str) -> None:
+    """Make copies of the outs of `stage` that are links into DVC's cache, as `dvc unprotect` does.
+
+    DVC deletes them before it runs the stage. One that is run by hand would write into the cache through them (`cache.type`
+    hardlink, symlink).
+    """
+    for out in map(Path, (out["path"] for out in locked_outs(stage))):
+        for path in [out] if out.is_file() else list(out.rglob("*")):
+            if path.is_file() and (path.is_symlink() or path.stat().st_nlink > 1):
+                part = path.with_name(path.name + ".part")
+                shutil.copyfile(path, part)
+                part.replace(path)
+
+
 def restore_metrics(stage: str, metrics: list[str]) -> None:
     """Put back the metrics files that dvc.lock records for `stage`: from DVC's cache or, after a clone, from the last commit.
 

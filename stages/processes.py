@@ -33,13 +33,11 @@ class ProcessesStopped(ProcessFailed):
 
 
 def end_with_launcher() -> None:
-    """End this process as soon as the torch launcher that started it, if one did, is gone, even if that was killed.
+    """End this process as soon as the torch launcher that started it is gone, even if that was killed.
 
     torch's launcher starts each process in a session of its own, so that a signal to the launcher's group does not reach it:
     after `kill -9` it would keep training, and hold the lock on the checkpoints.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
     launcher = int(os.environ.get(LAUNCHER, os.getppid()))  # which may be gone already: imports take seconds
 
     def watch() -> None:

@@ -56,7 +56,7 @@ class Project:
         return json.loads((self.root / name).read_text())
 
     def store(self) -> MlflowClient:
-        return MlflowClient(f"sqlite:///{self.root / 'mlflow.db'}")
+        return MlflowClient(f"sqlite:///{self.root / 'mlflow.db'}".replace("%", "%25"))
 
     def parents(self) -> list:
         experiment = self.store().get_experiment_by_name("dit")
@@ -69,6 +69,7 @@ class Clone(Project):
 
     def __init__(self, root: Path):
         super().__init__(root)
+        root.mkdir(parents=True, exist_ok=True)
         listed = subprocess.run(
             ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
             cwd=REPO,

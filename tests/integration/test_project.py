@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from mlflow import MlflowClient
+from PIL import Image
 
 from dit.config import DEFAULTS
+from dit.tracking.mlflow import Tracker, tracking_uri
 from dit.training.checkpoint import Checkpoints
+from helpers.clones import Clone, Project
 
 
 def test_repro_writes_all_outputs(clone):
@@ -197,3 +203,72 @@ def test_failed_stage_is_one_line_and_loses_nothing(clone, setting, says):
     clone.dvc("checkout")
     assert all(path.is_file() and path.read_bytes() == content for path, content in kept.items())
     assert "Running stage" not in clone.dvc("repro").stdout
+
+
+def files_outside(root: Path) -> list[Path]:
+    """Files beside the folder `root`; MLflow makes an empty folder there, whose name is an encoded `%`."""
+    return [path for path in root.parent.rglob("*") if path.is_file() and root not in path.parents]
+
+
+@pytest.mark.parametrize("name", ["a%20b", "a?b=c", "a#b", "100% d'été 图"])
+def test_tracking_stays_in_a_folder_of_any_name(tmp_path, monkeypatch, model, name):
+    """MLflow's addresses are made of the folder's name; nothing of a run may lie outside."""
+    root = tmp_path / name
+    shutil.copytree(model, root / "models" / "dit")
+    monkeypatch.setenv("DVC_ROOT", str(root))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run = Tracker(tracking_uri(), "run", {})
+    run.log_image(Image.new("RGB", (8, 8)), "image")
+    run.log_model(root / "models" / "dit", "dit-shapes", 1)
+    run.finish()
+    assert {path.name for path in root.iterdir()} == {".state", "mlartifacts", "mlflow.db", "models"}
+    assert not (root / ".state" / "unsent").exists() and not files_outside(root)
+    client = MlflowClient(tracking_uri())
+    assert [item.path for item in client.list_artifacts(run.run_id)] == ["image.png"]
+    assert client.search_model_versions("name = 'dit-shapes'")[0].run_id == run.run_id
+    assert len(list((root / "mlartifacts").rglob("transformer/*.safetensors"))) == 1
+
+
+def test_rank_of_a_cluster_is_no_worker(clone):
+    """Clusters set it for every program; a stage that took it for its own would wait for others, or end in a stack trace."""
+    ranks = ("RANK=0", "LOCAL_RANK=0", "WORLD_SIZE=2", "PMI_SIZE=2", "OMPI_COMM_WORLD_SIZE=2")
+    clone.run("env", *ranks, sys.executable, "-m", "stages.encode")
+    assert "up to date" in clone.dvc("status", "encode").stdout
+    refused = clone.run("env", *ranks, sys.executable, "-m", "stages.train", "--resume", "nowhere", check=False)
+    assert refused.stderr.splitlines()[-1].startswith("train: --resume nowhere: no such file")
+
+
+def damaged_cache_files(root: Path) -> list[Path]:
+    """Files of DVC's cache whose content is not what their name says."""
+    files = [path for path in (root / ".dvc" / "cache" / "files" / "md5").rglob("*") if path.is_file()]
+    assert files
+    named = {path: path.parent.name + path.name.removesuffix(".dir") for path in files}
+    return [path for path in files if hashlib.md5(path.read_bytes()).hexdigest() != named[path]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("links", "name"), [("hardlink", "a%20b #1"), ("symlink", "100% d'été 图")])
+def test_repro_with_links_in_a_folder_of_any_name(tmp_path, links, name):
+    """Outs that are links into DVC's cache are read, replaced and deleted, and never written through; a worktree shares them."""
+    clone = Clone(tmp_path / name / "project")
+    clone.dvc("config", "--local", "cache.type", links)
+    clone.dvc("repro")
+    log = clone.root / "models" / "train.log"
+    assert log.is_symlink() if links == "symlink" else log.stat().st_nlink > 1
+    assert "Running stage" not in clone.dvc("repro").stdout
+    clone.run("git", "add", "-A")
+    clone.run("git", "commit", "-qm", "run")
+    clone.dvc("exp", "run", "-S", "train.batch_size=8")
+    clone.run(sys.executable, "-m", "stages.train")
+    assert not damaged_cache_files(clone.root)
+    clone.run("git", "checkout", "-q", ".")
+    clone.dvc("checkout", "--force")
+    assert "Running stage" not in clone.dvc("repro").stdout and len(clone.parents()) == 3
+    clone.run("git", "worktree", "add", "-q", "../tree")
+    tree = Project(tmp_path / name / "tree")
+    tree.dvc("config", "--local", "cache.dir", str(clone.root / ".dvc" / "cache"))
+    tree.dvc("config", "--local", "cache.type", links)
+    tree.dvc("checkout")
+    assert "Running stage" not in tree.dvc("repro").stdout
+    tree.dvc("exp", "run", "-S", "sample.num_inference_steps=2")
+    assert not damaged_cache_files(clone.root) and not files_outside(tmp_path / name)

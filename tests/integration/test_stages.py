@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import runpy
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import yaml
 from dit.config import load_config
 from dit.errors import UserError
 from helpers import REPO
-from stages import dvc_files, run_stage
+from stages import RANKS, dvc_files, run_stage
 from stages.train import finished_epochs
 
 DVC = [sys.executable, "-m", "dvc"]
@@ -144,3 +145,30 @@ def test_code_digest_ignores_comments_and_docstrings(project):
     assert dvc_files.code_digest("train") == before
     (project / "write.py").write_text(code.replace("'w'", "'x'"))
     assert dvc_files.code_digest("train") != before
+
+
+@pytest.mark.parametrize("links", ["hardlink", "symlink"])
+def test_stage_by_hand_writes_into_no_link(project, links):
+    """DVC deletes outs before it runs a stage; by hand they are there, and may be links into its cache."""
+    for command in (["config", "--local", "cache.type", links], ["checkout", "--relink", "model"]):
+        subprocess.run([*DVC, *command], check=True, capture_output=True)
+    model, content = Path("model"), Path("model").read_text()
+    assert model.is_symlink() or model.stat().st_nlink > 1
+
+    def stage(_params) -> None:
+        with model.open("a") as file:
+            file.write("more")
+
+    run_stage("train", stage, ["metrics/train.json"])
+    assert model.read_text() == content + "more"
+    assert [path.read_text() for path in Path(".dvc/cache/files/md5").rglob("*") if path.is_file()] == [content]
+
+
+def test_stage_among_the_ranks_of_a_cluster(project, monkeypatch, capsys):
+    """It is none of several, so it does what the one that started them does; accelerate is not misled, either."""
+    for name in RANKS:
+        monkeypatch.setenv(name, "0" if name.endswith("RANK") else "2")
+    with pytest.raises(SystemExit):
+        fail(UserError("no"))
+    assert Path("metrics/train.json").exists() and "dvc checkout --force" in capsys.readouterr().err
+    assert not set(RANKS) & set(os.environ)
