@@ -75,7 +75,8 @@ def register_model(uri: str, run: str, folder: Path, name: str, step: int, packa
             step=step,
             registered_model_name=name,
             python_model=str(_loader(package)),  # as code: nothing is pickled
-            artifacts={"model": str(_self_contained(folder, Path(aside)).resolve())},
+            # MLflow takes a path for a part of an address, and decodes it.
+            artifacts={"model": str(_self_contained(folder, Path(aside)).resolve()).replace("%", "%25")},
             code_paths=[str(package)],
             pip_requirements=[f"{each}=={version(each).split('+')[0]}" for each in REQUIREMENTS],
             signature=SIGNATURE,
