@@ -147,8 +147,8 @@ def test_deps_pipeline_is_of_the_sample_stage_alone():
 
 
 def test_deps_are_folders():
-    deps = [dep for stage in STAGES for dep in code_deps(stage)]
-    assert len(deps) <= 39 and sum(dep.startswith("dit/") for dep in deps) <= 32
+    deps = [dep for stage in STAGES if stage != "watch" for dep in code_deps(stage)]  # which reads what download does
+    assert len(deps) <= 35 and sum(dep.startswith("dit/") for dep in deps) <= 29
 
 
 def test_deps_exceptions_are_used():
