@@ -77,7 +77,10 @@ class FetchResult:
             yield f"{self.double_images} images have the same bytes as another one; equal ones are on one side of the split"
         left_out = len(self.rejected) + max(len(images), sum(about["count"] for about in self.other_files.values()))
         if left_out > self.images:
-            yield f"WARNING: more is left out ({left_out} files) than used ({self.images} images); is that what you mean?"
+            yield (
+                f"WARNING: more is left out ({left_out} files) than used ({self.images} images); captions are read from .txt files "
+                "of the image's name, and from metadata.jsonl, .csv or .json"
+            )
 
 
 SHOWN = 5  # kinds of files in one line

@@ -263,7 +263,8 @@ def test_fetch_says_what_it_leaves_out(tmp_path):
         f"8 images without a caption, such as {mine / '2.jpg'}",
         f"1 captions without an image, such as {mine / 'alone.txt'}",
         f"files of kinds that are not read: .heic 12 ({mine / 'IMG_0.HEIC'}), .caption 8 ({mine / '2.caption'})",
-        "WARNING: more is left out (20 files) than used (2 images); is that what you mean?",
+        "WARNING: more is left out (20 files) than used (2 images); captions are read from .txt files of the image's name, and "
+        "from metadata.jsonl, .csv or .json",
     ]
     assert result.metrics()["other_files"][".caption"] == {"count": 8, "example": str(mine / "2.caption")}
 
