@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import io
+import struct
+from functools import cache
 from pathlib import Path
 
 import psutil
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from dit.dataset.rgb import to_rgb, turn_upright
 from dit.errors import UserError, one_line
 
 MIN_SIDE = 16  # pixels
-ANIMATED = ("PNG", "WEBP", "GIF")  # formats that can be; a telephone's JPEG with a second image in it is a photograph
-BYTES_PER_PIXEL = 8  # while decoding: Pillow takes four for RGB, and there is a second copy
-SHARE_OF_MEMORY = 0.25  # that one image may take; several are decoded side by side
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")  # of pixels: EPS would run Ghostscript
+ANIMATED = ("PNG", "WEBP", "GIF", "AVIF")  # formats that can be; a telephone's JPEG with a second image in it is a photograph
+BYTES_PER_PIXEL = 16  # while decoding: Pillow takes four for RGB; turning and converting colours make copies
+SHARE_OF_MEMORY = 0.5  # that one image may take
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"  # how such files begin
+PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")  # of a PNG
 
-# Pillow's limits are meant for servers, and refuse the photographs of telephones (108 and 200 megapixels) and the settings
-# that other generators write into their files. What memory holds is checked below instead, before pixels are decoded.
+# Pillow's limit is meant for servers, and refuses the photographs of telephones (108 and 200 megapixels). What memory holds is
+# checked below instead, before pixels are decoded.
 Image.MAX_IMAGE_PIXELS = None
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 class ImageError(UserError):
@@ -29,24 +33,59 @@ class ImageError(UserError):
 def open_rgb(content: bytes) -> Image.Image:
     """Decode an image file as RGB, upright and in sRGB; what is transparent becomes white.
 
+    A PNG whose pixels are whole is used, whatever is wrong with the rest of it: texts that other generators have written into
+    it, a profile, a checksum.
+
     Raises:
         ImageError: it cannot be used.
     """
     if not content:
         raise ImageError("empty file")
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            _check_header(image)
-            image.load()
-            return to_rgb(turn_upright(image))
+        return _decode(content)
     except ImageError:
         raise
-    except UnidentifiedImageError:
-        raise ImageError("a web page, not an image" if content.lstrip()[:1] == b"<" else "not an image") from None
     except MemoryError:
         raise ImageError("more pixels than the memory holds") from None
     except Exception as error:  # plugins raise what comes: OSError, SyntaxError, TypeError, struct.error, KeyError …
-        raise ImageError(f"damaged: {one_line(error)}") from None
+        if content.startswith(PNG) and (pixels := _pixel_chunks(content)) != content:
+            return open_rgb(pixels)
+        raise ImageError(_explain(content, error)) from None
+
+
+@cache
+def _formats() -> list[str]:
+    """Return those of `FORMATS` that this build of Pillow has."""
+    Image.init()
+    return [kind for kind in FORMATS if kind in Image.OPEN]
+
+
+def _decode(content: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(content), formats=_formats()) as image:
+        _check_header(image)
+        image.load()
+        return to_rgb(turn_upright(image))
+
+
+def _pixel_chunks(content: bytes) -> bytes:
+    """Return a PNG with those chunks alone that its pixels need (ISO/IEC 15948, section 5.3: length, type, data, checksum)."""
+    kept, start = [PNG], len(PNG)
+    while start + 8 <= len(content):
+        length, kind = struct.unpack(">I4s", content[start : start + 8])
+        if kind in PIXEL_CHUNKS:
+            kept.append(content[start : start + 12 + length])
+        start += 12 + length
+    return b"".join(kept)
+
+
+def _explain(content: bytes, error: Exception) -> str:
+    if not isinstance(error, UnidentifiedImageError):
+        return f"damaged: {one_line(error)}"
+    if content[4:8] == b"ftyp":
+        return "HEIC or AVIF of a kind that is not read; save it as JPEG or PNG"
+    if content.startswith((PNG, JPEG, b"RIFF")):
+        return "damaged: its header is not readable"
+    return "a web page, not an image" if content.lstrip()[:1] == b"<" else "not an image"
 
 
 def open_named(content: bytes, name: Path | str) -> Image.Image:

@@ -7,7 +7,8 @@ import unicodedata
 from pathlib import PurePosixPath
 
 MAX_WORDS = 1000  # of a caption; a CLIP reads 77 tokens
-MAX_NAME = 255  # bytes of a file's or folder's name, on every common file system
+MAX_NAME, MAX_PATH = 255, 1000  # bytes of a file's or folder's name, and of a path, on every common file system
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")  # colours of a terminal (ECMA-48, section 5.4)
 JOINERS = "\u200c\u200d"  # format characters that are part of words, in Persian and Hindi for instance, and of emoji
 SIDES = re.compile(r"\b(left|right|leftmost|rightmost|clockwise|counterclockwise)\b")
 
@@ -25,8 +26,10 @@ def check_captions(captions: list[str]) -> str | None:
 def clean_caption(text: str) -> str:
     """Strip `text`, fold newlines and runs of blanks to one blank, and drop characters that control a terminal or a layout."""
     if not text.isprintable():
-        kinds = ((character, unicodedata.category(character)) for character in text)
+        kinds = [(character, unicodedata.category(character)) for character in ESCAPES.sub("", text)]
         text = "".join(" " if kind == "Cc" else c for c, kind in kinds if kind != "Cf" or c in JOINERS)
+        if all(unicodedata.category(character) in ("Cf", "Mn", "Zs") for character in text):
+            return ""  # nothing that could be seen
     return " ".join(text.split())
 
 
@@ -39,7 +42,9 @@ def check_name(name: str) -> str | None:
     path = PurePosixPath(name.replace("\\", "/"))
     if not path.parts or path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name):
         return "a name that does not stay in its folder"
-    longest = max(len(part.encode()) for part in path.parts)
+    longest, whole = max(len(part.encode()) for part in path.parts), len(name.encode())
+    if whole > MAX_PATH:
+        return f"a path of {whole} bytes; {MAX_PATH} are the most"
     return f"a name of {longest} bytes; {MAX_NAME} are the most" if longest > MAX_NAME else None
 
 

@@ -41,7 +41,10 @@ def to_8bit(image: Image.Image) -> Image.Image:
     """
     if not image.mode.startswith("I"):
         return image
-    return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65_535) / 257).round().astype(np.uint8))
+    grey = Image.fromarray((np.asarray(image).clip(0, 65_535).astype(np.float32) / 257).round().astype(np.uint8))
+    if "icc_profile" in image.info:
+        grey.info["icc_profile"] = image.info["icc_profile"]
+    return grey
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
@@ -56,8 +59,8 @@ def to_srgb(image: Image.Image) -> Image.Image:
     colours = image.convert(WITHOUT_ALPHA.get(image.mode, image.mode))
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
-        if "sRGB" in ImageCms.getProfileDescription(profile):
-            return image  # nothing to do, and no rounding
+        if ImageCms.getProfileDescription(profile).startswith("sRGB IEC61966"):
+            return image  # nothing to do, and no rounding; "Linear sRGB" is another one
         converted = ImageCms.profileToProfile(colours, profile, SRGB, outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):
         return image

@@ -46,11 +46,11 @@ class FetchResult:
         """Note that there is no caption to an image, or no image to a caption."""
         self.unpaired.append(printable(str(file)))
 
-    def leave_out(self, file: Path) -> None:
-        """Note that a file is of a kind that is not read."""
-        kind = self.other_files.setdefault(printable(file.suffix.lower() or file.name), {"count": 0, "example": ""})
-        kind["count"] += 1
-        kind["example"] = kind["example"] or printable(str(file))
+    def leave_out(self, file: Path, kind: str = "") -> None:
+        """Note that a file is of a kind that is not read; by default, the end of its name says which."""
+        counted = self.other_files.setdefault(kind or printable(file.suffix.lower() or file.name), {"count": 0, "example": ""})
+        counted["count"] += 1
+        counted["example"] = counted["example"] or printable(str(file))
 
     def metrics(self) -> dict[str, Any]:
         """Return the content of metrics/download.json."""
@@ -61,10 +61,23 @@ class FetchResult:
     def summary(self) -> Iterator[str]:
         """Yield lines for the terminal: what was written, and what was left out, with an example each."""
         yield f"{self.images} images, {self.captions} captions ({self.captions / max(1, self.images):.1f} an image)"
+        yield from self.left_out()
+        if self.double_images:
+            yield f"{self.double_images} images have the same bytes as another one; equal ones are on one side of the split"
+        others = sum(about["count"] for about in self.other_files.values())
+        left_out = len(self.rejected) + max(len(self._unpaired_images()), others)
+        if left_out > self.images:
+            yield (
+                f"WARNING: more is left out ({left_out} files) than used ({self.images} images); captions are read from "
+                ".txt files of the image's name, and from metadata.jsonl, .csv or .json"
+            )
+
+    def left_out(self) -> Iterator[str]:
+        """Yield a line for each reason why files were not used, with an example."""
         if self.rejected:
             yield f"{len(self.rejected)} rejected, such as {self.rejected[0]['image']}: {self.rejected[0]['reason']}"
-        texts = [name for name in self.unpaired if name.lower().endswith(".txt")]
-        images = [name for name in self.unpaired if not name.lower().endswith(".txt")]
+        images = self._unpaired_images()
+        texts = [name for name in self.unpaired if name not in images]
         for what, names in (("images without a caption", images), ("captions without an image", texts)):
             if names:
                 yield f"{len(names)} {what}, such as {names[0]}"
@@ -73,14 +86,9 @@ class FetchResult:
             listed = ", ".join(f"{kind} {about['count']} ({about['example']})" for kind, about in kinds[:SHOWN])
             more = f" and {len(kinds) - SHOWN} more kinds" if len(kinds) > SHOWN else ""
             yield f"files of kinds that are not read: {listed}{more}"
-        if self.double_images:
-            yield f"{self.double_images} images have the same bytes as another one; equal ones are on one side of the split"
-        left_out = len(self.rejected) + max(len(images), sum(about["count"] for about in self.other_files.values()))
-        if left_out > self.images:
-            yield (
-                f"WARNING: more is left out ({left_out} files) than used ({self.images} images); captions are read from .txt files "
-                "of the image's name, and from metadata.jsonl, .csv or .json"
-            )
+
+    def _unpaired_images(self) -> list[str]:
+        return [name for name in self.unpaired if not name.lower().endswith(".txt")]
 
 
 SHOWN = 5  # kinds of files in one line
@@ -108,9 +116,10 @@ def split_by_image(digests: dict[str, bytes], val_fraction: float, seed: int) ->
     count = min(max(1, round(val_fraction * len(digests))), len(digests) - 1)
     by_first = {names[0]: names for names in groups.values()}
     val: list[str] = []
-    for first in np.random.default_rng(seed).permutation(list(by_first))[:-1].tolist():
-        if len(val) < count:
+    for first in np.random.default_rng(seed).permutation(list(by_first)).tolist():
+        if len(val) + len(by_first[first]) <= count:
             val += by_first[first]
+    val = val or min(groups.values(), key=len)  # where there are more doubles of each image than are wanted
     return dict.fromkeys(digests, "train") | dict.fromkeys(val, "val")
 
 
@@ -152,7 +161,10 @@ class DatasetWriter:
         if result.rejected:
             self._check_rejected(result.rejected)
         self._images.close()
-        splits = split_by_image(self._digests, self.data.val_fraction, self.data.seed)
+        try:
+            splits = split_by_image(self._digests, self.data.val_fraction, self.data.seed)
+        except UserError as error:
+            raise UserError("; ".join([str(error), *result.left_out()])) from None
         rows = []
         for image, (stored, captions, licence) in self._rows.items():
             more = ({"stored": stored} if stored != image else {}) | ({"licence": licence} if licence else {})

@@ -120,19 +120,47 @@ def test_open_rgb_a_photograph_of_108_megapixels():
 
 
 def test_check_image_larger_than_the_memory(monkeypatch):
-    monkeypatch.setattr(decode, "memory_bytes", lambda: 4_000_000)
+    monkeypatch.setattr(decode, "memory_bytes", lambda: 4_000_000)  # half of it for 125,000 pixels
     problem = check_image(noise_file(7, (500, 400)))
-    assert problem == "500 x 400 pixels take 0.0 GB to decode, and an image may take 0.0 GB (25% of the memory); make it smaller"
+    assert problem == "500 x 400 pixels take 0.0 GB to decode, and an image may take 0.0 GB (50% of the memory); make it smaller"
     assert check_image(noise_file(7, (400, 300))) is None
 
 
 def test_open_rgb_a_bomb_is_refused_before_it_is_decoded():
     header = struct.pack(">IIBBBBB", 200_000, 200_000, 8, 0, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
-    content = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
-    )
-    assert "200000 x 200000 pixels take 320.0 GB to decode" in check_image(content)
+    content = decode.PNG + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    assert "200000 x 200000 pixels take 640.0 GB to decode" in check_image(content)
+
+
+def chunk(kind: bytes, body: bytes, checksum: int | None = None) -> bytes:
+    known = zlib.crc32(kind + body) if checksum is None else checksum
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", known)
+
+
+BOMB = b"a\0\0" + zlib.compress(bytes(300_000_000), 1)  # of a profile
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        chunk(b"tEXt", b"Title\0x", checksum=1),
+        chunk(b"gAMA", b"\0"),
+        chunk(b"iCCP", b"x"),
+        chunk(b"iCCP", BOMB),
+        chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(70_000_000), 1)),
+        chunk(b"pHYs", b"", checksum=7),
+    ],
+    ids=["checksum", "gamma", "short profile", "large profile", "large text", "resolution"],
+)
+def test_open_rgb_png_whose_pixels_are_whole(wrong):
+    good = saved(Image.new("RGB", (32, 32), "red"), "PNG")
+    assert open_rgb(good[:33] + wrong + good[33:]).getpixel((3, 3)) == (255, 0, 0)  # behind the header
+
+
+def test_check_image_names_what_it_is():
+    assert check_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic") == "HEIC or AVIF of a kind that is not read; save it as JPEG or PNG"
+    assert check_image(b"\xff\xd8\xff\xe0" + bytes(20)).startswith("damaged")
+    assert check_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 90\n") == "not an image"
 
 
 @pytest.mark.parametrize("compressed", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -143,7 +144,6 @@ def test_fetch_captions_of_lists_and_txt_files(tmp_path, kind, name, text):
         ("metadata.csv", b"file_name,what\na.jpg,a\n", "line 1: no column text or caption"),
         ("metadata.csv", b"file_name;text\na.jpg;a\n", "line 1: no column file_name or image; separate the columns by commas"),
         ("metadata.csv", b"", "line 1: no column file_name or image; it has nothing"),
-        ("metadata.csv", b"file_name,text\na.jpg\n", "line 2: expected file_name and text"),
         ("metadata.csv", b"file_name,text\na.jpg,caf\xe9\n", "is not UTF-8"),
         ("metadata.json", b"[" * 100_000, "is not readable as JSON"),
         ("metadata.json", b"3", "row 0: expected file_name and text"),
@@ -214,11 +214,67 @@ def test_fetch_row_of_csv_with_more_fields_than_columns(tmp_path):
         fetched(tmp_path)
 
 
-def test_fetch_csv_with_a_quote_that_is_never_closed(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metadata.csv", 'file_name,text\n0.jpg,"a cat\n1.jpg,a dog\n', "line 3 is not readable as CSV: unexpected end of data"),
+        ("metadata.csv", 'file_name,text\n0.jpg,a cat\n1.jpg,"a" dog\n', "line 3 is not readable as CSV: "),
+        ("metadata.csv", "file_name,text,\n0.jpg,a cat, on a mat\n", "line 2: more fields than the 2 columns"),
+        ("metadata.csv", "file_name,text,text\n0.jpg,a,b\n", "line 1: two columns 'text'"),
+        ("METADATA.CSV", "name,what\n0.jpg,a\n", "METADATA.CSV, line 1: no column file_name or image"),
+        ("metadata.jsonl", '{"file_name": "0.jpg", "text": "a"}\n\n{"file_name" "1.jpg"}\n', "line 3 is not readable as JSONL: "),
+    ],
+)
+def test_fetch_list_names_its_line(tmp_path, name, content, message):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "metadata.csv").write_text('file_name,text\n0.jpg,"a cat\n1.jpg,a dog\n')
-    with pytest.raises(UserError, match="metadata.csv is not readable as CSV: unexpected end of data"):
+    (tmp_path / "mine" / name).write_text(content)
+    with pytest.raises(UserError, match=re.escape(message)):
         fetched(tmp_path)
+
+
+def test_fetch_rows_without_a_caption(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for k in range(5):
+        (tmp_path / "mine" / f"{k}.jpg").write_bytes(noise_file(k))
+    rows = [{"file_name": "0.jpg", "text": None}, {"file_name": "1.jpg", "text": None, "caption": "a cat"}]
+    rows += [{"file_name": f"{k}.jpg", "text": ["a dog", "a dog", None]} for k in (2, 3)]
+    write_list(tmp_path / "mine", "jsonl", rows)
+    result, captions = fetched(tmp_path)
+    assert captions == {"images/1.jpg": ["a cat"], "images/2.jpg": ["a dog"], "images/3.jpg": ["a dog"]}
+    assert [row["reason"] for row in result.rejected] == ["no caption"] and len(result.unpaired) == 1
+
+
+def test_fetch_the_text_of_exactly_its_name_wins(tmp_path):
+    add_pair(tmp_path / "mine", "CAT.jpg", "exactly", noise_file(0))
+    (tmp_path / "mine" / "cat.txt").write_text("nearly")
+    add_pair(tmp_path / "mine", "b.jpg", "a dog", noise_file(1))
+    (tmp_path / "mine" / "c\u202fd.jpg").write_bytes(noise_file(2))
+    (tmp_path / "mine" / "C D.TXT").write_text("with a blank")
+    (tmp_path / "mine" / "wide.jpg").write_bytes(noise_file(3))
+    (tmp_path / "mine" / "wide.txt").write_bytes("a cat".encode("utf-16-le"))
+    result, captions = fetched(tmp_path)
+    assert captions["images/CAT.jpg"] == ["exactly"] and captions["images/c\u202fd.jpg"] == ["with a blank"]
+    assert [Path(name).name for name in result.unpaired] == ["cat.txt"]
+    assert [row["reason"] for row in result.rejected] == ["wide.txt is not UTF-8"]
+
+
+def test_fetch_without_any_caption_says_what_is_there(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for k in range(3):
+        (tmp_path / "mine" / f"{k}.jpg").write_bytes(noise_file(k))
+        (tmp_path / "mine" / f"{k}.caption").write_text("a cat")
+    with pytest.raises(UserError, match=r"no image with a .txt beside it .*; 3 images without a caption.*; .*\.caption 3"):
+        fetched(tmp_path)
+    (tmp_path / "mine" / "0.txt").write_text("a cat")
+    with pytest.raises(UserError, match=r"1 usable image; at least 2 are needed.*; 2 images without a caption"):
+        fetched(tmp_path)
+
+
+def test_fetch_a_folder_named_twice_is_read_once(tmp_path):
+    for k in range(3):
+        add_pair(tmp_path / "mine" / "sub", f"{k}.jpg", "a caption", noise_file(k))
+    paths = [tmp_path / "mine" / "sub", tmp_path / "mine", tmp_path / "mine" / "sub"]
+    assert fetch(folder_data(*paths), tmp_path / "out", RUNTIME).images == 3
 
 
 def test_fetch_leaves_out_what_is_the_systems(tmp_path):
@@ -226,7 +282,7 @@ def test_fetch_leaves_out_what_is_the_systems(tmp_path):
         add_pair(tmp_path / "mine", f"{k}.jpg", "a caption", noise_file(k))
         for name in (f"._{k}.jpg", f"__MACOSX/{k}.jpg", f".thumbnails/{k}.jpg", f"@eaDir/{k}.jpg"):
             add_pair(tmp_path / "mine", name, "no caption", b"Mac OS X")
-    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "0.jpg:Zone.Identifier"):
         (tmp_path / "mine" / name).write_bytes(b"?")
     result, captions = fetched(tmp_path, limit=0)
     assert sorted(captions) == [f"images/{k}.jpg" for k in range(3)]
@@ -243,7 +299,10 @@ def test_fetch_follows_links_once(tmp_path):
     (tmp_path / "mine" / "part").symlink_to(tmp_path / "elsewhere" / "1")
     (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "mine")
     (tmp_path / "mine" / "broken").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "mine" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    os.mkfifo(tmp_path / "mine" / "pipe.jpg")
     result, captions = fetched(tmp_path)
+    assert [about["count"] for about in result.other_files.values()] == [3]
     assert sorted(captions) == ["images/first/0/0.jpg", "images/first/1/1.jpg", "images/first/2/2.jpg", "images/real/3.jpg"]
     assert not result.unpaired
 
@@ -297,11 +356,11 @@ def test_fetch_captions_without_control_characters(tmp_path):
     add_pair(
         tmp_path / "mine",
         "0.jpg",
-        "a\x1b[31mred\x0bcat\u200b\u202e\r\n\u2028two\x85lines\ttabbed \u0646\u200c\u0645",
+        "a\x1b[31m red\x1b[0m\x0bcat\u200b\u202e\r\n\u2028two\x85lines\ttabbed \u0646\u200c\u0645",
         noise_file(0),
     )
     add_pair(tmp_path / "mine", "1.jpg", "a dog", noise_file(1))
-    assert fetched(tmp_path)[1]["images/0.jpg"] == ["a [31mred cat", "two lines tabbed \u0646\u200c\u0645"]
+    assert fetched(tmp_path)[1]["images/0.jpg"] == ["a red cat", "two lines tabbed \u0646\u200c\u0645"]
 
 
 def test_fetch_doubles_are_counted(tmp_path):

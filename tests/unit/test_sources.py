@@ -74,8 +74,8 @@ def test_split_by_image_keeps_doubles_together(contents, fraction, seed):
     splits = split_by_image(digests, fraction, seed)
     sides = {digest: {splits[name] for name in digests if digests[name] == digest} for digest in digests.values()}
     assert all(len(side) == 1 for side in sides.values()) and set(splits.values()) == {"train", "val"}
-    largest = max(contents.count(content) for content in contents)
-    assert list(splits.values()).count("val") <= max(1, round(fraction * len(contents))) + largest - 1
+    smallest = min(contents.count(content) for content in contents)
+    assert list(splits.values()).count("val") <= max(1, round(fraction * len(contents)), smallest)
 
 
 @pytest.mark.parametrize(
