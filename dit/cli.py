@@ -55,13 +55,13 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # what read the output has closed it: `dit inspect | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's end has nothing left to write
         return 141  # as shells do
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except (MemoryError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            print(f"dit: {out_of_memory(error)}", file=sys.stderr)
+        elif isinstance(error, OSError):  # a path that cannot be written, most often
+            print(f"dit: {error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
+        else:
             raise
-        print(f"dit: {out_of_memory(error)}", file=sys.stderr)
-        return 1
-    except OSError as error:  # a path that cannot be written, most often
-        print(f"dit: {error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
         return 1
     return 0
 

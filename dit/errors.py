@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+SECRETS = "password|passwd|token|signature|secret|key|sig"  # ends of the names of what no query should show
 MAX_LENGTH = 160  # characters of another library's message: where and what, without its dumps
 
 # What errors for want of memory have in them: those of torch's allocators (GPU, CPU), of cuBLAS and cuDNN, of mmap and fork; and
@@ -26,8 +27,12 @@ class UserError(Exception):
 
 
 def without_password(address: str) -> str:
-    """Return `address` without the name and password before its host: what is printed may be pasted elsewhere."""
-    return re.sub(r"//[^/\s]*@", "//", address)
+    """Return `address` without the name and password before its host, and without secrets in its query.
+
+    What is printed may be pasted elsewhere.
+    """
+    address = re.sub(r"//[^/\s]*@", "//", address)
+    return re.sub(rf"([?&][\w-]*({SECRETS})=)[^&\s]+", r"\1…", address, flags=re.IGNORECASE)
 
 
 def without_passwords(settings: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from stages.dvc_files import lost_outs, restore_metrics, unlink_outs
 # containers set it, too, for every program.
 STARTED_BY_TORCH = "TORCHELASTIC_RUN_ID"
 # By these accelerate takes a process for one of several.
-RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 BATCHES = ("encode", "train", "sample")  # stages whose memory is that of a batch, which a setting of their block sizes
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from dit.commands._args import make_folder_of, save_image
+from dit.commands._args import image_path, make_folder_of, save_image
 from dit.errors import UserError, one_line, without_password
 
 if TYPE_CHECKING:  # they take seconds to import
@@ -43,7 +44,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("runs", nargs="*", metavar="RUN", help="its name, or the beginning of its id; default: all")
     parser.add_argument("--metric", default="prompt_accuracy", help="that orders them; default: %(default)s")
-    parser.add_argument("--output", type=Path, default=Path("compare.png"), help="the image; default: %(default)s")
+    parser.add_argument(
+        "--output",
+        type=partial(image_path, name="compare.png"),
+        default=Path("compare.png"),
+        help="the image, or a folder for it; default: %(default)s",
+    )
     parser.add_argument("--csv", type=Path, help="write the table here, too")
     parser.set_defaults(action=run_compare)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from PIL import Image
 from dit.commands._args import make_folder_of
 from dit.dataset.decode import open_named
 from dit.dataset.filters import is_text
+from dit.dataset.rgb import is_transparent
 from dit.errors import UserError
 
 TRAININGS = Path(".state/train")  # where trainings that are not done keep their checkpoints, each in a folder of its own
@@ -112,28 +115,41 @@ def _read_image(flag: str, path: Path, mode: str) -> InputImage:
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}") from None
     image = open_named(content, f"{flag} {path}").convert(mode)
+    if mode == "L":
+        with Image.open(io.BytesIO(content)) as file:
+            if is_transparent(file):
+                raise UserError(
+                    f"{flag} {path}: transparent in places, which may mean either; put it on a background, white where it changes"
+                )
     return InputImage(image, hashlib.sha256(content).hexdigest())
 
 
 def find_checkpoints(given: Path) -> list[Path]:
-    """Return the checkpoints of trainings that `--checkpoint` asks for: the file of one or, if it is "latest", all, newest first.
+    """Return the checkpoints that `--checkpoint` asks for: one, or those in a training's folder or ("latest") all, newest first.
 
     There is none where it names a model's folder.
 
     Raises:
         UserError: "latest" is asked for, and there is none.
     """
-    if given.is_file() and given.suffix in (".safetensors", ".json") and given.name.startswith("step-"):
+    if given.suffix in (".safetensors", ".json") and given.name.startswith("step-"):
         return [given]
+    if given.is_dir() and not (given / "model_index.json").exists():
+        return _newest_first(given.glob("**/step-*.json"))
     if given != LATEST or given.exists():
         return []
-    records = {path: path.stat().st_mtime for path in TRAININGS.glob("*/step-*.json")}
+    records = _newest_first(TRAININGS.glob("*/step-*.json"))
     if not records:
         raise UserError(
             f"--checkpoint {given}: there is none in {TRAININGS}; a training writes one every runtime.checkpoint_every steps, "
             "and deletes them when it is done: then models/dit is its model"
         )
-    return sorted(records, key=lambda path: records[path], reverse=True)
+    return records
+
+
+def _newest_first(records: Iterable[Path]) -> list[Path]:
+    times = {path: path.stat().st_mtime for path in records}
+    return sorted(times, key=lambda path: times[path], reverse=True)
 
 
 def check_output(path: Path) -> None:

@@ -34,6 +34,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def is_transparent(image: Image.Image) -> bool:
+    """Return whether an image is transparent anywhere."""
+    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+
+
 def to_8bit(image: Image.Image) -> Image.Image:
     """Convert 16-bit grey to 8 bits, 65,535 to 255; return other images as they are.
 

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, SchedulerMixin
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from PIL import Image
 
-from dit.dataset.rgb import to_8bit, to_rgb
+from dit.dataset.rgb import is_transparent, to_8bit, to_rgb, turn_upright
 from dit.errors import UserError, one_line
 from dit.pipeline.schedulers import timesteps_to_sigmas
 from dit.utils.images import encode_image, lies_over
@@ -105,7 +105,7 @@ def side_lengths(images: Any) -> tuple[int, int]:
     if isinstance(images, (list, tuple)) and images:
         return side_lengths(images[0])
     if isinstance(images, Image.Image):
-        return images.size
+        return turn_upright(images).size
     if isinstance(images, np.ndarray) and images.ndim > 1:
         height, width = images.shape[-3:-1] if images.ndim > 2 else images.shape
         return width, height
@@ -156,7 +156,14 @@ def _standardise(name: str, image: Any, channels: int, size: tuple[int, int], fa
         A PIL image, RGB or L, or a tensor (N, channels, H, W) float32 in [0, 1]; white where it was transparent.
     """
     if isinstance(image, Image.Image) and image.mode != "F":
-        return to_rgb(image) if channels == 3 else to_8bit(image).convert("L")
+        image = turn_upright(image)
+        if channels == 3:
+            return to_rgb(image)
+        if is_transparent(image):
+            raise UserError(
+                f"{name}: transparent in places, which may mean either; put it on a background, white where it changes"
+            )
+        return to_8bit(image).convert("L")
     values: Any = np.asarray(image) if isinstance(image, Image.Image) else image
     is_tensor = isinstance(values, torch.Tensor)
     shape = tuple(values.shape)
@@ -207,7 +214,7 @@ def _preprocess(
     try:
         parts = [_standardise(name, image, channels, size, processor.config.vae_scale_factor) for image in images]
         pixels = torch.cat([processor.preprocess(part, *size, resize_mode="crop") for part in parts])
-    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, OSError, SyntaxError) as error:
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, ArithmeticError, OSError, SyntaxError) as error:
         raise UserError(f"{name}: not an image, nor several ({one_line(error)})") from None
     if len(pixels) not in (1, prompts):
         raise UserError(f"{name}: {len(pixels)} are given; one for all, or one for each of {prompts} prompts, would be right")

@@ -257,13 +257,11 @@ def test_transparent_image_is_white_everywhere(there, model, mode):
     assert np.array_equal(pixels("generated.png"), np.asarray(expected))
 
 
-def test_generate_mask_that_is_transparent_is_white(there, scene):
-    """One way for all images: where an editor has erased a mask, the image changes."""
-    mask = Image.new("RGBA", (64, 64), "black")
-    mask.paste((0, 0, 0, 0), (16, 16, 48, 48))
-    mask.save("mask.png")
-    _, read = read_images(scene, Path("mask.png"), None)
-    assert read.image.getpixel((32, 32)) == 255 and read.image.getpixel((2, 2)) == 0
+def test_generate_refuses_transparent_mask(there, scene, capsys):
+    """White and black beneath it may mean anything: painted on nothing, or erased."""
+    Image.new("RGBA", (64, 64), (255, 255, 255, 0)).save("mask.png")
+    assert generate("--prompt", "a", "--image", str(scene), "--mask", "mask.png") == 1
+    assert "--mask mask.png: transparent in places, which may mean either; put it on a" in capsys.readouterr().err
 
 
 def test_generate_mask_may_be_a_pixel_off(there):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dit.config import Scheduler
 from dit.dataset.rgb import to_rgb
@@ -110,6 +111,30 @@ def test_uint8_array_generates_as_its_image(pipeline):
         for kind in (image, np.asarray(image), np.asarray(image) / 255, torch.from_numpy(np.array(image)).permute(2, 0, 1))
     )
     assert all(np.array_equal(other, expected) for other in others)
+
+
+def test_image_is_turned_upright(pipeline):
+    """As in training; so an upright mask lies over it."""
+    stream = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    halves = Image.new("RGB", (32, 16), "black")
+    halves.paste("white", (0, 0, 16, 16))
+    halves.save(stream, "PNG", exif=exif)
+    stream.seek(0)
+    image = Image.open(stream)
+    mask = Image.new("L", (16, 32), 255)
+    upright = ImageOps.exif_transpose(image)
+    assert torch.equal(source_pixels(pipeline, image).pixels, source_pixels(pipeline, upright).pixels)
+    assert not torch.equal(source_pixels(pipeline, image).pixels, source_pixels(pipeline, halves).pixels)
+    settings = {"height": 32, "width": 16, "num_inference_steps": 2}
+    assert pipeline("a", image=image, mask_image=mask, **settings).images[0].size == (16, 32)
+
+
+def test_mask_that_is_transparent_is_refused(pipeline):
+    image, mask = Image.new("RGB", (16, 16)), Image.new("RGBA", (16, 16), (255, 255, 255, 0))
+    with pytest.raises(UserError, match="mask_image: transparent in places, which may mean either"):
+        pipeline("a", image=image, mask_image=mask, height=16, width=16)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "La", "PA", "RGBa", "P", "L", "RGB", "I;16"])
