@@ -36,7 +36,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def is_transparent(image: Image.Image) -> bool:
     """Return whether an image is transparent anywhere."""
-    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    return image.has_transparency_data and np.asarray(image.convert("RGBA").getchannel("A")).min() < 255
 
 
 def to_8bit(image: Image.Image) -> Image.Image:
