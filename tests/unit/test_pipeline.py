@@ -272,7 +272,7 @@ def test_call_refuses_misfitting_scheduler(pipeline, monkeypatch, scheduler, pre
         ({"image": Image.new("RGB", (64, 64)), "mask_image": np.full((64, 64), 255.0)}, "mask_image: float64 from 255"),
         ({"image": Image.new("RGB", (64, 64)), "mask_image": np.zeros((64, 64, 3))}, r"mask_image: \(64, 64, 3\) are no"),
         ({"image": "image.png"}, "image: not an image"),
-        ({"image": Image.new("RGB", (64, 64)), "mask_image": torch.zeros(3, 64, 64)}, "mask_image: one for all"),
+        ({"image": Image.new("RGB", (64, 64)), "mask_image": torch.zeros(3, 64, 64)}, "mask_image: 3 are given; one for all"),
         ({"image": Image.new("RGB", (64, 64)), "mask_image": Image.new("L", (100, 50))}, "mask_image: 100 x 50 pixels do not"),
         ({"image": np.zeros((64, 64, 3)), "mask_image": np.zeros((50, 100))}, "100 x 50 pixels do not lie over the image's 64"),
         ({"prompt": None}, "prompt, negative_prompt: texts, or lists of texts"),
