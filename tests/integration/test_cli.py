@@ -129,8 +129,8 @@ def test_where_prints_how_to_keep_uncommitted_results(project, capsys):
 @pytest.mark.parametrize("command", ["benchmark training --output", "compare --output", "compare --csv"])
 def test_unwritable_output_is_refused_first(project, capsys, command):
     Path("file").touch()
-    assert cli.main([*command.split(), "file/out"]) == 1
-    assert capsys.readouterr().err == f"dit: {command.split()[-1]} file/out: file cannot be made: File exists\n"
+    assert cli.main([*command.split(), "file/out.png"]) == 1
+    assert capsys.readouterr().err == f"dit: {command.split()[-1]} file/out.png: file cannot be made: File exists\n"
 
 
 @pytest.mark.parametrize(
