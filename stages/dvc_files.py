@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dit.config import read_yaml
+from dit.yaml_file import read_yaml
 
 
 def _locked(stage: str) -> dict:

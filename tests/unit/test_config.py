@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dit.commands.check import RAW_BYTES
-from dit.config import DEFAULTS, RECIPES, load_config, parse_config, read_yaml
+from dit.config import DEFAULTS, RECIPES, load_config, parse_config
 from dit.errors import UserError
+from dit.yaml_file import read_yaml
 from helpers import REPO
 
 TEXT = (REPO / "params.yaml").read_text(encoding="utf-8")

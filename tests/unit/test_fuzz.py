@@ -12,13 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dit.config import Params, load_config, read_yaml
+from dit.config import Params, load_config
 from dit.dataset.filters import check_captions, check_name, clean_caption
 from dit.dataset.reader import Entry, read_metadata
 from dit.errors import UserError
 from dit.latents.cache import LatentCache
 from dit.sources import coco
 from dit.sources.folder import read_list
+from dit.yaml_file import read_yaml
 from helpers import REPO
 from helpers.cache import write_cache
 
