@@ -33,7 +33,7 @@ Text = Annotated[str, Field(min_length=1)]
 Item = TypeVar("Item")
 # A list; a single text or number is a list of one, so that `-S folder.data.paths=custom_data` does what it seems to.
 Several = Annotated[tuple[Item, ...], BeforeValidator(lambda value: [value] if isinstance(value, (str, int, float)) else value)]
-Layout = Literal["auto", "files", "shards"]
+Storage = Literal["auto", "files", "shards"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Scheduler = Literal["euler", "heun", "dpm++", "unipc", "ddim", "stochastic"]
 
@@ -64,7 +64,9 @@ class ShapesData:
     num_samples: Annotated[int, Field(strict=True, ge=10)]
     val_fraction: Annotated[Float, Field(gt=0, lt=1)]
     image_size: Annotated[int, Field(strict=True, ge=16, le=1024)]
-    layout: Layout
+    layout: Literal["free", "quarters"]
+    level: Annotated[int, Field(strict=True, ge=1, le=3)]
+    storage: Storage
     seed: NonNegativeInt
 
 
@@ -78,7 +80,7 @@ class CocoData:
     val_fraction: Annotated[Float, Field(gt=0, lt=1)]
     base_url: Text
     captions_per_image: PositiveInt
-    layout: Layout
+    storage: Storage
     max_bad_fraction: Fraction
     seed: NonNegativeInt
 
@@ -90,7 +92,7 @@ class FolderData:
     source: Literal["folder"]
     paths: Annotated[Several[Text], Field(min_length=1)]
     val_fraction: Annotated[Float, Field(gt=0, lt=1)]
-    layout: Layout
+    storage: Storage
     max_bad_fraction: Fraction
     seed: NonNegativeInt
 
@@ -108,7 +110,7 @@ class HubData:
     caption_columns: Annotated[Several[Text], Field(min_length=1)]
     num_samples: Annotated[int, Field(strict=True, ge=2)]
     val_fraction: Annotated[Float, Field(gt=0, lt=1)]
-    layout: Layout
+    storage: Storage
     max_bad_fraction: Fraction
     seed: NonNegativeInt
 
@@ -326,6 +328,8 @@ SHORTENED.maxstring = SHORTENED.maxother = 160
 def _impossible(recipe: str, settings: Recipe) -> str | None:
     """Return what is wrong with a combination of values, each of which is fine by itself."""
     model, size = settings.model, settings.encode.image_size
+    if isinstance(settings, ShapesRecipe) and settings.data.layout == "quarters" and settings.data.level > 2:
+        return f"{recipe}.data.level: {settings.data.level} is of layout free; 1 or 2 would be right with layout quarters"
     if model.hidden_size % model.num_heads:
         fits = _nearest(model.hidden_size, 4 * model.num_heads)
         return (

@@ -94,7 +94,7 @@ def download_table(row: dict[str, Any]) -> str:
 def benchmark_encode(folder: Path, count: int, params: Params) -> dict[str, Any]:
     """Compare the encode stage with the two encoders alone; both of the real ones' shapes, with random weights, in bf16."""
     raw = folder / "raw"
-    writer = DatasetWriter(raw, replace(params.folder.data, layout="files"), count)
+    writer = DatasetWriter(raw, replace(params.folder.data, storage="files"), count)
     for k, content in enumerate(synthetic_photographs(count)):
         writer.add(f"images/{k}.jpg", content, [CAPTION])
     writer.close(FetchResult())

@@ -16,7 +16,9 @@ from dit.model.objectives import apply_cfg
 from dit.model.transformer import DiT
 from dit.pipeline.generate import load_pipeline
 from dit.pipeline.pipeline import DiTTextToImagePipeline
-from dit.shapes.scene import Description, Object, render, sample_scene
+from dit.shapes.placement import sample_scene
+from dit.shapes.render import render
+from dit.shapes.scene import Description, Object
 from dit.shapes.scoring import score_objects
 from dit.utils.hardware import has_fast_bf16, synchronize
 
@@ -147,7 +149,7 @@ def benchmark_editing(model: Path) -> list[dict[str, Any]]:
     """
     rng = np.random.default_rng(0)
     before, after = (Description((Object(colour, "circle"),)) for colour in ("red", "blue"))
-    images = [render(sample_scene(before, rng)) for _ in range(CASES)]
+    images = [render(sample_scene(before, rng, "quarters")) for _ in range(CASES)]
     pipeline = load_pipeline(model, "stochastic")
     pipeline.set_progress_bar_config(disable=True)
     prompts, rows = ["a blue circle"] * CASES, []

@@ -54,6 +54,19 @@ def read_metadata(folder: Path) -> list[Entry]:
     return rows
 
 
+def read_source(folder: Path) -> dict[str, Any]:
+    """Read `folder`'s source.json: the settings that it was made from.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    path = folder / "source.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); {AGAIN}") from None
+
+
 def _entry(row: dict[str, Any]) -> Entry | dict[str, Any]:
     """Return the row as an Entry; as it is if it cannot be one."""
     values = row.get("image"), row.get("text"), row.get("split"), row.get("stored", row.get("image"))

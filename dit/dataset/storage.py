@@ -16,15 +16,15 @@ from typing import Any
 from dit.errors import UserError
 from dit.utils.files import link_or_copy
 
-SHARDS_FROM = 20_000  # images from which on layout "auto" means shards
+SHARDS_FROM = 20_000  # images from which on storage "auto" means shards
 SHARD_BYTES = 256 * 2**20
 
 
-def choose_layout(layout: str, count: int) -> str:
-    """Return "files" or "shards", where `layout` may leave that to the number of images."""
-    if layout == "auto":
+def choose_storage(storage: str, count: int) -> str:
+    """Return "files" or "shards", where `storage` may leave that to the number of images."""
+    if storage == "auto":
         return "shards" if count >= SHARDS_FROM else "files"
-    return layout
+    return storage
 
 
 class LooseFiles:

@@ -14,11 +14,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit.config import GRID_PROMPTS, Sample
-from dit.dataset.reader import read_metadata
+from dit.dataset.reader import read_metadata, read_source
 from dit.model.transformer import forward_flops
 from dit.pipeline.generate import generate_images, load_pipeline
 from dit.pipeline.pipeline import DiTTextToImagePipeline
 from dit.shapes.prompts import unseen_prompts
+from dit.shapes.scene import Kind
 from dit.utils.files import write_json
 from dit.utils.hardware import matmul_peak
 from dit.utils.images import decode_latents, grid, labelled_grid, to_images
@@ -56,7 +57,10 @@ def choose_prompts(raw: Path, recipe: str, settings: Sample) -> list[Prompt]:
         if entry.split == "val":
             captions.setdefault(entry.image, entry.text)
     known = list(captions.values())
-    unseen = unseen_prompts(settings.num_samples // 2, settings.seed) if recipe == "shapes" else []
+    unseen: list[str] = []
+    if recipe == "shapes":
+        source = read_source(raw)
+        unseen = unseen_prompts(settings.num_samples // 2, settings.seed, Kind(source["layout"], source["level"]))
     spread = np.unique(np.linspace(0, len(known) - 1, REPEATED).round().astype(int))
     texts = [(text, "val") for text in known[: settings.num_samples - len(unseen)]]
     texts += [(text, "unseen") for text in unseen]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from dit.shapes.scene import BACKGROUNDS, COLOURS, SHAPES, Description, Object
+from dit.shapes.scene import BACKGROUNDS, BETWEEN, COLOURS, CORNERS, SHAPES, Description, Object, Relation
 
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 RELATION_PHRASES = {
@@ -16,6 +16,7 @@ RELATION_PHRASES = {
     "above": ("above", "over"),
     "below": ("below", "under"),
 }
+CORNER_PHRASES = ("in the {} corner", "at the {}")
 OPENINGS = ("", "", "", "there is ", "a picture of ", "a drawing of ")
 BACKGROUND_PHRASES = ("on a {} background", "against a {} background", "on {}")
 _SIZE_OF = {word: size for size, words in SIZE_WORDS.items() for word in words}
@@ -28,6 +29,7 @@ def _any(words: Iterable[str]) -> str:
 
 _OBJECT = re.compile(rf"\ban? (?:({_any(_SIZE_OF)}) )?({_any(COLOURS)}) ({_any(SHAPES)})\b")
 _RELATION = re.compile(rf"({_any(_RELATION_OF)})")
+_CORNER = re.compile(rf"(?:in|at) the ({_any(CORNERS)})\b")
 _BACKGROUND = re.compile(rf"\b(?:on|against) (?:an? )?({_any(BACKGROUNDS)})(?: background)?$")
 
 
@@ -38,25 +40,28 @@ def describe(description: Description, rng: np.random.Generator) -> str:
         return options[int(rng.integers(len(options)))]
 
     size_words = {size: pick(words) for size, words in SIZE_WORDS.items()}
-    if len(description.objects) < 3:
-        opening = pick(OPENINGS)
-        relation_words = {relation: pick(phrases) for relation, phrases in RELATION_PHRASES.items()}
-        background_phrase = pick(BACKGROUND_PHRASES)
-    else:  # brief, so that no caption is much longer than the others: every batch is padded to the longest
-        opening = ""
+    relation_words = {relation: pick(phrases) for relation, phrases in RELATION_PHRASES.items()}
+    corner_phrase, opening, background_phrase = pick(CORNER_PHRASES), pick(OPENINGS), pick(BACKGROUND_PHRASES)
+    # Three or four are named briefly, so that no caption is much longer than the others: every batch is padded to the longest.
+    if len(description.objects) > 2:
         relation_words = {relation: phrases[-1] for relation, phrases in RELATION_PHRASES.items()}
-        background_phrase = BACKGROUND_PHRASES[-1]
+        opening, background_phrase = "", BACKGROUND_PHRASES[-1]
 
     names = [_name(named, size_words) for named in description.objects]
-    relations = {(i, j): relation for i, relation, j in description.relations}
-    text = names[0]
-    if len(names) > 1:
-        if (0, 1) in relations:
-            text += f" {relation_words[relations[0, 1]]} {names[1]}"
-            if len(names) == 3:
-                text += f", both {relation_words[relations[0, 2]]} {names[2]}" if (0, 2) in relations else f", and {names[2]}"
+    text, told = names[0], 1
+    for relation in description.relations[:1]:
+        if relation.name in CORNERS:
+            text += " " + corner_phrase.format(relation.name)
+        elif relation.name == BETWEEN:
+            text, told = f"{text} between {names[1]} and {names[2]}", 3
         else:
-            text = ", ".join(names[:-1]) + f" and {names[-1]}"
+            text, told = f"{text} {relation_words[relation.name]} {names[1]}", 2
+    for relation in description.relations[1:2]:  # of the first two to the third
+        text, told = f"{text}, both {relation_words[relation.name]} {names[2]}", 3
+    others = names[told:]
+    if others:
+        joint = ", and " if told > 1 and len(others) == 1 else " and "
+        text = ", ".join([text, *others[:-1]]) + joint + others[-1]
     if description.background:
         text += " " + background_phrase.format(description.background)
     return opening + text
@@ -75,15 +80,16 @@ def parse(caption: str) -> Description | None:
     if not matches:
         return None
     objects = tuple(Object(m[2], m[3], _SIZE_OF.get(m[1])) for m in matches)
-    relations: list[tuple[int, str, int]] = []
-    for k in range(1, len(matches)):
-        between = caption[matches[k - 1].end() : matches[k].start()]
-        phrase = _RELATION.search(between)
-        if phrase:
-            relation = _RELATION_OF[phrase[1]]
-            if "both" in between:
-                relations += [(i, relation, k) for i in range(k)]
-            else:
-                relations.append((k - 1, relation, k))
+    relations: list[Relation] = []
+    for k, match in enumerate(matches):
+        after = caption[match.end() : matches[k + 1].start() if k + 1 < len(matches) else None]
+        phrase = _RELATION.search(after)
+        if corner := _CORNER.search(after):
+            relations.append(Relation(k, corner[1]))
+        elif " between " in after and k + 2 < len(matches):
+            relations.append(Relation(k, BETWEEN, (k + 1, k + 2)))
+        elif phrase and k + 1 < len(matches):
+            subjects = range(k + 1) if "both" in after else [k]
+            relations += [Relation(subject, _RELATION_OF[phrase[1]], (k + 1,)) for subject in subjects]
     background = _BACKGROUND.search(caption)
     return Description(objects, tuple(relations), background[1] if background else None)

@@ -14,9 +14,14 @@ from PIL import Image
 
 from dit.shapes.captions import parse
 from dit.shapes.detector import DetectedObject, Detection, detect
-from dit.shapes.scene import RELATIONS, Description, Object
+from dit.shapes.placement import position_between
+from dit.shapes.scene import BETWEEN, CORNERS, DIRECTIONS, Description, Object, Relation
 
-MIN_OFFSET = 0.06  # of the width: how far left means left; rendered scenes keep 0.2
+MIN_OFFSET = 0.06  # of the width: how far left means left; rendered scenes keep 0.28
+# Of the width: how near to both edges of the image a centre is that is in a corner. Rendered scenes keep 0.31.
+MAX_CORNER = 0.36
+# As in placement.py, whose scenes keep 0.2 and 0.15: how far from the middle between two, and beside the line, the third is.
+MAX_FROM_MIDDLE, MAX_BESIDE = 0.35, 0.25
 ATTRIBUTES = ("colour", "shape", "size", "relation", "count")
 MAX_CANDIDATES = 6  # detected objects that partners are looked for among, the largest ones: an image of noise shows dozens
 
@@ -128,9 +133,19 @@ def _fits(wanted: Object, found: DetectedObject) -> bool:
 def _count_relations(partners: Sequence[DetectedObject | None], description: Description) -> int:
     """Count the stated relations that hold between the partners of the wanted objects; None is missing."""
     count = 0
-    for i, relation, j in description.relations:
-        first, second = partners[i], partners[j]
-        if first and second:
-            dx, dy = RELATIONS[relation]
-            count += (first.x - second.x) * dx + (first.y - second.y) * dy >= MIN_OFFSET
+    for relation in description.relations:
+        involved = [partners[k] for k in (relation.subject, *relation.others)]
+        count += _holds(relation, [found for found in involved if found]) if all(involved) else 0
     return count
+
+
+def _holds(relation: Relation, involved: Sequence[DetectedObject]) -> bool:
+    """Return whether a relation holds between its subject, which comes first in `involved`, and the others."""
+    subject, *others = (np.array([found.x, found.y]) for found in involved)
+    if relation.name in CORNERS:
+        corner = (np.array(CORNERS[relation.name]) + 1) / 2
+        return bool(np.abs(subject - corner).max() <= MAX_CORNER)
+    if relation.name == BETWEEN:
+        along, beside = position_between(subject, *others)
+        return bool(abs(along - 0.5) <= MAX_FROM_MIDDLE and beside <= MAX_BESIDE)
+    return bool((subject - others[0]) @ np.array(DIRECTIONS[relation.name]) >= MIN_OFFSET)

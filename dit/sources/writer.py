@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dit.dataset.filters import printable
-from dit.dataset.storage import LooseFiles, TarShards, choose_layout
+from dit.dataset.storage import LooseFiles, TarShards, choose_storage
 from dit.errors import UserError, without_passwords
 from dit.utils.files import write_json
 
@@ -129,12 +129,12 @@ class DatasetWriter:
     Args:
         folder: where it goes.
         data: the source's block of params.yaml.
-        count: how many images there will be at most; decides the layout where the settings leave that open.
+        count: how many images there will be at most; decides the storage where the settings leave that open.
     """
 
     def __init__(self, folder: Path, data: Any, count: int):
         self.folder, self.data = folder, data
-        self._images = (TarShards if choose_layout(data.layout, count) == "shards" else LooseFiles)(folder)
+        self._images = (TarShards if choose_storage(data.storage, count) == "shards" else LooseFiles)(folder)
         self._rows: dict[str, tuple[str, list[str], str]] = {}
         self._digests: dict[str, bytes] = {}
 

@@ -29,9 +29,9 @@ SETTINGS = Encode(
 )
 
 
-def write_raw(folder: Path, layout: str = "files") -> Path:
+def write_raw(folder: Path, storage: str = "files") -> Path:
     """Write a data set of `COUNT` images of several sizes, with one to three captions each, four of them for validation."""
-    writer = DatasetWriter(folder, replace(folder_data(folder, layout=layout), val_fraction=0.2), COUNT)
+    writer = DatasetWriter(folder, replace(folder_data(folder, storage=storage), val_fraction=0.2), COUNT)
     for k in range(COUNT):
         captions = [f"a red circle left of number {k}", "a blue star", "a small green heart on white"][: 1 + k % 3]
         writer.add(f"images/{k}.jpg", noise_file(k, (90 - k, 66 + k)), captions)

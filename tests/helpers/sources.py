@@ -37,18 +37,18 @@ def add_pair(folder: Path, name: str, text: str | bytes, content: bytes) -> None
     (folder / name).with_suffix(".txt").write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
-def folder_data(*paths: Path, limit: float = 0.0, layout: str = "files") -> FolderData:
+def folder_data(*paths: Path, limit: float = 0.0, storage: str = "files") -> FolderData:
     return FolderData(
-        source="folder", paths=tuple(map(str, paths)), val_fraction=0.3, layout=layout, max_bad_fraction=limit, seed=0
+        source="folder", paths=tuple(map(str, paths)), val_fraction=0.3, storage=storage, max_bad_fraction=limit, seed=0
     )
 
 
 def coco_data(url: str, count: int, **changes) -> CocoData:
-    settings = {"split": "val2017", "captions_per_image": 2, "layout": "files", "max_bad_fraction": 0.0, "seed": 0} | changes
+    settings = {"split": "val2017", "captions_per_image": 2, "storage": "files", "max_bad_fraction": 0.0, "seed": 0} | changes
     return CocoData(source="coco", num_samples=count, val_fraction=0.3, base_url=url, **settings)
 
 
 def hub_data(dataset: Path | str, /, **changes) -> HubData:
     columns = {"image_column": "image", "caption_columns": ("text",)}
-    plain = {"config": None, "revision": None, "split": "train", "layout": "files", "num_samples": 6, "max_bad_fraction": 0.0}
+    plain = {"config": None, "revision": None, "split": "train", "storage": "files", "num_samples": 6, "max_bad_fraction": 0.0}
     return HubData(**{"source": "hub", "dataset": str(dataset), "val_fraction": 0.3, "seed": 0} | columns | plain | changes)

@@ -184,7 +184,7 @@ def encoded(tmp_path_factory):
     runtime = replace(params.runtime, num_workers=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_ROOT", str(folder))
-        fetch(replace(params.shapes.data, num_samples=12, layout="shards"), folder / "raw", runtime)
+        fetch(replace(params.shapes.data, num_samples=12, storage="shards"), folder / "raw", runtime)
         encode = replace(params.shapes.encode, image_size=64, vae="builtin", clip="builtin")
         encode_dataset(folder / "raw", folder / "latents", encode, runtime, folder / "reconstructions.png")
     return folder

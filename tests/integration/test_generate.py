@@ -26,7 +26,9 @@ from dit.encoders.vocabulary import unknown_words
 from dit.latents.cache import LatentCache
 from dit.pipeline.generate import load_pipeline
 from dit.pipeline.pipeline import DiTTextToImagePipeline
-from dit.shapes.scene import render, sample_description, sample_scene
+from dit.shapes.placement import sample_scene
+from dit.shapes.render import render
+from dit.shapes.scene import Kind, sample_description
 from dit.training.export import save_model
 from dit.training.stop import Stopped
 from dit.utils.files import sha256_file
@@ -58,7 +60,7 @@ def pixels(path: str | Path) -> np.ndarray:
 def scene(there) -> Path:
     """An image to start from."""
     rng = np.random.default_rng(0)
-    render(sample_scene(sample_description(rng), rng)).save(there / "scene.png")
+    render(sample_scene(sample_description(rng, Kind()), rng, "free")).save(there / "scene.png")
     return there / "scene.png"
 
 

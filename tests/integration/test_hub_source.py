@@ -96,7 +96,7 @@ def test_fetch_imagefolder_into_shards(tmp_path):
         lines.append(json.dumps({"file_name": f"{k}.jpg", "text": f"caption {k}"}))
     (root / "metadata.jsonl").write_text("\n".join(lines))
     for name in "ab":
-        fetch(hub_data(tmp_path / "set", layout="shards"), tmp_path / name, RUNTIME)
+        fetch(hub_data(tmp_path / "set", storage="shards"), tmp_path / name, RUNTIME)
     assert [entry.text for entry in read_metadata(tmp_path / "a")] == [f"caption {k}" for k in range(6)]
     for k, entry in enumerate(read_metadata(tmp_path / "a")):
         assert StoredImages(tmp_path / "a").read(entry.stored) == noise_file(k)

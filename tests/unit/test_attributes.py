@@ -12,9 +12,10 @@ from scipy.stats import binomtest
 from dit.evaluation.accuracy import accuracy, accuracy_by_attribute, accuracy_by_number
 from dit.shapes.captions import parse
 from dit.shapes.detector import detect
-from dit.shapes.scene import Object, Scene, render
+from dit.shapes.render import render
+from dit.shapes.scene import Object, Scene
 from dit.shapes.scoring import PromptScore, attribute_scores, score_image
-from helpers.scenes import captions, descriptions, rendered, scenes
+from helpers.scenes import QUARTERS, captions, descriptions, rendered, scenes
 
 RED, BLUE = Object("red", "circle", "small"), Object("blue", "star", "large")
 SIZES = {"small": 0.12, "large": 0.2}
@@ -94,13 +95,13 @@ def test_accuracy_by_attribute_of_right_and_shuffled_captions():
 def test_accuracy_by_attribute_falls_for_the_changed_one_only(attribute):
     """The first object of every other scene is changed."""
     others = {"colour": ("pink", "teal"), "shape": ("cross", "circle"), "size": ("small", "large")}[attribute]
-    described = descriptions(22, 100)
+    described = descriptions(22, 100, kind=QUARTERS)
     changed = []
-    for k, scene in enumerate(scenes(described, 22)):
+    for k, scene in enumerate(scenes(described, 22, "quarters")):
         shown = scene.objects[0]
         other = others[getattr(shown, attribute) == others[0]]
         first = replace(shown, **{attribute: other if k % 2 else getattr(shown, attribute)})
-        radii = ({"small": 0.1425, "large": 0.2025}[first.size], *scene.radii[1:])
+        radii = ({"small": 0.125, "large": 0.2}[first.size], *scene.radii[1:])
         changed.append(render(replace(scene, objects=(first, *scene.objects[1:]), radii=radii)))
     rows = accuracy_by_attribute([score_image(p, t) for p, t in zip(changed, captions(described), strict=True)], 0.95)
     found = {row["attribute"]: row["accuracy"] for row in rows}

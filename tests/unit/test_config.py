@@ -57,6 +57,7 @@ def test_config_is_frozen():
         ("train.batchsize", 3, "train.batchsize: unknown key; did you mean batch_size?"),
         ("nonsense", 3, "nonsense: unknown key; known here: recipe, shapes"),
         ("coco.data.bogus", 3, "coco.data.bogus: unknown key; known here: source, split"),
+        ("shapes.data.level", 3, "level: 3 is of layout free; 1 or 2 would be right with layout quarters"),
         ("shapes.model.hidden_size", 102, "hidden_size: 102 is not a multiple of num_heads (4); 96 or 112 would be right"),
         ("shapes.model.hidden_size", 36, "makes heads of 9, which is not a multiple of 4"),
         ("shapes.encode.image_size", 60, "60 is not a multiple of 32 (VAE factor 8 x patch_size 4); 32 or 64 would be right"),

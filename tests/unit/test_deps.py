@@ -41,6 +41,8 @@ SPARE = {
         "dit/dataset/storage.py",
         "dit/model/loss.py",
         "dit/shapes/detector.py",
+        "dit/shapes/placement.py",
+        "dit/shapes/render.py",
         "dit/shapes/scoring.py",
         "dit/utils/random.py",
     },

@@ -13,22 +13,25 @@ from scipy import ndimage
 from dit.encoders.loading import EncoderSource, load_vae
 from dit.shapes.captions import describe, parse
 from dit.shapes.detector import detect
-from dit.shapes.scene import UNSEEN_PAIRS, Object, Scene, render, sample_description, sample_scene
+from dit.shapes.placement import sample_scene
+from dit.shapes.render import render
+from dit.shapes.scene import UNSEEN_PAIRS, Kind, Object, Scene, sample_description
 from dit.shapes.scoring import score_objects
 from dit.utils.images import to_images, to_tensor
 
 COUNT = 1000
+KINDS = pytest.mark.parametrize(("layout", "level"), [("free", 1), ("free", 3), ("quarters", 2)])
 
 
 @functools.cache
-def examples() -> tuple[list[np.ndarray], list[str]]:
+def examples(layout: str, level: int) -> tuple[list[np.ndarray], list[str]]:
     """Rendered scenes and their captions; half of them with a pair that training never shows."""
     images, captions = [], []
     for k in range(COUNT):
         rng = np.random.default_rng([777, k])
-        description = sample_description(rng, must_have=sorted(UNSEEN_PAIRS) if k % 2 else ())
+        description = sample_description(rng, Kind(layout, level), must_have=sorted(UNSEEN_PAIRS) if k % 2 else ())
         captions.append(describe(description, rng))
-        images.append(np.asarray(render(sample_scene(description, rng))))
+        images.append(np.asarray(render(sample_scene(description, rng, layout))))
     return images, captions
 
 
@@ -36,12 +39,14 @@ def share_right(images, captions) -> float:
     return float(np.mean([score_objects(p, parse(c)).correct for p, c in zip(images, captions, strict=True)]))
 
 
-def test_score_objects_fresh_scenes():
-    assert share_right(*examples()) >= 0.99
+@KINDS
+def test_score_objects_fresh_scenes(layout, level):
+    assert share_right(*examples(layout, level)) >= 0.99
 
 
-def test_score_objects_blurred_noisy_and_tinted_scenes():
-    images, captions = examples()
+@KINDS
+def test_score_objects_blurred_noisy_and_tinted_scenes(layout, level):
+    images, captions = examples(layout, level)
     rng = np.random.default_rng(0)
 
     def distort(pixels: np.ndarray) -> np.ndarray:
@@ -51,9 +56,10 @@ def test_score_objects_blurred_noisy_and_tinted_scenes():
     assert share_right([distort(p) for p in images], captions) >= 0.98
 
 
+@KINDS
 @torch.no_grad()
-def test_score_objects_reconstructions_of_bundled_vae():
-    images, captions = examples()
+def test_score_objects_reconstructions_of_bundled_vae(layout, level):
+    images, captions = examples(layout, level)
     vae, _ = load_vae(EncoderSource("builtin"))
     decoded = []
     for start in range(0, COUNT, 100):
@@ -62,8 +68,9 @@ def test_score_objects_reconstructions_of_bundled_vae():
     assert share_right(decoded, captions) >= 0.98
 
 
-def test_score_objects_shuffled_captions():
-    images, captions = examples()
+@KINDS
+def test_score_objects_shuffled_captions(layout, level):
+    images, captions = examples(layout, level)
     assert share_right(images, captions[1:] + captions[:1]) <= 0.05
 
 

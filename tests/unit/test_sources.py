@@ -16,7 +16,9 @@ from dit.sources import fetch
 from dit.sources.writer import FetchResult, split_by_image
 from helpers.sources import RUNTIME
 
-DATA = ShapesData(source="shapes", num_samples=40, val_fraction=0.25, image_size=64, layout="files", seed=3)
+DATA = ShapesData(
+    source="shapes", num_samples=40, val_fraction=0.25, image_size=64, layout="free", level=3, storage="files", seed=3
+)
 
 
 def test_shapes_are_deterministic(tmp_path):

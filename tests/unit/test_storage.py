@@ -28,7 +28,7 @@ def stored(tmp_path, monkeypatch):
         add_pair(tmp_path / "mine", f"deep/{k}.a.JPG", f"number {k}\nagain {k}", noise_file(k))
     monkeypatch.setattr(storage, "SHARD_BYTES", 6 * len(noise_file(0)))
     for layout in LAYOUTS:
-        fetch(folder_data(tmp_path / "mine", layout=layout), tmp_path / layout, RUNTIME)
+        fetch(folder_data(tmp_path / "mine", storage=layout), tmp_path / layout, RUNTIME)
     return tmp_path
 
 
@@ -76,7 +76,7 @@ def test_shards_are_deterministic_webdataset(tmp_path):
     for k in range(3):
         add_pair(tmp_path / "mine", f"{k}.jpg", f"number {k}", noise_file(k))
     for name in "ab":
-        fetch(folder_data(tmp_path / "mine", layout="shards"), tmp_path / name, RUNTIME)
+        fetch(folder_data(tmp_path / "mine", storage="shards"), tmp_path / name, RUNTIME)
     shard = tmp_path / "a" / "shards" / "00000.tar"
     assert shard.read_bytes() == (tmp_path / "b" / "shards" / "00000.tar").read_bytes()
     with tarfile.open(shard) as archive:
@@ -90,8 +90,8 @@ def test_shards_are_deterministic_webdataset(tmp_path):
     ("layout", "count", "expected"),
     [("auto", 19_999, "files"), ("auto", 20_000, "shards"), ("files", 10**6, "files"), ("shards", 1, "shards")],
 )
-def test_choose_layout(layout, count, expected):
-    assert storage.choose_layout(layout, count) == expected
+def test_choose_storage(layout, count, expected):
+    assert storage.choose_storage(layout, count) == expected
 
 
 @pytest.mark.parametrize("where", ["shards/00000.tar/00000009.jpg", "shards/99999.tar/00000000.jpg", "images/gone.jpg"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from dit.shapes.scene import BACKGROUNDS, COLOURS, OPPOSITE, RELATIONS, SHAPES, UNSEEN_PAIRS, Description
+from dit.shapes.scene import BACKGROUNDS, COLOURS, CORNERS, DIRECTIONS, OPPOSITE, SHAPES, UNSEEN_PAIRS, Description, Relation
 
 
 def alternatives(description: Description) -> dict[str, list[Description]]:
@@ -24,15 +25,23 @@ def alternatives(description: Description) -> dict[str, list[Description]]:
         for attribute, other in changed:
             objects = (*description.objects[:k], other, *description.objects[k + 1 :])
             found.setdefault(attribute, []).append(replace(description, objects=objects))
-    if description.relations:
-        first, *both = description.relations
-        along = (first[1], OPPOSITE[first[1]])
-        names = [name for name in (along if both else RELATIONS) if name != first[1]]
-        found["relation"] = [replace(description, relations=((0, name, 1), *both)) for name in names]
-        if both:
-            turned = tuple((i, OPPOSITE[name], j) for i, name, j in both)
-            found["relation"].append(replace(description, relations=(first, *turned)))
+    changed_relations = list(_other_relations(description.relations))
+    if changed_relations:
+        found["relation"] = [replace(description, relations=relations) for relations in changed_relations]
     if description.background:
         names = [name for name in BACKGROUNDS if name != description.background]
         found["background"] = [replace(description, background=name) for name in names]
     return found
+
+
+def _other_relations(relations: Sequence[Relation]) -> Iterator[tuple[Relation, ...]]:
+    """Yield what else may be stated of the same objects, in captions of the same form."""
+    if not relations:
+        return
+    first, *both = relations
+    if both:
+        yield (first._replace(name=OPPOSITE[first.name]), *both)
+        yield (first, *(relation._replace(name=OPPOSITE[relation.name]) for relation in both))
+    else:
+        family = next((names for names in (CORNERS, DIRECTIONS) if first.name in names), {})
+        yield from ((first._replace(name=name),) for name in family if name != first.name)

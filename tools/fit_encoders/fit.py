@@ -16,10 +16,13 @@ from tqdm import tqdm
 from transformers import CLIPImageProcessorPil
 
 from dit.encoders.loading import BUILTIN
-from dit.shapes.scene import Description, Scene, render, sample_description, sample_scene
+from dit.shapes.placement import sample_scene
+from dit.shapes.render import render
+from dit.shapes.scene import Description, Kind, Scene, sample_description
 from tools.fit_encoders.clip import choice_accuracy, fit_clip
 from tools.fit_encoders.vae import IMAGE_SIZE, fit_vae, reconstruction_psnr
 
+KINDS = (Kind("free", 1), Kind("free", 2), Kind("free", 3), Kind("quarters", 2))  # of scene 0, 1 …, in turns
 CLIP_STREAM, MEASURE_STREAM, VAE_STREAM = 101, 102, 7001  # scenes of their own, see shapes/prompts.py
 VAE_STEPS, CLIP_STEPS = 1400, 2000
 README = """\
@@ -44,9 +47,9 @@ def render_scenes(count: int, stream: int) -> tuple[np.ndarray, list[Description
     images = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     descriptions, scenes = [], []
     for k in tqdm(range(count), desc="render", unit="image"):
-        rng = np.random.default_rng([stream, k])
-        descriptions.append(sample_description(rng))
-        scenes.append(sample_scene(descriptions[-1], rng))
+        rng, kind = np.random.default_rng([stream, k]), KINDS[k % len(KINDS)]
+        descriptions.append(sample_description(rng, kind))
+        scenes.append(sample_scene(descriptions[-1], rng, kind.layout))
         images[k] = render(scenes[-1], IMAGE_SIZE)
     return images, descriptions, scenes
 

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dit.shapes.scene import BACKGROUNDS, COLOURS, RADII, RELATIONS, SHAPES, Description, Scene
+from dit.shapes.scene import BACKGROUNDS, BETWEEN, COLOURS, CORNERS, DIRECTIONS, RADII, SHAPES, Description, Scene
 
 # Classes of a patch: colour, shape and size of the object on it (0 for none), and the background.
 PATCH_CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1, len(RADII) + 1, len(BACKGROUNDS))
-# Classes of an object in a caption: colour, shape, size (0 for none stated), whether it is named first, second or third, and
-# what relation to it was stated of those before (0 for none).
-OBJECT_CLASSES = (len(COLOURS), len(SHAPES), len(RADII) + 1, 3, len(RELATIONS) + 1)
+# Classes of an object in a caption: colour, shape, size (0 for none stated), whether it is named first, second …, and what
+# relation to it was stated of those before (0 for none).
+RELATIONS = (None, *DIRECTIONS, BETWEEN)
+OBJECT_CLASSES = (len(COLOURS), len(SHAPES), len(RADII) + 1, 4, len(RELATIONS))
 # Of each colour and each shape: is it there, where (x, y), is it large. The last three count where exactly one object has it.
 ROWS, FACTS = len(COLOURS) + len(SHAPES), 4
 SUMMARY = ROWS * FACTS + len(BACKGROUNDS)  # and of each background: is it this one
@@ -37,10 +38,10 @@ def patch_labels(scene: Scene, patches: int) -> np.ndarray:
 
 def object_labels(description: Description) -> np.ndarray:
     """Return the classes of every object that `description` names: (objects, 5) int64, in the order of OBJECT_CLASSES."""
-    sizes, relations = [None, *RADII], [None, *RELATIONS]
-    stated = {j: relation for _, relation, j in description.relations}
+    sizes = [None, *RADII]
+    stated = {other: relation.name for relation in description.relations for other in relation.others}
     rows = [
-        (list(COLOURS).index(o.colour), SHAPES.index(o.shape), sizes.index(o.size), k, relations.index(stated.get(k)))
+        (list(COLOURS).index(o.colour), SHAPES.index(o.shape), sizes.index(o.size), k, RELATIONS.index(stated.get(k)))
         for k, o in enumerate(description.objects)
     ]
     return np.array(rows, dtype=np.int64)
@@ -58,9 +59,10 @@ def summary_labels(scene: Scene) -> np.ndarray:
 def caption_labels(description: Description) -> np.ndarray:
     """Return the same of a caption: about the mean over the scenes that it fits, so these labels have no noise."""
     positions = np.zeros((len(description.objects), 2))
-    for i, relation, j in description.relations:
-        positions[i] += RELATIONS[relation]
-        positions[j] -= RELATIONS[relation]
+    for subject, name, others in description.relations:
+        positions[subject] += CORNERS.get(name) or DIRECTIONS.get(name) or (0, 0)
+        for other in others:
+            positions[other] -= DIRECTIONS.get(name, (0, 0))
     positions = ASIDE * positions.clip(-1, 1)
     large = {"large": 1, "small": 0, None: 0.5}
     facts = [(o.colour, o.shape, (1, x, y, large[o.size])) for o, (x, y) in zip(description.objects, positions, strict=True)]
