@@ -313,7 +313,7 @@ def parse_config(values: dict[str, Any], name: str = "params.yaml") -> Params:
 
 
 # What became of the keys of version 0.1.
-RENAMED = {"schedule": "optim", "max_skipped": "max_nonfinite_steps"}
+RENAMED = {"schedule": "optim", "max_skipped": "max_nonfinite_steps", "layout": "storage"}
 WORDING = {  # by pydantic's type of error
     "bool_type": "must be true or false",
     "tuple_type": "must be a list: [one, another]",
@@ -371,7 +371,7 @@ def _explain(error: ErrorDetails) -> str:
         location.pop()
         known = _keys(location[:-1])
     key = " ".join(".".join(location).split())
-    if location[-1] in RENAMED and RENAMED[location[-1]] in known:
+    if location[-1] not in known and RENAMED.get(location[-1]) in known:
         return f"{key}: is called {RENAMED[location[-1]]} now; rename it"
     if error["type"] in ("unexpected_keyword_argument", "invalid_key"):
         close = difflib.get_close_matches(location[-1], known, n=1)

@@ -76,8 +76,10 @@ class Kind:
 
     @property
     def counts(self) -> tuple[float, ...]:
-        """Return how often there are 1, 2 … objects."""
-        return ((0.4, 0.6), (0.3, 0.4, 0.3), (0.2, 0.3, 0.3, 0.2))[self.level - 1]
+        """Return how often there are 1, 2 … objects; quarters have room for three in few ways, so that these would repeat."""
+        return ((0.4, 0.6), (0.42, 0.5, 0.08) if self.layout == "quarters" else (0.3, 0.4, 0.3), (0.2, 0.3, 0.3, 0.2))[
+            self.level - 1
+        ]
 
 
 @dataclass(frozen=True)

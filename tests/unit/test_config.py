@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import FrozenInstanceError
 from functools import reduce
 
@@ -212,12 +213,14 @@ def test_config_number_comes_back_from_dvc(tmp_path, number, whole):
 
 
 @pytest.mark.parametrize(
-    ("block", "old", "new"), [("shapes", "schedule", "optim"), ("train", "max_skipped", "max_nonfinite_steps")]
+    ("blocks", "old", "new"),
+    [("shapes", "schedule", "optim"), ("train", "max_skipped", "max_nonfinite_steps"), ("coco.data", "layout", "storage")],
 )
-def test_config_names_what_became_of_an_old_key(block, old, new):
+def test_config_names_what_became_of_an_old_key(blocks, old, new):
     values = copy.deepcopy(VALUES)
-    values[block][old] = values[block].pop(new)
-    with pytest.raises(UserError, match=f"{block}.{old}: is called {new} now"):
+    inner = functools.reduce(dict.__getitem__, blocks.split("."), values)
+    inner[old] = inner.pop(new)
+    with pytest.raises(UserError, match=f"{blocks}.{old}: is called {new} now"):
         parse_config(values)
 
 

@@ -12,7 +12,11 @@ from dit.utils.images import psnr, reconstruct, to_tensor
 from tools.fit_encoders.optimizers import muon_and_adamw, one_cycle
 
 IMAGE_SIZE = 64
-FINAL_LOG_VARIANCE = -8.0  # a posterior noise of 0.02, where the latents' deviation is about 1
+LOG_VARIANCE = -8.0  # of the posterior: a noise of 0.02, where every channel's deviation is 1
+MAX_NOISE = (
+    0.15  # the latents are decoded with a noise of up to this deviation, so that what a diffusion model gets wrong shows less
+)
+SCALES = (0.5, 0.75)  # to which latents and images are shrunk in every other step
 
 
 def build_vae() -> AutoencoderKL:
@@ -29,53 +33,64 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def fit_vae(
-    images: np.ndarray,
-    steps: int,
-    batch_size: int = 16,
-    learning_rate: float = 3e-3,
-    kl_weight: float = 1e-4,
-    seed: int = 0,
-) -> AutoencoderKL:
-    """Fit on `images`, (N, H, W, 3) uint8, each mirrored half the time; return the VAE with its scaling factor set.
+def fit_vae(images: np.ndarray, steps: int, batch_size: int = 16, learning_rate: float = 3e-3, seed: int = 0) -> AutoencoderKL:
+    """Fit on `images`, (N, H, W, 3) uint8; return the VAE, whose latents have mean 0 and deviation 1 in every channel.
 
-    The loss is the mean squared error + `kl_weight` x KL per latent number (Kingma and Welling 2014, with the small KL
-    weight of Rombach et al. 2022, section 3.1); see optimizers.py for the rest.
+    The loss is the mean squared error. In every other step latents and images are shrunk alike, so that a latent says the same
+    wherever and however large something is: equivariant latents are easier for a diffusion model (EQ-VAE, Kouzelis et al. 2025,
+    arXiv:2502.09509). Statistics of the batch and noise take the place of the KL term: they bound what a latent can tell.
     """
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae = build_vae().to(device)
-    with torch.no_grad():  # start with little posterior noise: at a variance of 1 it drowns the latents
-        vae.quant_conv.weight[4:] = 0
-        vae.quant_conv.bias[4:] = -6
+    channels = vae.config.latent_channels
     optimizers = muon_and_adamw(vae, learning_rate, outer=("encoder.conv_in", "decoder.conv_out"))
     schedules = one_cycle(optimizers, learning_rate, steps)
     rng = np.random.default_rng(seed)
     progress = tqdm(range(steps), desc="VAE", unit="step")
     for step in progress:
-        x = pixels_to_tensor(images[rng.integers(len(images), size=batch_size)])
-        x = torch.where(torch.rand(batch_size, 1, 1, 1) < 0.5, x, x.flip(-1)).to(device)
+        target = pixels_to_tensor(images[rng.integers(len(images), size=batch_size)]).to(device)
         with torch.autocast(device, torch.bfloat16):
-            posterior = vae.encode(x).latent_dist
-            decoded = vae.decode(posterior.sample()).sample
-        mse = F.mse_loss(decoded.float(), x)
-        loss = mse + kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+            means = vae.quant_conv(vae.encoder(target))[:, :channels]
+        latents = F.batch_norm(means.float(), None, None, training=True)
+        if step % 2:
+            scale = SCALES[int(rng.integers(len(SCALES)))]
+            latents, target = shrink(latents, scale), shrink(target, scale)
+        noise = MAX_NOISE * torch.rand(batch_size, 1, 1, 1, device=device) * torch.randn_like(latents)
+        with torch.autocast(device, torch.bfloat16):
+            decoded = vae.decoder(vae.post_quant_conv(latents + noise)).float()
         vae.zero_grad()
-        loss.backward()
+        F.mse_loss(decoded, target).backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
         if step % 20 == 0:
-            progress.set_postfix(psnr=f"{psnr(x, decoded.detach().float()):.1f} dB", kl=f"{posterior.kl().mean().item():.0f}")
+            progress.set_postfix(psnr=f"{psnr(target, decoded.detach()):.1f} dB")
     vae.cpu().eval()
-    with torch.no_grad():
-        # The noise has made the decoder robust; in the latents of a diffusion model it would drown the last steps.
-        vae.quant_conv.weight[4:] = 0
-        vae.quant_conv.bias[4:] = FINAL_LOG_VARIANCE
-        latents = vae.encode(pixels_to_tensor(images[:1000])).latent_dist.mean
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    standardize_latents(vae, images[:2000])
     return vae
+
+
+def shrink(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """Resize `x` (N, C, H, W) by `scale`, antialiased."""
+    return F.interpolate(x, scale_factor=scale, mode="bicubic", antialias=True)
+
+
+@torch.no_grad()
+def standardize_latents(vae: AutoencoderKL, images: np.ndarray, batch_size: int = 100) -> None:
+    """Give the latents of `images`, (N, H, W, 3) uint8, mean 0 and deviation 1 in every channel, and one posterior variance.
+
+    The decoder was fitted on latents of just these statistics.
+    """
+    channels, last = vae.config.latent_channels, vae.quant_conv
+    means = torch.cat([vae.encode(x).latent_dist.mean for x in pixels_to_tensor(images).split(batch_size)])
+    mean, deviation = means.mean((0, 2, 3)), means.std((0, 2, 3))
+    last.weight[:channels] /= deviation[:, None, None, None]
+    last.bias[:channels] = (last.bias[:channels] - mean) / deviation
+    last.weight[channels:] = 0
+    last.bias[channels:] = LOG_VARIANCE
+    vae.register_to_config(scaling_factor=1.0)
 
 
 def reconstruction_psnr(vae: AutoencoderKL, images: np.ndarray, batch_size: int = 100) -> float:
