@@ -8,6 +8,8 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -54,6 +56,21 @@ def leave_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for as long as this lasts; processes that are started later must not take them for theirs."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def run_processes(command: list[str], count: int) -> None:
     """Run `command` in `count` processes side by side, each with its rank in the environment, and wait for all.
 
@@ -68,14 +85,12 @@ def run_processes(command: list[str], count: int) -> None:
     gpus = torch.cuda.device_count()
     if 0 < gpus < count:
         raise UserError(f"runtime.num_processes: {count}, but there are {gpus} GPUs; {gpus} would be right")
-    os.environ[LAUNCHER] = str(os.getpid())
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    if not gpus:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    inherited = {LAUNCHER: str(os.getpid()), "OMP_NUM_THREADS": threads} | ({} if gpus else {"ACCELERATE_USE_CPU": "true"})
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # each failure would be a stack trace
-    with tempfile.TemporaryDirectory() as logs:
+    with tempfile.TemporaryDirectory() as logs, _environment(inherited):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,

@@ -47,6 +47,8 @@ def test_failure_of_one_process_is_printed_and_ends_the_others(tmp_path, capfd):
     (tmp_path / "fail.py").write_text(
         "import os, sys, time\nif os.environ['RANK'] == '1':\n    sys.exit('the disk of 1 is full')\ntime.sleep(600)\n"
     )
+    before = dict(os.environ)
     with pytest.raises(ProcessFailed, match="process 1 of 2 failed"):
         run_processes([sys.executable, str(tmp_path / "fail.py")], 2)
+    assert dict(os.environ) == before  # else another launcher's processes would end, since they take this one for theirs
     assert "the disk of 1 is full" in capfd.readouterr().out
