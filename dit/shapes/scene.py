@@ -36,7 +36,7 @@ BACKGROUNDS: dict[str, tuple[RGB, RGB]] = {name: (colour, colour) for name, colo
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 # Half the larger side of the bounding box, as a fraction of the image's width: from, to.
-RADII = {"small": (0.12, 0.15), "large": (0.19, 0.22)}
+RADII = {"small": (0.13, 0.16), "large": (0.2, 0.225)}
 MAX_LARGE = (1, 2, 2, 1)  # of 1, 2 … objects
 MAX_TURN = 20  # degrees to either side, of the shapes in TURNED
 TURNED = ("triangle", "star", "heart")  # the others look the same after a quarter turn, or always

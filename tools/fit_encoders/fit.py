@@ -1,4 +1,4 @@
-"""Fit the bundled encoders on rendered scenes: `python -m tools.fit_encoders.fit`, 15 minutes on 2 cores with bf16.
+"""Fit the bundled encoders on rendered scenes: `python -m tools.fit_encoders.fit`, half an hour on 2 cores with bf16.
 
 Writes `dit/encoders/builtin/`: a VAE, a CLIP, and a README with their quality, measured on scenes that neither has
 seen. The pipeline does not need this: the fitted weights are part of the repository.
@@ -24,7 +24,7 @@ from tools.fit_encoders.vae import IMAGE_SIZE, fit_vae, reconstruction_psnr
 
 KINDS = (Kind("free", 1), Kind("free", 2), Kind("free", 3), Kind("quarters", 2))  # of scene 0, 1 …, in turns
 CLIP_STREAM, MEASURE_STREAM, VAE_STREAM = 101, 102, 7001  # scenes of their own, see shapes/prompts.py
-VAE_STEPS, CLIP_STEPS = 1400, 2000
+VAE_STEPS, CLIP_STEPS = 3500, 2000
 README = """\
 # The bundled encoders
 
@@ -34,7 +34,7 @@ names one of the colour and shape pairs that are kept unseen. They know such sce
 | | `vae`: AutoencoderKL, 8x down, 4 channels | `clip`: CLIPModel and CLIPTokenizer |
 |---|---|---|
 | parameters | {vae_parameters:.2f} M | {clip_parameters:.2f} M |
-| fitted in | {vae_steps} steps, {vae_minutes:.1f} minutes on 2 cores in bf16 | {clip_steps} steps, {clip_minutes:.1f} minutes |
+| fitted in | {vae_steps} + {detail_steps} steps, {vae_minutes:.0f} minutes on {cores} cores in bf16 | {clip_steps} steps, {clip_minutes:.0f} minutes |
 | quality, on unseen scenes | reconstruction PSNR {psnr:.1f} dB ({measured} scenes) | picks the right caption among 32 that \
 differ in one attribute {choice:.1%} of the time ({choices} scenes) |
 
@@ -84,6 +84,8 @@ def fit(folder: Path, count: int, measured: int, vae_steps: int, clip_steps: int
             vae_parameters=vae.num_parameters() / 1e6,
             clip_parameters=clip.num_parameters() / 1e6,
             vae_steps=vae_steps,
+            detail_steps=vae_steps // 3,
+            cores=torch.get_num_threads(),
             clip_steps=clip_steps,
             vae_minutes=vae_minutes,
             clip_minutes=clip_minutes,
