@@ -34,7 +34,8 @@ names one of the colour and shape pairs that are kept unseen. They know such sce
 | | `vae`: AutoencoderKL, 8x down, 4 channels | `clip`: CLIPModel and CLIPTokenizer |
 |---|---|---|
 | parameters | {vae_parameters:.2f} M | {clip_parameters:.2f} M |
-| fitted in | {vae_steps} + {detail_steps} steps, {vae_minutes:.0f} minutes on {cores} cores in bf16 | {clip_steps} steps, {clip_minutes:.0f} minutes |
+| fitted in | {vae_steps} + {detail_steps} steps, {vae_minutes:.0f} minutes on {cores} cores in bf16 | \
+{clip_steps} steps, {clip_minutes:.0f} minutes |
 | quality, on unseen scenes | reconstruction PSNR {psnr:.1f} dB ({measured} scenes) | picks the right caption among 32 that \
 differ in one attribute {choice:.1%} of the time ({choices} scenes) |
 
