@@ -49,8 +49,8 @@ def scenes(described: Sequence[Description], seed: int, layout: str = "free") ->
     return [sample_scene(each, np.random.default_rng([9001, seed, k]), layout) for k, each in enumerate(described)]
 
 
-def rendered(described: Sequence[Description], seed: int) -> list[Image.Image]:
-    return [render(scene) for scene in scenes(described, seed)]
+def rendered(described: Sequence[Description], seed: int, layout: str = "free") -> list[Image.Image]:
+    return [render(scene) for scene in scenes(described, seed, layout)]
 
 
 def captions(described: Sequence[Description]) -> list[str]:

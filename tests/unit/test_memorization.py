@@ -15,7 +15,7 @@ from dit.encoders.loading import EncoderSource, load_vae
 from dit.evaluation.figures import plot_nearest
 from dit.evaluation.memorization import SAME, Nearest, find_nearest, measure_memorization, near_threshold
 from dit.utils.images import labelled_grid, to_images, to_tensor
-from helpers.scenes import descriptions, features, rendered, several
+from helpers.scenes import QUARTERS, descriptions, features, rendered, several
 
 TRAINING, OTHERS = 600, 400
 
@@ -33,7 +33,7 @@ def through_the_vae(images: list[Image.Image]) -> list[Image.Image]:
 
 @functools.cache
 def crowded() -> tuple[list[Image.Image], torch.Tensor, np.ndarray]:
-    """Scenes of two and three objects, of which some 250,000 are possible, their features, and the held-out distances."""
+    """Free scenes of two to four objects, none of which repeats, their features, and the held-out distances."""
     training = rendered(descriptions(11, TRAINING, several), 11)
     known = features(training)
     return training, known, nearest(rendered(descriptions(12, OTHERS, several), 12), known)
@@ -63,14 +63,14 @@ def test_measure_memorization_finds_the_planted_share():
 @functools.cache
 def usual() -> tuple[list[Image.Image], torch.Tensor, np.ndarray, list]:
     """The mixture of the default recipe, in which many scenes of one object occur twice."""
-    training = rendered(descriptions(14, 1000), 14)
-    known, described = features(training), descriptions(15, OTHERS)
-    return training, known, nearest(rendered(described, 15), known), described
+    training = rendered(descriptions(14, 1000, kind=QUARTERS), 14, "quarters")
+    known, described = features(training), descriptions(15, OTHERS, kind=QUARTERS)
+    return training, known, nearest(rendered(described, 15, "quarters"), known), described
 
 
 def test_measure_memorization_of_repetitive_data():
     training, known, held_out, described = usual()
-    fresh = measure_memorization(nearest(rendered(described, 16), known), held_out, 0.95)
+    fresh = measure_memorization(nearest(rendered(described, 16, "quarters"), known), held_out, 0.95)
     assert fresh["held_out_repeats"] > 0.1 and fresh["nearer_than_held_out"] > 0.1  # flagged, but no more often than real ones
     assert fresh["memorised"] <= 0.02 and fresh["memorised_low"] == 0
     copies = measure_memorization(nearest(through_the_vae(training[:150]), known), held_out, 0.95)
