@@ -56,7 +56,16 @@ def test_score_objects_blurred_noisy_and_tinted_scenes(layout, level):
     assert share_right([distort(p) for p in images], captions) >= 0.98
 
 
-@KINDS
+@pytest.mark.parametrize(
+    ("layout", "level"),
+    [
+        ("free", 1),
+        pytest.param(
+            "free", 3, marks=pytest.mark.xfail(strict=True, reason="0.977: one of four small objects is blurred too much")
+        ),
+        ("quarters", 2),
+    ],
+)
 @torch.no_grad()
 def test_score_objects_reconstructions_of_bundled_vae(layout, level):
     images, captions = examples(layout, level)
@@ -65,8 +74,7 @@ def test_score_objects_reconstructions_of_bundled_vae(layout, level):
     for start in range(0, COUNT, 100):
         pixels = to_tensor(torch.from_numpy(np.stack([np.asarray(p) for p in images[start : start + 100]])))
         decoded += to_images(vae.decode(vae.encode(pixels).latent_dist.mode()).sample)
-    # Of four small objects one is blurred too much now and then: 0.977 of level 3, which is short of what the others reach.
-    assert share_right(decoded, captions) >= (0.97 if level == 3 else 0.98)
+    assert share_right(decoded, captions) >= 0.98
 
 
 @KINDS
@@ -106,6 +114,31 @@ def test_score_objects_finds_each_kind_of_mistake(caption, problem):
     result = score_objects(render(scene(RED, BLUE)), parse(caption))
     assert result.correct == (problem is None)
     assert problem is None or result.problem.startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("caption", "problem"),
+    [
+        ("a red circle in the top left corner and a blue star", ""),
+        ("a red circle at the bottom right and a blue star", "right things, wrong places"),
+        ("a red circle in the top right corner and a blue star", "right things, wrong places"),
+        ("a blue star in the bottom right corner and a red circle", ""),
+    ],
+)
+def test_score_objects_corners(caption, problem):
+    corners = Scene((RED, BLUE), ((0.2, 0.2), (0.75, 0.75)), (0.14, 0.21), "white")
+    assert score_objects(render(corners), parse(caption)).problem == problem
+
+
+@pytest.mark.parametrize(
+    ("middle", "problem"),
+    [((0.5, 0.5), ""), ((0.5, 0.2), "right things, wrong places"), ((0.8, 0.2), "right things, wrong places")],
+)
+def test_score_objects_between(middle, problem):
+    heart, cross = Object("teal", "heart", "small"), Object("pink", "cross", "small")
+    shown = Scene((RED, heart, cross), (middle, (0.18, 0.5), (0.82, 0.55)), (0.13, 0.13, 0.13), "black")
+    caption = "a red circle between a teal heart and a pink cross"
+    assert score_objects(render(shown), parse(caption)).problem == problem
 
 
 def large(colour: str, shape: str) -> np.ndarray:
