@@ -13,6 +13,9 @@ activate = if $(PYTHON) tools/satisfies_pins.py $(1) 2> /dev/null; then bin=$$($
 	else $(MAKE) -s --no-print-directory .venv/.satisfies$(addprefix -,$(1)) && bin="$$PWD/$(venv_bin)"; fi && \
 	PATH="$$bin:$$PATH" && export PATH && echo "environment: $$bin" >&2
 
+# Two processes of one thread each: two threads of one process gain little in small models, and wait long for each other.
+pytest = OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadgroup
+
 .PHONY: help repro experiments lint test test-all report clean
 
 help:  ## print this
@@ -30,10 +33,10 @@ lint:  ## style, format, spelling and types
 	@$(call activate,test) && bash tools/lint.sh
 
 test:  ## lint, and run the tests of every day
-	@$(call activate,test) && bash tools/lint.sh && python -m pytest
+	@$(call activate,test) && bash tools/lint.sh && $(pytest)
 
 test-all:  ## lint, and run all tests, the slow ones too
-	@$(call activate,test) && bash tools/lint.sh && python -m pytest -m ""
+	@$(call activate,test) && bash tools/lint.sh && $(pytest) -m ""
 
 report:  ## what changed since BASE (a git revision), as report.md and dvc_plots/index.html
 	@$(call activate,) && bash tools/report.sh $(or $(BASE),origin/main)
