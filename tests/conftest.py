@@ -11,7 +11,7 @@ from helpers.cache import write_cache
 
 
 def pytest_collection_modifyitems(items):
-    """Of two processes that share the tests, one takes all those of a file, and one all those of the clone, which is slow to make."""
+    """Keep the tests of a file in one process, and those of the clone, which is slow to make."""
     for item in items:
         item.add_marker(pytest.mark.xdist_group("clone" if "clone" in item.fixturenames else item.path.name))
 
