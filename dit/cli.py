@@ -7,7 +7,7 @@ import os
 import sys
 
 import dit
-from dit.commands import benchmark, check, compare, export, generate, inspect, sweep, sync_runs, where
+from dit.commands import benchmark, check, compare, demo, export, generate, inspect, sweep, sync_runs, where
 from dit.commands._args import not_understood
 from dit.errors import UserError, is_out_of_memory, out_of_memory
 
@@ -17,12 +17,13 @@ examples:
   dit where                                         where the results are, how to look at the runs
   dit inspect data/latents --decode 16              what is in the latent cache, and images of it
   dit generate --prompt "a red circle"              an image from the trained model, as generated.png
+  dit demo                                          a page to draw on, in the browser
   dit export my-model                               the model and its encoders in one folder, for others
   dit sweep                                         which guidance scale and how many steps are worth their time
   dit benchmark training                            how fast training is here, and how fast it could be
   dit compare                                       all trained models side by side: a table and their images
 """
-COMMANDS = (check, where, inspect, generate, export, sweep, benchmark, compare, sync_runs)
+COMMANDS = (check, where, inspect, generate, demo, export, sweep, benchmark, compare, sync_runs)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -13,11 +13,14 @@ from tempfile import TemporaryDirectory
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_BRANCH, MLFLOW_GIT_REPO_URL, MLFLOW_SOURCE_NAME, MLFLOW_USER
 
 from dit.config import DEFAULTS
+from dit.errors import UserError, one_line
+from dit.tracking.mlflow import sqlite_file, tracking_uri
 
 PACKAGE = Path(__file__).parent.parent  # dit/
 # What generating needs, and no more. MLflow would guess, and find another package of the name dit on the public index.
@@ -82,6 +85,35 @@ def register_model(uri: str, run: str, folder: Path, name: str, step: int, packa
             signature=SIGNATURE,
             tags=TAGS,
         )
+
+
+def registered_models() -> list[str]:
+    """Return the addresses of the registered models, such as models:/dit-shapes/3, the newest versions first."""
+    uri = tracking_uri()
+    file = sqlite_file(uri)
+    if file and not file.exists():  # MLflow would make it
+        return []
+    try:
+        versions = MlflowClient(uri).search_model_versions("name LIKE 'dit-%'")
+    except MlflowException:  # a server that is away
+        return []
+    return [f"models:/{one.name}/{one.version}" for one in sorted(versions, key=lambda one: (one.name, -int(one.version)))]
+
+
+def registered_folder(address: str) -> Path:
+    """Return the model folder, as the train stage wrote it, of a registered model; it is downloaded where the store is elsewhere.
+
+    Raises:
+        UserError: it cannot be had, or was not registered by this project.
+    """
+    try:
+        folder = Path(mlflow.artifacts.download_artifacts(address, tracking_uri=tracking_uri()))
+    except (MlflowException, OSError) as error:
+        raise UserError(f"{address}: cannot be fetched from MLflow's store: {one_line(error)}") from None
+    found = sorted(folder.glob("artifacts/*/model_index.json"))
+    if not found:
+        raise UserError(f"{address}: holds no model of this project")
+    return found[0].parent
 
 
 def _self_contained(folder: Path, aside: Path) -> Path:

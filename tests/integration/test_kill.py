@@ -63,9 +63,12 @@ def kill_at_random(clone: Clone, stage: str, longest: float, rng: random.Random)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             kills += 1
-            with_work += any(path.is_file() for path in state.rglob("*"))
+            had_work = any(path.is_file() for path in state.rglob("*"))
+            with_work += had_work
+            longest *= 1 if had_work else 1.1  # something else runs here by now, and all takes longer
         else:  # it was faster: from the start again
             assert process.returncode == 0
+            longest *= 0.9
             shutil.rmtree(state, ignore_errors=True)
     return with_work
 

@@ -1,0 +1,76 @@
+"""The models that the page offers, and those that are in memory."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+from dit.errors import UserError
+from dit.pipeline.generate import load_pipeline
+from dit.pipeline.model_folder import read_index, weights_hash
+from dit.pipeline.pipeline import DiTTextToImagePipeline
+from dit.tracking.registry import registered_folder, registered_models
+
+TRAINED = Path("models/dit")
+KEPT = 2  # models in memory, so that two are compared without loading each time
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory, and the hash of its weights."""
+
+    pipeline: DiTTextToImagePipeline
+    weights: str
+
+
+def find_models(root: Path, named: list[Path]) -> dict[str, Path | None]:
+    """Return what the list of models shows, and the folder behind each; None for a registered one, which is fetched when chosen.
+
+    Those that were named on the command line come first; then the trained model, other model folders in the project and in
+    its `models/`, and the registered ones.
+
+    Raises:
+        UserError: a named folder is no model, or there is no model at all.
+    """
+    for folder in named:
+        read_index(folder)
+    nearby = [root / TRAINED, *sorted(root.glob("*/")), *sorted((root / TRAINED.parent).glob("*/"))]
+    models: dict[str, Path | None] = {str(folder): folder for folder in named}
+    models |= {folder.relative_to(root).as_posix(): folder for folder in nearby if _is_model(folder)}
+    models |= dict.fromkeys(registered_models())
+    if not models:
+        read_index(root / TRAINED)  # which says what to do
+    return models
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        read_index(folder)
+    except UserError:
+        return False
+    return True
+
+
+class Models:
+    """Loads models when they are asked for, and keeps the `KEPT` used last."""
+
+    def __init__(self, folders: dict[str, Path | None]):
+        self.folders = folders
+        self.loaded: OrderedDict[str, Loaded] = OrderedDict()
+
+    def load(self, name: str) -> Loaded:
+        """Return the model called `name`, which is loaded unless it is in memory.
+
+        Raises:
+            UserError: it cannot be loaded, or is not one of those that the page offers.
+        """
+        if name not in self.folders:  # what a browser sends need not come from the list
+            raise UserError(f"model: {name!r} is not one of {', '.join(self.folders)}")
+        if name not in self.loaded:
+            while len(self.loaded) >= KEPT:
+                self.loaded.popitem(last=False)
+            folder = self.folders[name] or registered_folder(name)
+            self.loaded[name] = Loaded(load_pipeline(folder), weights_hash(folder))
+        self.loaded.move_to_end(name)
+        return self.loaded[name]
