@@ -16,7 +16,7 @@ activate = if $(PYTHON) tools/satisfies_pins.py $(1) 2> /dev/null; then bin=$$($
 # Two processes of one thread each: two threads of one process gain little in small models, and wait long for each other.
 pytest = OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadgroup
 
-.PHONY: help repro experiments lint test test-all report clean
+.PHONY: help repro experiments lint test test-all report site clean
 
 help:  ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ test-all:  ## lint, and run all tests, the slow ones too
 report:  ## what changed since BASE (a git revision), as report.md and dvc_plots/index.html
 	@$(call activate,) && bash tools/report.sh $(or $(BASE),origin/main)
 
+site:  ## the pages of docs/ as a site, in site/; a broken link is an error
+	@$(call activate,docs) && python -m mkdocs build
+
 clean:  ## remove .venv and the caches of the tools; data, models, samples and MLflow's runs stay
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -not -path './.dvc/*' -prune -exec rm -rf {} +
@@ -48,8 +51,8 @@ clean:  ## remove .venv and the caches of the tools; data, models, samples and M
 .venv/.satisfies: pyproject.toml constraints.txt
 	@$(call install,)
 
-.venv/.satisfies-test: pyproject.toml constraints.txt
-	@$(call install,test)
+.venv/.satisfies-test .venv/.satisfies-docs: .venv/.satisfies-%: pyproject.toml constraints.txt
+	@$(call install,$*)
 	@touch .venv/.satisfies
 
 # pip installs the project last, so an installation that was interrupted leaves no stamp and is repeated.

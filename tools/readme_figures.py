@@ -30,7 +30,7 @@ MARK = re.compile(r"<!-- /?metric")
 
 def pages(root: Path) -> list[Path]:
     """Return README.md and the pages of docs/."""
-    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
 def look_up(what: str, metrics: Path) -> float:
