@@ -44,8 +44,8 @@ report:  ## what changed since BASE (a git revision), as report.md and dvc_plots
 site:  ## the pages of docs/ as a site, in site/; a broken link is an error
 	@$(call activate,docs) && python -m mkdocs build
 
-clean:  ## remove .venv and the caches of the tools; data, models, samples and MLflow's runs stay
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+clean:  ## remove .venv, the site and the caches of the tools; data, models, samples and MLflow's runs stay
+	rm -rf .venv site .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -not -path './.dvc/*' -prune -exec rm -rf {} +
 
 .venv/.satisfies: pyproject.toml constraints.txt
