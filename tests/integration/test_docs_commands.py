@@ -1,0 +1,71 @@
+"""Every command of README.md and of the tutorial is run, in the order of the pages, in a clone with small settings.
+
+The Chinese pages have the same commands (tests/unit/test_tutorial.py).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+
+import pytest
+
+from helpers import REPO
+from helpers.clones import Clone, environment
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+PAGES = ["README.md", *(f"docs/tutorial/{path.name}" for path in sorted((REPO / "docs" / "tutorial").glob("[0-9]*[a-z].md")))]
+PAGES = [page for page in PAGES if ".zh" not in page]
+PROGRAMS = re.compile(r"(?:[A-Z_]+=\S+ )*(?:git|make|dvc|dit|python|pip|mlflow|docker|\.) ")
+# What is not run here, and why, or which test does it.
+ELSEWHERE = {
+    r"git clone <this repository>": "what the clones of these tests stand for",
+    r"make repro|python -m venv|^\. |pip (install|wheel)": "makes an environment: tests/integration/test_install.py",
+    r"recipe=(coco|folder|hub)": "needs the Hub; test_docs.py checks the settings, test_coco_source.py runs a recipe",
+    r"^docker": "needs Docker",
+    r"^mlflow ui": "a server: tests/integration/test_tracking.py",
+    r"^dit demo": "a server: tests/integration/test_demo.py",
+    r"^dit benchmark": "up to a quarter of an hour: tests/integration/test_benchmarks.py runs small ones",
+    r"dvc (remote|push|pull)|Storage": "needs a storage: tests/integration/test_sharing.py",
+}
+
+
+def commands(page: str) -> list[str]:
+    lines = re.findall(r"^    (\S.*)$", (REPO / page).read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.sub(r"\s+# .*", "", line) for line in lines if PROGRAMS.match(line)]
+
+
+def elsewhere(command: str) -> bool:
+    return any(re.search(pattern, command) for pattern in ELSEWHERE)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Clone:
+    clone = Clone(tmp_path_factory.mktemp("docs") / "project")
+    clone.dvc("repro")
+    clone.run("git", "add", "-A")
+    clone.run("git", "commit", "-qm", "first run")
+    return clone
+
+
+def test_every_reason_is_of_a_command():
+    everything = [command for page in PAGES for command in commands(page)]
+    assert len(everything) > 50 and sum(not elsewhere(command) for command in everything) > 25
+    assert [pattern for pattern in ELSEWHERE if not any(re.search(pattern, command) for command in everything)] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if not all(map(elsewhere, commands(page)))])
+def test_commands_run(clone, page):
+    for command in commands(page):
+        if elsewhere(command):
+            continue
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=clone.root, env=environment(clone.root), input="y\n", capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{page}: {command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        while command == "dvc queue start" and re.search("Queued|Running", clone.dvc("queue", "status").stdout):
+            time.sleep(2)
+    clone.run("git", "checkout", "-q", ".")
+    clone.dvc("checkout", "--force")
