@@ -69,3 +69,14 @@ def test_commands_run(clone, page):
             time.sleep(2)
     clone.run("git", "checkout", "-q", ".")
     clone.dvc("checkout", "--force")
+
+
+def test_the_first_hour_runs_and_is_not_repeated(clone):
+    before = (clone.root / "params.yaml").read_text(), clone.run("git", "status", "--porcelain", "-uno").stdout
+    done = clone.run("python", "examples/first_hour.py")
+    assert "seed-1" in done.stdout
+    for name in ("drawn", "changed", "compared"):
+        assert (clone.root / "first_hour" / f"{name}.png").is_file()
+    again = clone.run("python", "examples/first_hour.py")
+    assert "guided is there already" in again.stdout and "Running stage 'train'" not in again.stdout
+    assert ((clone.root / "params.yaml").read_text(), clone.run("git", "status", "--porcelain", "-uno").stdout) == before
