@@ -2,8 +2,8 @@
 
     python examples/first_hour.py           in the project's folder, in its environment; a quarter of an hour for each training
 
-It changes no file of the project: experiments run in copies (`dvc exp run --temp`), images go into first_hour/. What is done already
-is not done again, so it can be stopped at any time and started again.
+It changes no setting: experiments run in copies (`dvc exp run --temp`), images go into first_hour/. What is done already is not
+done again, so it can be stopped at any time and started again.
 """
 
 from __future__ import annotations

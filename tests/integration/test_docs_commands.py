@@ -24,6 +24,7 @@ ELSEWHERE = {
     r"git clone <this repository>": "what the clones of these tests stand for",
     r"make repro|python -m venv|^\. |pip (install|wheel)": "makes an environment: tests/integration/test_install.py",
     r"recipe=(coco|folder|hub)": "needs the Hub; test_docs.py checks the settings, test_coco_source.py runs a recipe",
+    r"examples/first_hour.py": "the last test of this file",
     r"^docker": "needs Docker",
     r"^mlflow ui": "a server: tests/integration/test_tracking.py",
     r"^dit demo": "a server: tests/integration/test_demo.py",
