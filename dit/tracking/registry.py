@@ -20,7 +20,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_GIT_BRANCH, MLFLOW_GIT_REPO_URL, MLF
 
 from dit.config import DEFAULTS
 from dit.errors import UserError, one_line
-from dit.tracking.mlflow import sqlite_file, tracking_uri
+from dit.tracking.mlflow import open_store, sqlite_file, tracking_uri
 
 PACKAGE = Path(__file__).parent.parent  # dit/
 # What generating needs, and no more. MLflow would guess, and find another package of the name dit on the public index.
@@ -106,8 +106,12 @@ def registered_folder(address: str) -> Path:
     Raises:
         UserError: it cannot be had, or was not registered by this project.
     """
+    _, name, number = address.split("/")
     try:
-        folder = Path(mlflow.artifacts.download_artifacts(address, tracking_uri=tracking_uri()))
+        store = open_store(tracking_uri())  # whose files are found again after the project's folder has moved
+        source = str(store.client.get_model_version(name, number).source)
+        files = store.client.get_logged_model(source.removeprefix("models:/")).artifact_location
+        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=files, tracking_uri=store.uri))
     except (MlflowException, OSError) as error:
         raise UserError(f"{address}: cannot be fetched from MLflow's store: {one_line(error)}") from None
     found = sorted(folder.glob("artifacts/*/model_index.json"))

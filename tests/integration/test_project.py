@@ -14,6 +14,7 @@ import yaml
 from mlflow import MlflowClient
 from PIL import Image
 
+from dit.commands.demo.nearest import NearestTrainingImages
 from dit.config import DEFAULTS
 from dit.tracking.mlflow import Tracker, tracking_uri
 from dit.training.checkpoint import Checkpoints
@@ -272,3 +273,11 @@ def test_repro_with_links_in_a_folder_of_any_name(tmp_path, links, name):
     assert "Running stage" not in tree.dvc("repro").stdout
     tree.dvc("exp", "run", "-S", "sample.num_inference_steps=2")
     assert not damaged_cache_files(clone.root) and not files_outside(tmp_path / name)
+
+
+def test_nearest_training_images_of_one_of_them(clone):
+    nearest = NearestTrainingImages(clone.root)
+    entry = next(entry for entry in clone.json("data/raw/metadata.json") if entry["split"] == "train")
+    found = nearest.find(Image.open(clone.root / "data" / "raw" / entry["image"]).convert("RGB"))
+    assert len(found) == 5 and found[0][1] == f"{entry['text']} (1.000)"
+    assert NearestTrainingImages(clone.root / "docs").find(found[0][0]) is None  # there are none

@@ -15,12 +15,15 @@ import torch
 from mlflow import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 
+from dit.commands.demo.models import Models, find_models
 from dit.config import DEFAULTS
 from dit.encoders.loading import BUILTIN, EncoderSource, find_encoder
 from dit.errors import UserError
 from dit.pipeline.generate import load_pipeline
+from dit.pipeline.model_folder import weights_hash
 from dit.tracking import mlflow as tracking
 from dit.tracking import sync
+from dit.tracking.registry import registered_folder, registered_models
 from dit.tracking.runs import resume_run, start_run
 from helpers import REPO
 
@@ -192,3 +195,21 @@ def test_sync_runs_registers_model(project, model, monkeypatch, layout):
         loader.rename(loader.parent.parent / "pyfunc.py")
     (run_id,) = sync.sync_runs()
     check(project, model, run_id)
+
+
+def test_registered_models_are_listed_and_found(project, model):
+    assert registered_models() == [] and not (project / "mlflow.db").exists()  # nothing is made by looking
+    register(model), register(model)
+    assert registered_models() == ["models:/dit-shapes/2", "models:/dit-shapes/1"]
+    folder = registered_folder("models:/dit-shapes/2")
+    assert weights_hash(folder) == weights_hash(model)
+    assert list(find_models(project, [model])) == [str(model), "models:/dit-shapes/2", "models:/dit-shapes/1"]
+    assert Models(find_models(project, [])).load("models:/dit-shapes/1").weights == weights_hash(model)
+    with pytest.raises(UserError, match="models:/dit-shapes/9: cannot be fetched"):
+        registered_folder("models:/dit-shapes/9")
+
+
+def test_without_any_model_the_page_says_what_to_do(project, monkeypatch):
+    monkeypatch.chdir(project)
+    with pytest.raises(UserError, match="models/dit: no such folder"):
+        find_models(Path(), [])

@@ -82,3 +82,44 @@ def test_site_builds_without_a_warning(tmp_path):
     for page in (tmp_path / "site").rglob("*.html"):
         for image in re.findall(r'<img[^>]* src="([^":]+)"', page.read_text(encoding="utf-8")):
             assert (page.parent / image).is_file() or (tmp_path / "site" / image.lstrip("/")).is_file(), f"{page}: {image}"
+
+
+# Under which heading of the questions, which tests cause the problem and see what the answer says.
+CAUSED_BY = {
+    "Out of memory": [
+        "unit/test_training.py::test_trainer_out_of_memory_names_what_fits",
+        "unit/test_encode.py::test_encode_out_of_memory_names_a_batch_size",
+    ],
+    "Training is slow": ["integration/test_benchmarks.py::test_training_measures_this_model_its_peers_and_encoding_first"],
+    "The loss does not fall": ["unit/test_training.py::test_trainer_ends_after_max_nonfinite_steps"],
+    "Images are poor": [
+        "integration/test_demo.py::test_says_which_words_the_model_does_not_know",
+        "unit/test_encode.py::test_encode_warns_where_the_bundled_vae_does_not_fit",
+        "unit/test_memorization.py::test_measure_memorization_finds_the_planted_share",
+    ],
+    "A checkpoint does not load": [
+        "unit/test_checkpoint.py::test_newest_skips_damaged_checkpoint",
+        "integration/test_project.py::test_resume_from_other_settings_is_kept_apart",
+        "integration/test_generate.py::test_generate_with_latest_checkpoint",
+    ],
+    "There is no network": [
+        "integration/test_hub_encoders.py::test_load_problem_is_one_line",
+        "integration/test_cli.py::test_check_names_missing_weights",
+    ],
+    "A download breaks off": ["integration/test_coco_source.py::test_fetch_resumes_truncated_bodies"],
+    "The results are gone": ["integration/test_project.py::test_failed_stage_is_one_line_and_loses_nothing"],
+    ".dvc/cache grows": ["integration/test_docs_commands.py::test_commands_run"],
+    "MLflow shows nothing": [
+        "integration/test_cli.py::test_where_names_the_way_to_mlflow",
+        "integration/test_tracking.py::test_sync_runs_after_server_was_away",
+    ],
+    "Another machine gives other numbers": ["unit/test_training.py::test_trainer_same_seed_same_weights"],
+    "May I use what I train?": ["integration/test_export.py::test_export_card"],
+}  # fmt: skip
+
+
+def test_every_question_has_a_test_that_causes_it():
+    headings = re.findall(r"^## (.*)$", (DOCS / "tutorial" / "12-faq.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings == list(CAUSED_BY)
+    for file, name in (test.split("::") for tests in CAUSED_BY.values() for test in tests):
+        assert f"def {name}(" in (REPO / "tests" / file).read_text(encoding="utf-8"), f"{file}: {name}"
