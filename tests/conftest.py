@@ -10,6 +10,7 @@ from dit.latents.cache import LatentCache
 from helpers.cache import write_cache
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Keep the tests of a file in one process, and those of the clone, which is slow to make."""
     for item in items:
