@@ -17,7 +17,7 @@ examples:
   dit where                                         where the results are, how to look at the runs
   dit inspect data/latents --decode 16              what is in the latent cache, and images of it
   dit generate --prompt "a red circle"              an image from the trained model, as generated.png
-  dit demo                                          a page to draw on, in the browser
+  dit demo                                          a page in the browser to generate and change images
   dit export my-model                               the model and its encoders in one folder, for others
   dit sweep                                         which guidance scale and how many steps are worth their time
   dit benchmark training                            how fast training is here, and how fast it could be

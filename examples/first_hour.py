@@ -8,6 +8,7 @@ done again, so it can be stopped at any time and started again.
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -50,6 +51,7 @@ def main() -> int:
         print("first_hour: run it from the project's folder: python examples/first_hour.py", file=sys.stderr)
         return 1
     FOLDER.mkdir(exist_ok=True)
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))  # where dit and dvc are, too
     for number, (title, why, command) in enumerate(STEPS, 1):
         print(f"\n{number}. {title}: {why}\n   $ {shlex.join(command)}\n", flush=True)
         if command[:2] == ["dvc", "exp"] and command[5] in experiments():

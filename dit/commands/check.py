@@ -51,7 +51,7 @@ def check_disk(params: Params) -> None:
     if free < needed:
         raise UserError(
             f"disk: about {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free here; "
-            "free some (`dvc gc -w` drops what no commit uses) or lower num_samples"
+            "free some (`dvc gc -w` drops what the workspace does not use) or lower num_samples"
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from dit import __version__
 from dit.commands._args import add_flag, image_path
@@ -24,6 +24,9 @@ from dit.commands.inputs import (
 from dit.config import DEFAULTS, STRENGTH, Scheduler
 from dit.errors import UserError
 from dit.pipeline.model_folder import read_index, weights_hash
+
+if TYPE_CHECKING:
+    from dit.pipeline.pipeline import DiTTextToImagePipeline
 
 EXAMPLES = """\
 examples:
@@ -139,29 +142,14 @@ def generate(arguments: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from dit.commands.png import write_png
-    from dit.commands.prompt_warnings import prompt_warnings
     from dit.pipeline.generate import generate_images, load_pipeline
-    from dit.pipeline.schedulers import scheduler_name
-    from dit.utils.images import labelled_grid, psnr, reconstruct
+    from dit.utils.images import labelled_grid
 
     disable_progress_bar()  # the weights are loaded at once; the bar is for the steps
     with model_folder(arguments.checkpoint, checkpoints) as folder:
         pipeline, weights = load_pipeline(folder, arguments.scheduler), weights_hash(folder)
-    for prompt in dict.fromkeys([*prompts, arguments.negative_prompt]):
-        for line in prompt_warnings(pipeline.tokenizer, prompt):
-            print(f"dit: {line}", file=sys.stderr)
-    cell = pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
-    for line in input_warnings(arguments, image, mask, pipeline.config.image_size, cell):
+    for line in generation_warnings(pipeline, arguments, prompts, image, mask):
         print(f"dit: {line}", file=sys.stderr)
-    if image:
-        small = image.image.resize((pipeline.config.image_size,) * 2)
-        pixels = pipeline.image_processor.preprocess(small)
-        quality = psnr(pixels.to(pipeline.vae.device), reconstruct(pipeline.vae, pixels))
-        if quality < LOW_PSNR:
-            print(
-                f"dit: the VAE of this model keeps little of this image ({quality:.0f} dB): it comes out changed",
-                file=sys.stderr,
-            )
 
     prompts = [prompt for prompt in prompts for _ in range(arguments.num_images_per_prompt)]
     seeds = range(arguments.seed, arguments.seed + len(prompts))
@@ -181,12 +169,7 @@ def generate(arguments: argparse.Namespace) -> None:
         guidance_scale=arguments.guidance_scale,
         guidance_interval=tuple(arguments.guidance_interval),
     )
-    made_with = {
-        "scheduler": scheduler_name(pipeline.scheduler),
-        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
-        "model": f"sha256:{weights}",
-    }
-    shared = png_facts(arguments, image, mask, made_with, pipeline.config.image_size)
+    shared = png_facts(pipeline, weights, arguments, image, mask)
     output: Path = arguments.output
     if arguments.grid:
         generated = list(images)
@@ -234,18 +217,27 @@ def model_folder(given: Path, checkpoints: Sequence[Path]) -> Iterator[Path]:
         yield Path(folder)
 
 
-def input_warnings(
-    arguments: argparse.Namespace, image: InputImage | None, mask: InputImage | None, trained: int, cell: int
+def generation_warnings(
+    pipeline: DiTTextToImagePipeline,
+    arguments: argparse.Namespace,
+    prompts: Sequence[str],
+    image: InputImage | None,
+    mask: InputImage | None,
 ) -> Iterator[str]:
-    """Return a line for each thing that is done as asked, and may not be what was meant.
+    """Yield a line for each thing that is done as asked, and may not be what was meant.
 
     Args:
-        arguments, image, mask: what was asked for.
-        trained: side of the images that the model was trained on.
-        cell: what width and height must be multiples of; the pipeline refuses others.
+        pipeline: what generates.
+        arguments, prompts, image, mask: what was asked for.
     """
+    from dit.commands.prompt_warnings import prompt_warnings
+    from dit.utils.images import psnr, reconstruct
+
+    for prompt in dict.fromkeys([*prompts, arguments.negative_prompt]):
+        yield from prompt_warnings(pipeline.tokenizer, prompt)
+    trained, cell = pipeline.config.image_size, pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
     width, height = arguments.width or trained, arguments.height or trained
-    if (width, height) != (trained, trained) and not (width % cell or height % cell):
+    if (width, height) != (trained, trained) and not (width % cell or height % cell):  # the pipeline refuses others
         yield f"the model was trained on {trained} x {trained} pixels; at {width} x {height} things may come out twice"
     if image and image.image.size != (width, height):
         own_width, own_height = image.image.size
@@ -255,31 +247,40 @@ def input_warnings(
         yield "the mask is white nowhere, so that nothing changes"
     if arguments.negative_prompt and arguments.guidance_scale == 1:
         yield "--negative_prompt changes nothing where --guidance_scale is 1"
+    if image:
+        pixels = pipeline.image_processor.preprocess(image.image.resize((trained, trained)))
+        quality = psnr(pixels.to(pipeline.vae.device), reconstruct(pipeline.vae, pixels))
+        if quality < LOW_PSNR:
+            yield f"the VAE of this model keeps little of this image ({quality:.0f} dB): it comes out changed"
 
 
 def png_facts(
+    pipeline: DiTTextToImagePipeline,
+    weights: str,
     arguments: argparse.Namespace,
     image: InputImage | None,
     mask: InputImage | None,
-    made_with: dict[str, str],
-    trained_size: int,
 ) -> dict[str, str]:
     """Return the settings of an image, for its PNG: all but its prompt and seed; no path, no machine, no time.
 
     Args:
+        pipeline: what generates, with its scheduler.
+        weights: the hash of its weights.
         arguments, image, mask: what was asked for.
-        made_with: what the pipeline has been given or found: `scheduler`, `dtype` and `model`.
-        trained_size: side of the images that the model was trained on.
     """
+    from dit.pipeline.schedulers import scheduler_name
+
     strength = arguments.strength if arguments.strength is not None else 1.0 if mask else STRENGTH
     facts = {
         "negative_prompt": (arguments.guidance_scale > 1 and arguments.negative_prompt) or None,
         "num_inference_steps": arguments.num_inference_steps,
         "guidance_scale": arguments.guidance_scale,
         "guidance_interval": "{} {}".format(*arguments.guidance_interval),
-        **made_with,
-        "height": arguments.height or trained_size,
-        "width": arguments.width or trained_size,
+        "scheduler": scheduler_name(pipeline.scheduler),
+        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
+        "model": f"sha256:{weights}",
+        "height": arguments.height or pipeline.config.image_size,
+        "width": arguments.width or pipeline.config.image_size,
         "image": image and f"sha256:{image.sha256}",
         "mask": mask and f"sha256:{mask.sha256}",
         "strength": image and strength,

@@ -101,6 +101,12 @@ def store_lock() -> FileLock:
     return FileLock(lock, is_singleton=True)
 
 
+def limit_waiting() -> None:
+    """Let a server that is away hold up a training for seconds, and not for minutes."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+
+
 def open_store(uri: str, restore: bool = True) -> Store:
     """Open the store at `uri`, with the experiment `dit`, made on first use. Under a lock: two first writers would both make it.
 
@@ -113,8 +119,7 @@ def open_store(uri: str, restore: bool = True) -> Store:
     Raises:
         MlflowException, OSError: it cannot be reached, is none that this version of MLflow takes, or its experiment is deleted.
     """
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a server that is away shall not hold up a training
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    limit_waiting()
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # with the password that it may hold
     warnings.filterwarnings("ignore", module="mlflow")

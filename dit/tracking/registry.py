@@ -20,7 +20,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_GIT_BRANCH, MLFLOW_GIT_REPO_URL, MLF
 
 from dit.config import DEFAULTS
 from dit.errors import UserError, one_line
-from dit.tracking.mlflow import open_store, sqlite_file, tracking_uri
+from dit.tracking.mlflow import limit_waiting, open_store, sqlite_file, tracking_uri
 
 PACKAGE = Path(__file__).parent.parent  # dit/
 # What generating needs, and no more. MLflow would guess, and find another package of the name dit on the public index.
@@ -93,6 +93,7 @@ def registered_models() -> list[str]:
     file = sqlite_file(uri)
     if file and not file.exists():  # MLflow would make it
         return []
+    limit_waiting()
     try:
         versions = MlflowClient(uri).search_model_versions("name LIKE 'dit-%'")
     except MlflowException:  # a server that is away
@@ -108,7 +109,7 @@ def registered_folder(address: str) -> Path:
     """
     _, name, number = address.split("/")
     try:
-        store = open_store(tracking_uri())  # whose files are found again after the project's folder has moved
+        store = open_store(tracking_uri(), restore=False)  # whose files are found again after the project's folder has moved
         source = str(store.client.get_model_version(name, number).source)
         files = store.client.get_logged_model(source.removeprefix("models:/")).artifact_location
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=files, tracking_uri=store.uri))

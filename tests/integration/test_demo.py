@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -43,15 +45,19 @@ BOMB = png_of(100_000, 100_000)
 
 
 class Demo:
-    """A running `dit demo`; pictures lie in `output`, which is a folder of the folder that it was started in."""
+    """A running `dit demo`; its images lie in `output`, outside the folder that it was started in and the temporary one."""
 
-    def __init__(self, folder: Path, model: Path):
+    def __init__(self, folder: Path, *models: Path):
         self.folder, self.output, port = folder, folder / "drawings", free_port()
+        for name in ("project", "tmp"):
+            (folder / name).mkdir()
         self.address = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "dit.cli", "demo", "--checkpoint", str(model), "--port", str(port), "--no-browser"]
-        environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "dit.cli", "demo", "--port", str(port), "--no-browser", "--output", str(self.output)]
+        for model in models:
+            command += ["--checkpoint", str(model)]
+        environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "tmp")}
         self.log = (folder / "log").open("w")
-        self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=self.log, stderr=self.log)
+        self.process = subprocess.Popen(command, cwd=folder / "project", env=environment, stdout=self.log, stderr=self.log)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             try:
@@ -77,11 +83,23 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def demo(browser, model, tmp_path_factory) -> Iterator[Demo]:
-    demo = Demo(tmp_path_factory.mktemp("demo"), model)
+def larger_model(model, tmp_path_factory) -> Path:
+    """The same model, which says that it was trained on images of twice the size."""
+    folder = tmp_path_factory.mktemp("larger") / "dit"
+    shutil.copytree(model, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["encoders"]["image_size"] *= 2
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo(browser, model, larger_model, tmp_path_factory) -> Iterator[Demo]:
+    demo = Demo(tmp_path_factory.mktemp("demo"), model, larger_model)
     yield demo
     demo.stop()
-    assert "a drawing failed" not in (demo.folder / "log").read_text()
+    assert not list(demo.output.glob(".page-*"))  # what the page has shown and uploaded goes with it
+    assert "a request of the page failed" not in (demo.folder / "log").read_text()
 
 
 def opened(context: BrowserContext, demo: Demo) -> Page:
@@ -127,6 +145,15 @@ def draw(page: Page, demo: Demo, prompt: str, seed: int | None = None, count: in
     return sorted(demo.pictures() - before)
 
 
+def generated(demo: Demo, model: Path, *arguments: str) -> Path:
+    """What `dit generate` writes."""
+    path = demo.folder / "by-hand.png"
+    command = [sys.executable, "-m", "dit.cli", "generate", "--checkpoint", str(model), *arguments, "--output", str(path)]
+    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=demo.folder, env=environment, check=True, capture_output=True)
+    return path
+
+
 def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
@@ -144,14 +171,11 @@ def test_same_seed_gives_the_picture_that_dit_generate_gives(page, demo, model):
     (first,) = draw(page, demo, "a red circle", seed=7)
     (second,) = draw(page, demo, "a red circle", seed=7)
     (other,) = draw(page, demo, "a red circle", seed=8)
-    command = [sys.executable, "-m", "dit.cli", "generate", "--checkpoint", str(model), "--prompt", "a red circle", "--seed", "7"]
-    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--output", "by-hand.png"], cwd=demo.folder, env=environment, check=True, capture_output=True)
+    by_hand = generated(demo, model, "--prompt", "a red circle", "--seed", "7")
     assert (pixels(first) == pixels(second)).all()
     assert (pixels(first) != pixels(other)).any()
-    assert (pixels(first) == pixels(demo.folder / "by-hand.png")).all()
-    assert read_facts(first) == read_facts(demo.folder / "by-hand.png")
-    (demo.folder / "by-hand.png").unlink()
+    assert (pixels(first) == pixels(by_hand)).all()
+    assert read_facts(first) == read_facts(by_hand)
 
 
 def test_a_new_seed_each_time_gives_another_picture(page, demo):
@@ -174,19 +198,20 @@ def test_shows_the_picture_while_it_is_drawn(page, demo):
     assert len(seen) >= 3
 
 
-def test_cancel_saves_nothing_and_the_next_drawing_works(page, demo):
+def test_cancel_saves_nothing_and_the_next_one_is_whole(page, demo, model):
     page.click("#draw-settings button")
     fill(page, "draw-steps", 100)
     fill(page, "draw-prompt", "a star")
     before = demo.pictures()
     page.click("#draw")
     expect(page.locator("#status progress")).to_be_visible(timeout=PATIENCE)
-    page.click("#cancel")
+    page.click("#draw-cancel")
     settle(page, "Cancelled")
-    time.sleep(1)
-    assert demo.pictures() == before
-    fill(page, "draw-steps", 4)
-    assert len(draw(page, demo, "a star")) == 1
+    fill(page, "draw-steps", 12)
+    (path,) = draw(page, demo, "a heart")  # at once, and whole: of nothing that the other one has left
+    assert demo.pictures() == before | {path}
+    again = ["--prompt", "a heart", "--seed", read_facts(path)["seed"], "--num_inference_steps", "12"]
+    assert (pixels(path) == pixels(generated(demo, model, *again))).all()
 
 
 def test_several_pictures_have_consecutive_seeds(page, demo):
@@ -228,6 +253,11 @@ def test_changes_what_the_brush_has_painted_alone(page, demo, tmp_path):
     changed = (pixels(path) != pixels(source)).any(-1)
     assert 20 < changed.sum() < 1000
     assert not changed[:16].any() and not changed[-16:].any()
+    before = demo.pictures()
+    page.click("#again")  # with the image and the paint that it was made from
+    expect(page.locator("#gallery button img")).to_have_count(2, timeout=PATIENCE)
+    (again,) = demo.pictures() - before
+    assert (pixels(again) == pixels(path)).all() and read_facts(again) == facts
 
 
 def test_chosen_picture_goes_into_the_editor(page, demo):
@@ -252,6 +282,19 @@ def test_compares_two_settings_from_the_same_seed(page, demo):
     assert (one["num_inference_steps"], two["num_inference_steps"]) == ("4", "12")
     assert one["seed"] == two["seed"]
     assert page.locator("#result_a img").get_attribute("src") != page.locator("#result_b img").get_attribute("src")
+    page.get_by_role("tab", name="Generate").click()
+    expect(page.locator("#gallery button img")).to_have_count(2)
+    expect(page.locator("#facts textarea")).to_have_value(re.compile("num_inference_steps: 12"))  # the newest
+
+
+def test_another_model_brings_its_size(page, demo):
+    page.click("#draw-settings button")
+    page.locator("#draw-model input").click()
+    page.get_by_role("option").nth(1).click()
+    expect(page.locator("#draw-width input[type=number]")).to_have_value("128", timeout=PATIENCE)
+    (path,) = draw(page, demo, "a star", seed=1)
+    assert pixels(path).shape == (128, 128, 3)
+    assert page.locator("[data-testid=toast-body]").count() == 0  # it was trained on this size
 
 
 def test_two_users_do_not_see_each_others_pictures(browser, demo):
@@ -276,8 +319,8 @@ def test_two_users_do_not_see_each_others_pictures(browser, demo):
 def test_page_and_answers_are_chinese_for_a_chinese_browser(browser, demo):
     context = browser.new_context(locale="zh-CN")
     page = opened(context, demo)
-    for key in ("draw", "cancel"):
-        expect(page.locator(f"#{key}")).to_have_text(LABELS[key][1])
+    for name, key in (("draw", "draw"), ("draw-cancel", "cancel")):
+        expect(page.locator(f"#{name}")).to_have_text(LABELS[key][1])
     expect(page.locator("#draw-prompt")).to_contain_text(LABELS["prompt"][1])
     (path,) = draw(page, demo, "一个红色的圆", words="完成，用时")
     assert read_facts(path)["prompt"] == "一个红色的圆"
@@ -356,6 +399,7 @@ def test_a_file_that_is_no_picture_is_refused_in_words(page, tmp_path, content, 
     expect(page.locator("[data-testid=toast-body]").first).to_contain_text(words, timeout=PATIENCE)
 
 
+@pytest.mark.slow
 def test_a_killed_server_loses_no_picture(browser, model, tmp_path):
     demo = Demo(tmp_path, model)
     context = browser.new_context(locale="en-US")
@@ -369,7 +413,8 @@ def test_a_killed_server_loses_no_picture(browser, model, tmp_path):
     context.close()
     assert demo.pictures() == {path} and pixels(path).shape == (64, 64, 3)
     assert list(demo.output.glob("*.part")) == []
-    assert {one.name for one in demo.folder.iterdir()} == {"drawings", "log"}  # nothing is written elsewhere
+    assert {one.name for one in demo.folder.iterdir()} == {"drawings", "log", "project", "tmp"}
+    assert not list((demo.folder / "project").iterdir())  # nothing is written elsewhere
 
 
 @pytest.mark.parametrize(

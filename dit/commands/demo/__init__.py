@@ -1,13 +1,17 @@
-"""`dit demo`: a page in the browser to draw with the trained models, to change pictures and to compare settings."""
+"""`dit demo`: a page in the browser to generate images with the trained models, to change images and to compare settings."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import os
+import shutil
+import signal
 import socket
 import sys
 from pathlib import Path
+
+import psutil
 
 from dit.commands._args import add_flag
 from dit.errors import UserError
@@ -18,17 +22,18 @@ examples:
   dit demo --checkpoint my-export --checkpoint other   these models first
   dit demo --output drawings --port 8000 --no-browser
 """
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost")
+CACHE = ".page-"  # and the number of the process: of a folder with what the page has uploaded and shows
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add `demo` and its flags."""
     parser = commands.add_parser(
         "demo",
-        help="draw, change pictures and compare settings on a page in the browser",
-        description="Serve a page to draw with the trained models, to change pictures with a brush and to compare settings.\n"
-        "It is served to this machine alone, and fetches and sends nothing. Needs the extra: pip install -c constraints.txt "
-        "-e '.[demo]'",
+        help="generate and change images, and compare settings, on a page in the browser",
+        description="Serve a page to generate images with the trained models, to change images with a brush and to compare\n"
+        "settings. It is served to this machine alone; nothing is sent anywhere, and nothing but models is fetched.\n"
+        "Needs the extra: pip install -c constraints.txt -e '.[demo]'",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -47,7 +52,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         type=Path,
         default=Path("drawings"),
         metavar="FOLDER",
-        help="where every picture is saved, with its settings in it; default: %(default)s",
+        help="where every image is saved, with its settings in it; default: %(default)s",
     )
     add_flag(parser, "host", default=LOOPBACK[0], metavar="ADDRESS", help="0.0.0.0 serves all networks; default: %(default)s")
     add_flag(parser, "port", type=int, default=7860, metavar="N", help="default: %(default)s")
@@ -65,18 +70,39 @@ def demo(arguments: argparse.Namespace) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {arguments.output}: cannot be made: {error.strerror}") from None
-    # Before gradio is imported: what the page uploads and shows lies in the output folder, too.
-    os.environ["GRADIO_TEMP_DIR"] = str(output / ".page")
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    remove_old_caches(output)
+    cache = output / f"{CACHE}{os.getpid()}"
+    # Before gradio is imported, which also asks itself whether it is there, and that through no proxy.
+    os.environ |= {"GRADIO_TEMP_DIR": str(cache), "GRADIO_ANALYTICS_ENABLED": "False"}
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), arguments.host, *LOOPBACK]))
 
     from dit.commands.demo.models import Models, find_models
+    from dit.commands.demo.nearest import NearestTrainingImages
     from dit.commands.demo.page import Page, launch
 
     models = find_models(Path(), arguments.checkpoint)
-    print(f"models: {', '.join(models)}\npictures are saved in {output}", file=sys.stderr)
-    if arguments.host not in LOOPBACK:
-        print(f"dit: everybody who reaches {arguments.host} can draw here, and sees the models' names", file=sys.stderr)
-    launch(Page(Models(models), output, Path()), arguments.host, arguments.port, arguments.browser)
+    print(f"models: {', '.join(models)}\nimages are saved in {output}", file=sys.stderr)
+    nearest = None
+    if arguments.host in LOOPBACK:
+        nearest = NearestTrainingImages(Path())
+    else:
+        print(
+            f"dit: everybody who reaches {arguments.host} can generate images here, and sees the models' names", file=sys.stderr
+        )
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # both end it as Ctrl-C does
+    try:
+        launch(Page(Models(models), output, cache, nearest), arguments.host, arguments.port, arguments.browser)
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+
+
+def remove_old_caches(output: Path) -> None:
+    """Remove what servers that were killed have left in `output`."""
+    for folder in output.glob(f"{CACHE}*"):
+        number = folder.name.removeprefix(CACHE)
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_port(host: str, port: int) -> None:
@@ -84,9 +110,9 @@ def check_port(host: str, port: int) -> None:
     if not 0 < port < 65536:
         raise UserError(f"--port: {port} is not between 1 and 65535")
     try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+        with socket.create_server((host, port)):
             return
+    except socket.gaierror:
+        raise UserError(f"--host: {host} is no address of this machine") from None
     except OSError as error:
-        raise UserError(
-            f"--host {host} --port {port}: {error.strerror}; another --port, such as {port + 1}, may be free"
-        ) from None
+        raise UserError(f"--host {host} --port {port}: {error.strerror}; another --port may be free") from None

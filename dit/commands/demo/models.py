@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
+from dit.config import Scheduler
 from dit.errors import UserError
+from dit.model.objectives import PredictionType
 from dit.pipeline.generate import load_pipeline
 from dit.pipeline.model_folder import read_index, weights_hash
 from dit.pipeline.pipeline import DiTTextToImagePipeline
+from dit.pipeline.schedulers import make_scheduler
 from dit.tracking.registry import registered_folder, registered_models
 
 TRAINED = Path("models/dit")
@@ -22,6 +27,29 @@ class Loaded:
 
     pipeline: DiTTextToImagePipeline
     weights: str
+
+    @property
+    def size(self) -> int:
+        """Return the side of the images that it was trained on."""
+        return self.pipeline.config.image_size
+
+    @property
+    def cell(self) -> int:
+        """Return what width and height must be multiples of."""
+        return self.pipeline.vae_scale_factor * self.pipeline.transformer.config.patch_size
+
+    @property
+    def schedulers(self) -> list[str]:
+        """Return the names of the schedulers that fit what it predicts."""
+        return [name for name in get_args(Scheduler) if _fits(name, self.pipeline.config.prediction_type)]
+
+
+def _fits(scheduler: str, prediction_type: PredictionType) -> bool:
+    try:
+        make_scheduler(scheduler, prediction_type)
+    except UserError:
+        return False
+    return True
 
 
 def find_models(root: Path, named: list[Path]) -> dict[str, Path | None]:
@@ -53,24 +81,27 @@ def _is_model(folder: Path) -> bool:
 
 
 class Models:
-    """Loads models when they are asked for, and keeps the `KEPT` used last."""
+    """Loads models when they are asked for, and keeps the `KEPT` used last.
+
+    Attributes:
+        lock: held by whoever loads or draws: a pipeline serves one drawing at a time, and is not dropped meanwhile.
+    """
 
     def __init__(self, folders: dict[str, Path | None]):
         self.folders = folders
         self.loaded: OrderedDict[str, Loaded] = OrderedDict()
+        self.lock = threading.Lock()
 
     def load(self, name: str) -> Loaded:
-        """Return the model called `name`, which is loaded unless it is in memory.
+        """Return the model called `name`, which is loaded unless it is in memory; `lock` is held.
 
         Raises:
-            UserError: it cannot be loaded, or is not one of those that the page offers.
+            UserError: it cannot be loaded.
         """
-        if name not in self.folders:  # what a browser sends need not come from the list
-            raise UserError(f"model: {name!r} is not one of {', '.join(self.folders)}")
         if name not in self.loaded:
             while len(self.loaded) >= KEPT:
                 self.loaded.popitem(last=False)
-            folder = self.folders[name] or registered_folder(name)
+            folder = self.folders[name] = self.folders[name] or registered_folder(name)
             self.loaded[name] = Loaded(load_pipeline(folder), weights_hash(folder))
         self.loaded.move_to_end(name)
         return self.loaded[name]

@@ -1,4 +1,4 @@
-"""Which training images are nearest to a picture: is it new, or a copy?"""
+"""Which training images are nearest to an image: is it new, or a copy?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LATENTS, RAW = Path("data/latents"), Path("data/raw")
 
 
 class NearestTrainingImages:
-    """Looks a picture up among the training images, by the features of the recipe's CLIP, which are computed once.
+    """Looks an image up among the training images, by the features of the recipe's CLIP, which are computed once.
 
     Args:
         root: the project's folder.
@@ -35,7 +35,7 @@ class NearestTrainingImages:
         if self.clip is None:
             self._read()
         assert self.clip is not None
-        cosines = (self.clip.embed_images([image], 1, "picture") @ self.features.T)[0]
+        cosines = (self.clip.embed_images([image], 1, "image") @ self.features.T)[0]
         found = torch.topk(cosines, min(SHOWN, len(cosines)))
         chosen = [self.entries[k] for k in found.indices.tolist()]
         images = open_images(self.root / RAW, chosen, self.size, self.runtime)

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
+import html
 import logging
 import random
+import secrets
+import shutil
 import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import gradio as gr
-from PIL import Image, ImageOps
+from PIL import Image
 
-from dit.commands.demo.drawing import MOST, Preview, draw, save, tile
-from dit.commands.demo.models import Loaded, Models
+from dit.commands.demo.models import Models
 from dit.commands.demo.nearest import NearestTrainingImages
+from dit.commands.demo.orders import MOST, Generated, Order, Preview, generate, save, tile
 from dit.commands.demo.words import answer, labels
-from dit.commands.generate import input_warnings
 from dit.commands.inputs import InputImage, check_numbers
-from dit.commands.prompt_warnings import prompt_warnings
-from dit.config import DEFAULTS, STRENGTH, Scheduler
+from dit.config import DEFAULTS, STRENGTH
 from dit.dataset.decode import open_named
 from dit.dataset.rgb import to_rgb
 from dit.errors import UserError
@@ -30,7 +32,9 @@ from dit.errors import UserError
 logger = logging.getLogger(__name__)
 BRUSH = ("#ff7a00", 0.6)  # colour and opacity: what is below stays visible
 UPLOAD = "50mb"
-WAITING = 8  # drawings that may wait in the queue
+LARGEST = 4  # times the size of training: of what is generated, and of what an upload is reduced to
+WAITING = 8  # orders that may wait in the queue
+KEPT = 100  # images in the gallery of a session; older ones are in the output folder alone
 CSS = """
 .pixels img { image-rendering: pixelated; }
 .large img { height: 384px; width: 100%; object-fit: contain; }
@@ -38,39 +42,45 @@ CSS = """
 .gradio-container { max-width: 1400px !important; margin: auto; }
 """
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none is downloaded
+# The controls that say how to generate, in their order on the page.
 SETTINGS = ("model", "scheduler", "num_inference_steps", "guidance_scale", "width", "height")
+AT_ONCE: dict[str, Any] = {"show_progress": "hidden", "queue": False}  # of handlers that take no time
 text = gr.I18n()
 
 
+@dataclass(frozen=True)
+class Entry:
+    """An image of a session's gallery: the order and the facts that it was made with, and its copy that the browser may fetch."""
+
+    order: Order
+    facts: dict[str, str]
+    copy: str
+
+
 class Page:
-    """The page's state and its handlers; `blocks` is the page itself.
+    """The page's handlers; `blocks` is the page itself. What a user has done is in states of that user's session.
 
     Args:
         models: what may be chosen.
-        output: the folder that pictures are saved in.
-        root: the project's folder, where the training images are looked for.
+        output: the folder that images are saved in.
+        cache: a folder whose files browsers may fetch by their names, so these are not to be guessed.
+        nearest: finds the nearest training images; None where they are not for everybody.
     """
 
-    def __init__(self, models: Models, output: Path, root: Path):
-        self.models, self.output = models, output
-        self.nearest = NearestTrainingImages(root)
-        first = self.models.load(next(iter(models.folders)))
-        self.size = first.pipeline.config.image_size
-        self.cell = first.pipeline.vae_scale_factor * first.pipeline.transformer.config.patch_size
-        self.blocks = self._build()
-
-    def _build(self) -> gr.Blocks:
-        with gr.Blocks(title="dit demo", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
+    def __init__(self, models: Models, output: Path, cache: Path, nearest: NearestTrainingImages | None):
+        self.models, self.output, self.cache, self.nearest = models, output, cache, nearest
+        with models.lock:
+            self.first = models.load(next(iter(models.folders)))
+        with gr.Blocks(title="dit demo", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as self.blocks:
             gr.Markdown(text("title"))
-            history = gr.State([])  # of this browser's session: the pictures' files and facts, the newest first
-            chosen = gr.State(None)
+            self.history = gr.State([])  # entries, the newest first
+            self.chosen = gr.State(None)
             with gr.Tab(text("tab_draw")):
-                self._build_draw(history, chosen)
+                self._build_generate()
             with gr.Tab(text("tab_compare")):
                 self._build_compare()
-        return blocks
 
-    def _build_draw(self, history: gr.State, chosen: gr.State) -> None:
+    def _build_generate(self) -> None:
         with gr.Row():
             with gr.Column():
                 prompt, negative, seed, new_seed, count = self._what("draw")
@@ -83,7 +93,7 @@ class Page:
                         format="png",  # others lose
                         label=text("editor"),
                         sources=(),
-                        brush=gr.Brush(default_size=max(4, self.size // 8), colors=[BRUSH], color_mode="fixed"),
+                        brush=gr.Brush(default_size=max(4, self.first.size // 8), colors=[BRUSH], color_mode="fixed"),
                         layers=False,
                         transforms=(),
                         elem_id="editor",
@@ -92,33 +102,37 @@ class Page:
                     strength = gr.Slider(
                         0, 1, STRENGTH, step=0.05, label=text("strength"), info=text("strength_info"), elem_id="strength"
                     )
-                with gr.Row():
-                    start = gr.Button(text("draw"), variant="primary", elem_id="draw")
-                    cancel = gr.Button(text("cancel"), variant="stop", elem_id="cancel")
+                start, cancel = buttons("draw")
             with gr.Column():
                 live = shown_image("live")
                 status = gr.HTML(elem_id="status", container=True)
-                gallery = shown_gallery("gallery")
-                facts = gr.Textbox(label=text("facts"), lines=3, buttons=["copy"], interactive=False, elem_id="facts")
+                self.gallery = shown_gallery("gallery")
+                self.facts = gr.Textbox(
+                    label=text("facts"), lines=3, max_lines=20, buttons=["copy"], interactive=False, elem_id="facts"
+                )
                 with gr.Row():
                     again = gr.Button(text("again"), size="sm", elem_id="again")
                     edit = gr.Button(text("edit"), size="sm", elem_id="edit")
-                    near = gr.Button(text("nearest"), size="sm", elem_id="near")
+                    near = gr.Button(text("nearest"), size="sm", elem_id="near", visible=self.nearest is not None)
                 neighbours = shown_gallery("nearest_gallery", visible=False)
-        inputs = [prompt, negative, seed, count, *settings, editor, strength, history]
-        controls = [prompt, negative, seed, count, *settings, new_seed, editor]
-        results = [live, status, gallery, history]
-        shown = {"show_progress": "minimal", "show_progress_on": status}
 
-        drawing = {"fn": self.draw, "inputs": inputs, "outputs": results, "concurrency_id": "model", **shown}
-        roll = {"fn": roll_seed, "inputs": [seed, new_seed], "outputs": seed, "show_progress": "hidden", "queue": False}
-        events = [gr.on([start.click, prompt.submit], **roll).then(**drawing)]
-        gallery.select(self.choose, [history], [chosen, facts], show_progress="hidden")
-        events.append(again.click(self.recall, [chosen], controls, show_progress="hidden").success(**drawing))
-        edit.click(self.put_into_editor, [chosen], [editor, change, prompt], show_progress="hidden")
-        upload.upload(self.take_upload, [upload, *settings], [editor], show_progress="minimal")
-        near.click(self.show_nearest, [chosen], [neighbours], concurrency_id="model")
-        cancel.click(self.cancelled, None, [status], cancels=events, show_progress="hidden", queue=False)
+        self.results = [self.history, self.gallery, self.chosen, self.facts]
+        run = {
+            "fn": self.generate,
+            "inputs": [self.history, prompt, negative, seed, count, *settings, editor, strength],
+            "outputs": [live, status, *self.results],
+        }
+        controls = [prompt, negative, seed, new_seed, count, *settings, editor, strength]
+        recalled = again.click(self.recall, self.chosen, controls, **AT_ONCE)
+        events = [
+            start_event(gr.on([start.click, prompt.submit], **roll(seed, new_seed)).then, status, run),
+            start_event(recalled.success, status, run),
+            start_event(near.click, status, {"fn": self.show_nearest, "inputs": self.chosen, "outputs": [neighbours, status]}),
+        ]
+        cancel.click(self.cancelled, None, status, cancels=events, **AT_ONCE)
+        self.gallery.select(self.choose, self.history, [self.chosen, self.facts, neighbours], **AT_ONCE)
+        edit.click(self.put_into_editor, self.chosen, [editor, change, prompt, *settings[-2:]], **AT_ONCE)
+        upload.upload(self.take_upload, [upload, settings[0]], editor, show_progress="minimal")
 
     def _build_compare(self) -> None:
         prompt, negative, seed, new_seed, count = self._what("compare")
@@ -126,39 +140,34 @@ class Page:
         with gr.Row():
             for side in ("a", "b"):
                 with gr.Column():
-                    sides.append(self._settings(side, f"settings_{side}", is_open=True))
+                    sides += self._settings(side, f"settings_{side}", is_open=True)
                     images.append(shown_image(f"result_{side}"))
-        with gr.Row():
-            start = gr.Button(text("draw_both"), variant="primary", elem_id="draw_both")
-            cancel = gr.Button(text("cancel"), variant="stop")
+        start, cancel = buttons("draw_both")
         status = gr.HTML(container=True, elem_id="compare_status")
-        roll = {"fn": roll_seed, "inputs": [seed, new_seed], "outputs": seed, "show_progress": "hidden", "queue": False}
-        event = gr.on([start.click, prompt.submit], **roll).then(
-            self.compare,
-            [prompt, negative, seed, count, *sides[0], *sides[1]],
-            [*images, status],
-            concurrency_id="model",
-            show_progress="minimal",
-            show_progress_on=status,
-        )
-        cancel.click(self.cancelled, None, [status], cancels=[event], show_progress="hidden", queue=False)
+        run = {
+            "fn": self.compare,
+            "inputs": [self.history, prompt, negative, seed, count, *sides],
+            "outputs": [*images, status, *self.results],
+        }
+        event = start_event(gr.on([start.click, prompt.submit], **roll(seed, new_seed)).then, status, run)
+        cancel.click(self.cancelled, None, status, cancels=event, **AT_ONCE)
 
     def _what(self, place: str) -> tuple[gr.Textbox, gr.Textbox, gr.Number, gr.Checkbox, gr.Slider]:
-        """Make the controls that say what to draw; their elements are called after `place`."""
+        """Make the controls that say what to generate; their elements are called after `place`."""
         prompt = gr.Textbox(
             label=text("prompt"),
             info=text("prompt_info"),
             autofocus=True,
-            elem_id=f"{place}-prompt",
             max_lines=4,
             max_length=2000,
+            elem_id=f"{place}-prompt",
         )
         negative = gr.Textbox(
             label=text("negative_prompt"),
             info=text("negative_prompt_info"),
-            elem_id=f"{place}-negative_prompt",
             max_lines=4,
             max_length=2000,
+            elem_id=f"{place}-negative_prompt",
         )
         with gr.Row():
             seed = gr.Number(0, label=text("seed"), precision=0, minimum=0, maximum=2**31 - 1, elem_id=f"{place}-seed")
@@ -167,127 +176,164 @@ class Page:
         return prompt, negative, seed, new_seed, count
 
     def _settings(self, place: str, label: str, is_open: bool = False) -> list[Any]:
-        """Make the controls that say how to draw, in the order of `SETTINGS`."""
-        names, schedulers = list(self.models.folders), list(get_args(Scheduler))
+        """Make the controls that say how to generate, in the order of `SETTINGS`."""
+        names = list(self.models.folders)
         with gr.Accordion(text(label), open=is_open, elem_id=f"{place}-settings"):
             with gr.Row():
                 model = gr.Dropdown(names, value=names[0], label=text("model"), elem_id=f"{place}-model")
                 scheduler = gr.Dropdown(
-                    schedulers, value=DEFAULTS.scheduler, label=text("scheduler"), elem_id=f"{place}-scheduler"
+                    self.first.schedulers, value=DEFAULTS.scheduler, label=text("scheduler"), elem_id=f"{place}-scheduler"
                 )
             steps = gr.Slider(1, 100, DEFAULTS.num_inference_steps, step=1, label=text("steps"), elem_id=f"{place}-steps")
             guidance = gr.Slider(
-                1, 10, DEFAULTS.guidance_scale, step=0.1, label=text("guidance"), info=text("guidance_info"),
+                1,
+                10,
+                DEFAULTS.guidance_scale,
+                step=0.1,
+                label=text("guidance"),
+                info=text("guidance_info"),
                 elem_id=f"{place}-guidance",
-            )  # fmt: skip
+            )
+            size, cell = self.first.size, self.first.cell
             sides = [
-                gr.Slider(self.cell, 4 * self.size, self.size, step=self.cell, label=text(side), elem_id=f"{place}-{side}")
+                gr.Slider(cell, LARGEST * size, size, step=cell, label=text(side), elem_id=f"{place}-{side}")
                 for side in ("width", "height")
             ]
+        model.input(self.fit_model, [model, scheduler], [scheduler, *sides], show_progress="minimal")
         return [model, scheduler, steps, guidance, *sides]
 
-    def draw(self, request: gr.Request, prompt, negative, seed, count, *rest) -> Iterator[tuple]:  # noqa: D417
-        """Draw what the controls say: live pictures and the time left, then the results, which have been saved."""
-        settings, (editor, strength, history) = rest[: len(SETTINGS)], rest[len(SETTINGS) :]
-        with in_words(request):
-            order = make_order(request, prompt, negative, seed, count, settings)
-            image, mask = read_editor(editor)
-            order.strength = strength if image and not mask else None  # what is painted is drawn anew
-            check_numbers(order)
-            yield gr.skip(), note(answer(request, "starting")), gr.skip(), gr.skip()
-            loaded, began = self.models.load(order.model), time.monotonic()
-            self.warn(loaded, order, image, mask)
-            for update in draw(loaded, order, image, mask):
-                if isinstance(update, Preview):
-                    yield update.image, progress(request, update), gr.skip(), gr.skip()
-                    continue
-                made = [{"file": str(save(self.output, one)), "facts": one.facts, "model": order.model} for one in update]
-                history = [*made, *history]
-                done = note(answer(request, "done", seconds=time.monotonic() - began, folder=self.output.name))
-                yield tile([one.image for one in update]), done, [one["file"] for one in history], history
+    def fit_model(self, request: gr.Request, model: str, scheduler: str) -> list[Any]:
+        """Offer the sizes and schedulers of the chosen model, which is loaded."""
+        with in_words(request), self.models.lock:
+            loaded = self.models.load(model)
+        fitting = loaded.schedulers
+        chosen = scheduler if scheduler in fitting else DEFAULTS.scheduler if DEFAULTS.scheduler in fitting else fitting[0]
+        side = gr.Slider(minimum=loaded.cell, maximum=LARGEST * loaded.size, step=loaded.cell, value=loaded.size)
+        return [gr.Dropdown(fitting, value=chosen), side, side]
 
-    def compare(self, request: gr.Request, prompt, negative, seed, count, *rest) -> Iterator[tuple]:  # noqa: D417
-        """Draw with both settings, from the same seeds, one after the other."""
+    def generate(self, request: gr.Request, history, prompt, negative, seed, count, *rest) -> Iterator[list]:  # noqa: D417
+        """Generate what the controls say: live images and the time left, then the results, which have been saved."""
+        settings, (editor, strength) = rest[: len(SETTINGS)], rest[len(SETTINGS) :]
         with in_words(request):
-            orders = [
-                make_order(request, prompt, negative, seed, count, settings)
-                for settings in (rest[: len(SETTINGS)], rest[len(SETTINGS) :])
-            ]
-            for order in orders:
-                check_numbers(order)
-            images: list[Any] = [None, None]
-            yield *images, note(answer(request, "starting"))
-            began, made = time.monotonic(), []
+            order = make_order(request, prompt, negative, seed, count, settings, *read_editor(editor), strength)
+            for image, status, made in self.run(request, order):
+                yield [image, status, *self.keep(order, made, history)]
+
+    def compare(self, request: gr.Request, history, prompt, negative, seed, count, *settings) -> Iterator[list]:  # noqa: D417
+        """Generate with both settings, from the same seeds, one after the other."""
+        with in_words(request):
+            both = settings[: len(SETTINGS)], settings[len(SETTINGS) :]
+            orders = [make_order(request, prompt, negative, seed, count, one) for one in both]
+            images = [None, None]
             for side, order in enumerate(orders):
-                loaded = self.models.load(order.model)
-                self.warn(loaded, order, None, None)
-                for update in draw(loaded, order, None, None):
-                    if isinstance(update, Preview):
-                        images[side] = update.image
-                        yield *images, progress(request, update)
-                        continue
-                    images[side] = tile([one.image for one in update])
-                    made += update
-            for one in made:
-                save(self.output, one)
-            yield *images, note(answer(request, "done", seconds=time.monotonic() - began, folder=self.output.name))
+                for images[side], status, made in self.run(request, order):
+                    kept = self.keep(order, made, history)
+                    history = kept[0] if made else history
+                    yield [*images, status, *kept]
 
-    def warn(self, loaded: Loaded, order: Namespace, image: InputImage | None, mask: InputImage | None) -> None:
-        """Show what is done as asked, and may not be what was meant."""
-        for prompt in (order.prompt, order.negative_prompt):
-            for line in prompt_warnings(loaded.pipeline.tokenizer, prompt):
-                gr.Warning(line, title="dit")
-        for line in input_warnings(order, image, mask, self.size, self.cell):
-            gr.Warning(line.removeprefix("--"), title="dit")
+    def run(self, request: gr.Request, order: Order) -> Iterator[tuple[Any, str, list[Generated]]]:
+        """Yield (live image, status, what is done and saved) while `order` is worked on."""
+        yield gr.skip(), note(answer(request, "starting")), []
+        began = time.monotonic()
+        for update in generate(self.models, order):
+            if isinstance(update, str):
+                gr.Warning(html.escape(update).replace("--", ""), title="dit")
+            elif isinstance(update, Preview):
+                yield update.image, progress(request, update), []
+            else:
+                done = answer(request, "done", seconds=time.monotonic() - began, folder=self.output.name)
+                yield tile([one.image for one in update]), note(done), update
+
+    def keep(self, order: Order, made: list[Generated], history: list[Entry]) -> list[Any]:
+        """Save what was made, and return history, gallery, the chosen entry and its facts: the newest ones."""
+        if not made:
+            return [gr.skip()] * 4
+        entries = []
+        for one in made:
+            path = save(self.output, one)
+            copy = self.cache / secrets.token_hex(16) / path.name
+            copy.parent.mkdir(parents=True)
+            shutil.copyfile(path, copy)
+            entries.append(Entry(order, one.facts, str(copy)))
+        history = [*entries, *history][:KEPT]
+        shown = gr.Gallery([entry.copy for entry in history], selected_index=0)
+        return [history, shown, entries[0], listed(entries[0].facts)]
 
     def cancelled(self, request: gr.Request) -> str:
-        """Say that the drawing has been stopped; gradio closes the generator, and with it the drawing."""
+        """Say so; gradio closes the generator, and with it the order."""
         return note(answer(request, "cancelled"))
 
-    def choose(self, event: gr.SelectData, history: list[dict]) -> tuple[dict, str]:
-        """Show how a picture of the gallery was made."""
-        picture = history[cast(int, event.index)]
-        return picture, "\n".join(f"{name}: {value}" for name, value in picture["facts"].items())
+    def choose(self, event: gr.SelectData, history: list[Entry]) -> list[Any]:
+        """Show how an image of the gallery was made."""
+        index = cast(int, event.index)
+        if index >= len(history):  # the page of a server that has been started again since
+            return [None, "", gr.Gallery(visible=False)]
+        return [history[index], listed(history[index].facts), gr.Gallery(visible=False)]
 
-    def recall(self, request: gr.Request, chosen: dict | None) -> list[Any]:
-        """Set the controls to what the chosen picture was made with."""
-        picture = self._chosen(chosen, request)
-        facts = picture["facts"]
-        texts = [facts["prompt"], facts.get("negative_prompt", ""), int(facts["seed"]), 1]
-        numbers = [int(facts["num_inference_steps"]), float(facts["guidance_scale"]), int(facts["width"]), int(facts["height"])]
-        editor = gr.skip() if "image" in facts else None  # what it was changed from is still there, or not kept
-        return [*texts, picture["model"], facts["scheduler"], *numbers, False, editor]
-
-    def put_into_editor(self, request: gr.Request, chosen: dict | None) -> tuple[str, Any, str]:
-        """Open the editor with the chosen picture, and its prompt."""
-        picture = self._chosen(chosen, request)
-        return picture["file"], gr.Accordion(open=True), picture["facts"]["prompt"]
-
-    def take_upload(self, request: gr.Request, file: str, *settings: Any) -> Image.Image:
-        """Put an uploaded picture into the editor, at the size that is drawn: its middle, resized."""
+    def recall(self, request: gr.Request, chosen: Entry | None) -> list[Any]:
+        """Set the controls to what the chosen image was made with, so that it is generated again."""
         with in_words(request):
-            *_, width, height = settings
-            return ImageOps.fit(
-                open_named(Path(file).read_bytes(), Path(file).name), (int(width), int(height)), Image.Resampling.LANCZOS
-            )
+            order = require(request, chosen).order
+        how = order.settings
+        numbers = [int(require(request, chosen).facts["seed"]), False, 1]
+        settings = [how.scheduler, how.num_inference_steps, how.guidance_scale, how.width, how.height]
+        strength = how.strength if how.strength is not None else gr.skip()
+        return [how.prompt, how.negative_prompt, *numbers, order.model, *settings, editor_value(order), strength]
 
-    def show_nearest(self, request: gr.Request, chosen: dict | None) -> Any:
-        """Show the training images that are nearest to the chosen picture."""
-        picture = self._chosen(chosen, request)
+    def put_into_editor(self, request: gr.Request, chosen: Entry | None) -> list[Any]:
+        """Open the editor with the chosen image, at its size, and its prompt."""
         with in_words(request):
-            found = self.nearest.find(Image.open(picture["file"]).convert("RGB"))
+            entry = require(request, chosen)
+        how = entry.order.settings
+        return [Image.open(entry.copy), gr.Accordion(open=True), how.prompt, how.width, how.height]
+
+    def take_upload(self, request: gr.Request, file: str, model: str) -> Image.Image:
+        """Put an uploaded image into the editor, reduced if it is far larger than what can be generated."""
+        with in_words(request):
+            image = open_named(Path(file).read_bytes(), Path(file).name)
+            with self.models.lock:
+                most = LARGEST * self.models.load(model).size
+            image.thumbnail((most, most), Image.Resampling.LANCZOS)
+            return image
+
+    def show_nearest(self, request: gr.Request, chosen: Entry | None) -> Iterator[list]:
+        """Show the training images that are nearest to the chosen image."""
+        with in_words(request):
+            entry = require(request, chosen)
+            yield [gr.skip(), note(answer(request, "looking"))]
+            found = self.nearest.find(Image.open(entry.copy).convert("RGB")) if self.nearest else None
             if found is None:
-                raise gr.Error(answer(request, "no_training_set"), title="dit", print_exception=False)
-            return gr.Gallery(found, visible=True)
+                raise UserError(answer(request, "no_training_set"))
+            yield [gr.Gallery(found, visible=True), ""]
 
-    def _chosen(self, chosen: dict | None, request: gr.Request) -> dict:
-        if chosen is None:
-            raise gr.Error(answer(request, "choose_first"), title="dit", print_exception=False)
-        return chosen
+
+def start_event(trigger: Any, status: gr.HTML, run: dict[str, Any]) -> Any:
+    """Let `trigger` start what takes long: one at a time on the whole page, with its place in the queue shown in `status`."""
+    started = trigger(**run, concurrency_id="model", show_progress="minimal", show_progress_on=status)
+    started.failure(lambda: "", None, status, **AT_ONCE)  # the toast says why; no progress is left standing
+    return started
+
+
+def roll(seed: gr.Number, new_seed: gr.Checkbox) -> dict[str, Any]:
+    """Return the first step of an event: a new seed, if one is wanted."""
+    return {"fn": roll_seed, "inputs": [seed, new_seed], "outputs": seed, **AT_ONCE}
+
+
+def roll_seed(seed: int | None, new: bool) -> int:
+    """Return a new seed, or the given one."""
+    return random.randrange(2**31) if new else int(seed or 0)
+
+
+def buttons(name: str) -> tuple[gr.Button, gr.Button]:
+    """Make a row with a button that starts, called `name`, and one that cancels."""
+    with gr.Row():
+        start = gr.Button(text(name), variant="primary", elem_id=name)
+        cancel = gr.Button(text("cancel"), variant="stop", elem_id=f"{name}-cancel")
+    return start, cancel
 
 
 def shown_image(name: str) -> gr.Image:
-    """Make a place for a picture that is drawn, pixel by pixel as it is, enlarged."""
+    """Make a place for an image, pixel by pixel as it is, enlarged."""
     return gr.Image(
         label=text(name),
         interactive=False,
@@ -300,7 +346,7 @@ def shown_image(name: str) -> gr.Image:
 
 
 def shown_gallery(name: str, visible: bool = True) -> gr.Gallery:
-    """Make a place for many small pictures."""
+    """Make a place for many small images."""
     return gr.Gallery(
         label=text(name),
         interactive=False,
@@ -316,62 +362,91 @@ def shown_gallery(name: str, visible: bool = True) -> gr.Gallery:
     )
 
 
-def roll_seed(seed: int | None, new: bool) -> int:
-    """Return a new seed, or the given one."""
-    return random.randrange(2**31) if new else int(seed or 0)
+def make_order(
+    request: gr.Request,
+    prompt: str,
+    negative: str,
+    seed: float,
+    count: float,
+    settings: tuple,
+    image: InputImage | None = None,
+    mask: InputImage | None = None,
+    strength: float | None = None,
+) -> Order:
+    """Collect what the controls say; what is painted is generated anew, whatever the strength.
 
-
-def make_order(request: gr.Request, prompt: str, negative: str, seed: float, count: float, settings: tuple) -> Namespace:
-    """Collect what the controls say, under the names that the flags of `dit generate` have."""
+    Raises:
+        UserError: there is no prompt, or a number is impossible.
+    """
     if not (prompt or "").strip():
-        raise gr.Error(answer(request, "no_prompt"), title="dit", print_exception=False)
+        raise UserError(answer(request, "no_prompt"))
     model, scheduler, steps, guidance, width, height = settings
-    if scheduler not in get_args(Scheduler):  # what a browser sends need not come from the list
-        raise UserError(f"scheduler: {scheduler!r} is not one of {', '.join(get_args(Scheduler))}")
-    if not 1 <= count <= MOST:
-        raise UserError(f"num_images_per_prompt: {count} is not between 1 and {MOST}")
-    return Namespace(
+    how = Namespace(
         prompt=prompt.strip(),
         negative_prompt=(negative or "").strip(),
         seed=int(seed or 0),
         num_images_per_prompt=int(count),
         batch_size=int(count),
-        model=model,
+        guidance_interval=(0.0, 1.0),
+        strength=strength if image and not mask else None,
         scheduler=scheduler,
         num_inference_steps=int(steps),
         guidance_scale=float(guidance),
-        guidance_interval=(0.0, 1.0),
         width=int(width),
         height=int(height),
-        strength=None,
     )
+    check_numbers(how)
+    return Order(model, how, image, mask)
 
 
 def read_editor(editor: dict | None) -> tuple[InputImage | None, InputImage | None]:
-    """Return the picture to change, and the mask that was painted; None where there is none."""
+    """Return the image to change, and the mask that was painted; None where there is none."""
     if editor is None or editor["background"] is None:
         return None, None
-    background = editor["background"]
     painted = [layer.getchannel("A").point(lambda alpha: 255 * (alpha > 255 * BRUSH[1] / 2)) for layer in editor["layers"]]
     mask = next((layer for layer in painted if layer.getbbox()), None)
-    return as_input(to_rgb(background)), mask and as_input(mask)
+    return as_input(to_rgb(editor["background"])), mask and as_input(mask)
 
 
 def as_input(image: Image.Image) -> InputImage:
-    """Return `image` with the hash of its pixels: it is no file any more."""
-    return InputImage(image, hashlib.sha256(image.tobytes()).hexdigest())
+    """Return `image` with a hash of its size and pixels: it is no file."""
+    return InputImage(image, sha256(f"{image.size}".encode() + image.tobytes()).hexdigest())
+
+
+def editor_value(order: Order) -> dict[str, Any] | None:
+    """Return what the editor held when `order` was given; None if nothing."""
+    if order.image is None:
+        return None
+    background, layers = order.image.image, []
+    if order.mask:
+        paint = Image.new("RGBA", background.size, BRUSH[0])
+        paint.putalpha(order.mask.image.point(lambda white: int(BRUSH[1] * white)))
+        layers = [paint]
+    return {"background": background, "layers": layers, "composite": None}
+
+
+def require(request: gr.Request, chosen: Entry | None) -> Entry:
+    """Return the chosen entry; raise a `UserError` where there is none."""
+    if chosen is None:
+        raise UserError(answer(request, "choose_first"))
+    return chosen
+
+
+def listed(facts: dict[str, str]) -> str:
+    """Return the facts of an image, one a line."""
+    return "\n".join(f"{name}: {value}" for name, value in facts.items())
 
 
 def note(line: str) -> str:
     """Return a line for the status."""
-    return f"<p>{line}</p>"
+    return f"<p>{html.escape(line)}</p>"
 
 
 def progress(request: gr.Request, update: Preview) -> str:
-    """Return the status while drawing: a bar, and about how long it takes."""
+    """Return the status on the way: a bar, and about how long it takes."""
     left = update.seconds / update.step * (update.total - update.step)
-    line = answer(request, "step", step=update.step, steps=update.total, seconds=left)
-    return f'<p>{line}</p><progress value="{update.step}" max="{update.total}" style="width: 100%"></progress>'
+    line = note(answer(request, "step", step=update.step, steps=update.total, seconds=left))
+    return f'{line}<progress value="{update.step}" max="{update.total}" style="width: 100%"></progress>'
 
 
 @contextmanager
@@ -380,22 +455,26 @@ def in_words(request: gr.Request) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise gr.Error(str(error).removeprefix("--"), title="dit", print_exception=False) from None
-    except (gr.Error, GeneratorExit):
+        words = str(error).replace("--", "")  # a flag of `dit generate` is a control here
+    except GeneratorExit:
         raise
     except Exception:
-        logger.exception("a drawing failed")
-        raise gr.Error(answer(request, "failed"), title="dit", print_exception=False) from None
+        logger.exception("a request of the page failed")
+        words = answer(request, "failed")
+    else:
+        return
+    raise gr.Error(html.escape(words), title="dit", print_exception=False)
 
 
 def launch(page: Page, host: str, port: int, open_browser: bool) -> None:
-    """Serve the page until it is interrupted. Nothing is fetched from, or sent to, anywhere else."""
+    """Serve the page until it is interrupted. It loads nothing from, and sends nothing to, anywhere else."""
     page.blocks.queue(max_size=WAITING, default_concurrency_limit=1)
     page.blocks.launch(
         server_name=host,
         server_port=port,
         share=False,
         inbrowser=open_browser,
+        run_history=False,  # it would be kept in the browser, and could be sent to the Hub
         max_file_size=UPLOAD,
         theme=THEME,
         css=CSS,
