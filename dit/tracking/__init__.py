@@ -2,4 +2,5 @@
 
 import os
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow would report what it is used for; before it is imported
+# MLflow would report what it is used for. It reads this when it is imported, which is after this package.
+NO_TELEMETRY = os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
