@@ -10,13 +10,6 @@ from dit.latents.cache import LatentCache
 from helpers.cache import write_cache
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """Keep the tests of a file in one process, and those of the clone, which is slow to make."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("clone" if "clone" in item.fixturenames else item.path.name))
-
-
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> LatentCache:
     return write_cache(tmp_path_factory.mktemp("latents"))
