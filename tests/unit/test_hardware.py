@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from dit.utils.hardware import has_fast_bf16
+from dit.utils.hardware import has_fast_bf16, matmul_peak
 from helpers import REPO
 
 FREED = """
@@ -49,3 +49,8 @@ def test_keep_freed_memory():
             pytest.skip("only glibc can be told to keep what is freed")
         given_back[keep] = int(printed)
     assert given_back[False] > 200e6 and given_back[True] < 50e6
+
+
+def test_matmul_peak_is_measured_where_one_product_takes_all_the_time():
+    """A busy machine, or bf16 that is emulated: the training divides by it."""
+    assert matmul_peak(torch.device("cpu"), torch.float32, size=64, seconds=0.0) > 0
