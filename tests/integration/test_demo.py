@@ -167,6 +167,7 @@ def test_draws_saves_and_says_how(page, demo):
     expect(page.locator("#facts textarea")).to_have_value(re.compile(r"prompt: a red circle\nseed: 7\n"), timeout=PATIENCE)
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_picture_that_dit_generate_gives(page, demo, model):
     (first,) = draw(page, demo, "a red circle", seed=7)
     (second,) = draw(page, demo, "a red circle", seed=7)
@@ -183,6 +184,7 @@ def test_a_new_seed_each_time_gives_another_picture(page, demo):
     assert read_facts(first)["seed"] != read_facts(second)["seed"]
 
 
+@pytest.mark.slow
 def test_shows_the_picture_while_it_is_drawn(page, demo):
     page.click("#draw-settings button")
     fill(page, "draw-steps", 60)
@@ -198,6 +200,7 @@ def test_shows_the_picture_while_it_is_drawn(page, demo):
     assert len(seen) >= 3
 
 
+@pytest.mark.slow
 def test_cancel_saves_nothing_and_the_next_one_is_whole(page, demo, model):
     page.click("#draw-settings button")
     fill(page, "draw-steps", 100)
@@ -221,6 +224,7 @@ def test_several_pictures_have_consecutive_seeds(page, demo):
     expect(page.locator("#gallery button img")).to_have_count(3)
 
 
+@pytest.mark.slow
 def test_draws_again_what_was_chosen(page, demo):
     (first,) = draw(page, demo, "a blue heart", seed=5)
     draw(page, demo, "a star", seed=6)
@@ -234,6 +238,7 @@ def test_draws_again_what_was_chosen(page, demo):
     assert (pixels(again) == pixels(first)).all()
 
 
+@pytest.mark.slow
 def test_changes_what_the_brush_has_painted_alone(page, demo, tmp_path):
     source = tmp_path / "source.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(source)
@@ -260,6 +265,7 @@ def test_changes_what_the_brush_has_painted_alone(page, demo, tmp_path):
     assert (pixels(again) == pixels(path)).all() and read_facts(again) == facts
 
 
+@pytest.mark.slow
 def test_chosen_picture_goes_into_the_editor(page, demo):
     draw(page, demo, "a red circle", seed=7)
     page.locator("#gallery button img").first.click()
@@ -287,6 +293,7 @@ def test_compares_two_settings_from_the_same_seed(page, demo):
     expect(page.locator("#facts textarea")).to_have_value(re.compile("num_inference_steps: 12"))  # the newest
 
 
+@pytest.mark.slow
 def test_another_model_brings_its_size(page, demo):
     page.click("#draw-settings button")
     page.locator("#draw-model input").click()
@@ -297,6 +304,7 @@ def test_another_model_brings_its_size(page, demo):
     assert page.locator("[data-testid=toast-body]").count() == 0  # it was trained on this size
 
 
+@pytest.mark.slow
 def test_two_users_do_not_see_each_others_pictures(browser, demo):
     contexts = [browser.new_context(locale="en-US") for _ in range(2)]
     first, second = (opened(context, demo) for context in contexts)
@@ -376,6 +384,7 @@ def test_bad_input_is_answered_in_words(page, demo, name, value, words):
     assert demo.pictures() == before
 
 
+@pytest.mark.slow
 def test_a_picture_of_50_megapixels_is_made_small_first(page, demo, tmp_path):
     source = tmp_path / "huge.png"
     Image.new("RGB", (8000, 6250), (255, 0, 0)).save(source)

@@ -214,22 +214,30 @@ class Page:
     def generate(self, request: gr.Request, history, prompt, negative, seed, count, *rest) -> Iterator[list]:  # noqa: D417
         """Generate what the controls say: live images and the time left, then the results, which have been saved."""
         settings, (editor, strength) = rest[: len(SETTINGS)], rest[len(SETTINGS) :]
-        with in_words(request):
-            order = make_order(request, prompt, negative, seed, count, settings, *read_editor(editor), strength)
-            for image, status, made in self.run(request, order):
-                yield [image, status, *self.keep(order, made, history)]
+        try:
+            with in_words(request):
+                order = make_order(request, prompt, negative, seed, count, settings, *read_editor(editor), strength)
+                for image, status, made in self.run(request, order):
+                    yield [image, status, *self.keep(order, made, history)]
+        except gr.Error:
+            yield emptied(1, 6)
+            raise
 
     def compare(self, request: gr.Request, history, prompt, negative, seed, count, *settings) -> Iterator[list]:  # noqa: D417
         """Generate with both settings, from the same seeds, one after the other."""
-        with in_words(request):
-            both = settings[: len(SETTINGS)], settings[len(SETTINGS) :]
-            orders = [make_order(request, prompt, negative, seed, count, one) for one in both]
-            images = [None, None]
-            for side, order in enumerate(orders):
-                for images[side], status, made in self.run(request, order):
-                    kept = self.keep(order, made, history)
-                    history = kept[0] if made else history
-                    yield [*images, status, *kept]
+        try:
+            with in_words(request):
+                both = settings[: len(SETTINGS)], settings[len(SETTINGS) :]
+                orders = [make_order(request, prompt, negative, seed, count, one) for one in both]
+                images = [None, None]
+                for side, order in enumerate(orders):
+                    for images[side], status, made in self.run(request, order):
+                        kept = self.keep(order, made, history)
+                        history = kept[0] if made else history
+                        yield [*images, status, *kept]
+        except gr.Error:
+            yield emptied(2, 7)
+            raise
 
     def run(self, request: gr.Request, order: Order) -> Iterator[tuple[Any, str, list[Generated]]]:
         """Yield (live image, status, what is done and saved) while `order` is worked on."""
@@ -298,20 +306,27 @@ class Page:
 
     def show_nearest(self, request: gr.Request, chosen: Entry | None) -> Iterator[list]:
         """Show the training images that are nearest to the chosen image."""
-        with in_words(request):
-            entry = require(request, chosen)
-            yield [gr.skip(), note(answer(request, "looking"))]
-            found = self.nearest.find(Image.open(entry.copy).convert("RGB")) if self.nearest else None
-            if found is None:
-                raise UserError(answer(request, "no_training_set"))
-            yield [gr.Gallery(found, visible=True), ""]
+        try:
+            with in_words(request):
+                entry = require(request, chosen)
+                yield [gr.skip(), note(answer(request, "looking"))]
+                found = self.nearest.find(Image.open(entry.copy).convert("RGB")) if self.nearest else None
+                if found is None:
+                    raise UserError(answer(request, "no_training_set"))
+                yield [gr.Gallery(found, visible=True), ""]
+        except gr.Error:
+            yield emptied(1, 2)
+            raise
 
 
 def start_event(trigger: Any, status: gr.HTML, run: dict[str, Any]) -> Any:
     """Let `trigger` start what takes long: one at a time on the whole page, with its place in the queue shown in `status`."""
-    started = trigger(**run, concurrency_id="model", show_progress="minimal", show_progress_on=status)
-    started.failure(lambda: "", None, status, **AT_ONCE)  # the toast says why; no progress is left standing
-    return started
+    return trigger(**run, concurrency_id="model", show_progress="minimal", show_progress_on=status)
+
+
+def emptied(status: int, count: int) -> list[Any]:
+    """Return an update of `count` outputs that empties the status, number `status`: no progress stands after an error."""
+    return ["" if k == status else gr.skip() for k in range(count)]
 
 
 def roll(seed: gr.Number, new_seed: gr.Checkbox) -> dict[str, Any]:
