@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from dit import __version__
 from dit.commands._args import add_flag, image_path
@@ -159,15 +159,7 @@ def generate(arguments: argparse.Namespace) -> None:
         seeds,
         arguments.batch_size,
         progress=True,
-        negative_prompt=arguments.negative_prompt,
-        image=image and image.image,
-        mask_image=mask and mask.image,
-        strength=arguments.strength,
-        height=arguments.height,
-        width=arguments.width,
-        num_inference_steps=arguments.num_inference_steps,
-        guidance_scale=arguments.guidance_scale,
-        guidance_interval=tuple(arguments.guidance_interval),
+        **call_settings(arguments, image, mask),
     )
     shared = png_facts(pipeline, weights, arguments, image, mask)
     output: Path = arguments.output
@@ -215,6 +207,14 @@ def model_folder(given: Path, checkpoints: Sequence[Path]) -> Iterator[Path]:
         else:
             raise problems[0]
         yield Path(folder)
+
+
+def call_settings(arguments: argparse.Namespace, image: InputImage | None, mask: InputImage | None) -> dict[str, Any]:
+    """Return what was asked for, but for prompts and seeds, as arguments of the pipeline's call."""
+    names = ("negative_prompt", "strength", "height", "width", "num_inference_steps", "guidance_scale")
+    settings = {name: getattr(arguments, name) for name in names}
+    images = {"image": image and image.image, "mask_image": mask and mask.image}
+    return settings | images | {"guidance_interval": tuple(arguments.guidance_interval)}
 
 
 def generation_warnings(

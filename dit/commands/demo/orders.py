@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from dit.commands.demo.models import Loaded, Models
-from dit.commands.generate import generation_warnings, png_facts
+from dit.commands.generate import call_settings, generation_warnings, png_facts
 from dit.commands.inputs import InputImage
 from dit.commands.png import write_png
 from dit.pipeline.generate import generate_images
@@ -129,14 +129,7 @@ def _generate(loaded: Loaded, order: Order, on_step_end: Callback) -> list[Gener
         [settings.prompt] * count,
         range(settings.seed, settings.seed + count),
         batch_size=count,
-        negative_prompt=settings.negative_prompt,
-        image=image and image.image,
-        mask_image=mask and mask.image,
-        strength=settings.strength,
-        height=settings.height,
-        width=settings.width,
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
+        **call_settings(settings, image, mask),
         callback_on_step_end=on_step_end,
     )
     facts = png_facts(pipeline, loaded.weights, settings, image, mask)

@@ -12,40 +12,31 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
 import gradio as gr
 from PIL import Image
 
+from dit.commands.demo.editor import BRUSH, editor_value, read_editor
+from dit.commands.demo.elements import CSS, THEME, buttons, shown_gallery, shown_image
 from dit.commands.demo.models import Models
 from dit.commands.demo.nearest import NearestTrainingImages
 from dit.commands.demo.orders import MOST, Generated, Order, Preview, generate, save, tile
-from dit.commands.demo.words import answer, labels
+from dit.commands.demo.words import answer, labels, text
 from dit.commands.inputs import InputImage, check_numbers
 from dit.config import DEFAULTS, STRENGTH
 from dit.dataset.decode import open_named
-from dit.dataset.rgb import to_rgb
 from dit.errors import UserError
 
 logger = logging.getLogger(__name__)
-BRUSH = ("#ff7a00", 0.6)  # colour and opacity: what is below stays visible
 UPLOAD = "50mb"
 LARGEST = 4  # times the size of training: of what is generated, and of what an upload is reduced to
 WAITING = 8  # orders that may wait in the queue
 KEPT = 100  # images in the gallery of a session; older ones are in the output folder alone
-CSS = """
-.pixels img { image-rendering: pixelated; }
-.large img { height: 384px; width: 100%; object-fit: contain; }
-.small .grid-container { grid-template-columns: repeat(auto-fill, minmax(80px, 1fr)) !important; }
-.gradio-container { max-width: 1400px !important; margin: auto; }
-"""
-THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none is downloaded
 # The controls that say how to generate, in their order on the page.
 SETTINGS = ("model", "scheduler", "num_inference_steps", "guidance_scale", "width", "height")
 AT_ONCE: dict[str, Any] = {"show_progress": "hidden", "queue": False}  # of handlers that take no time
-text = gr.I18n()
 
 
 @dataclass(frozen=True)
@@ -339,44 +330,6 @@ def roll_seed(seed: int | None, new: bool) -> int:
     return random.randrange(2**31) if new else int(seed or 0)
 
 
-def buttons(name: str) -> tuple[gr.Button, gr.Button]:
-    """Make a row with a button that starts, called `name`, and one that cancels."""
-    with gr.Row():
-        start = gr.Button(text(name), variant="primary", elem_id=name)
-        cancel = gr.Button(text("cancel"), variant="stop", elem_id=f"{name}-cancel")
-    return start, cancel
-
-
-def shown_image(name: str) -> gr.Image:
-    """Make a place for an image, pixel by pixel as it is, enlarged."""
-    return gr.Image(
-        label=text(name),
-        interactive=False,
-        format="png",
-        height=400,
-        buttons=["download", "fullscreen"],
-        elem_id=name,
-        elem_classes=["pixels", "large"],
-    )
-
-
-def shown_gallery(name: str, visible: bool = True) -> gr.Gallery:
-    """Make a place for many small images."""
-    return gr.Gallery(
-        label=text(name),
-        interactive=False,
-        format="png",
-        height=200,
-        object_fit="contain",
-        allow_preview=False,
-        fit_columns=False,
-        buttons=["download"],
-        visible=visible,
-        elem_id=name,
-        elem_classes=["pixels", "small"],
-    )
-
-
 def make_order(
     request: gr.Request,
     prompt: str,
@@ -412,32 +365,6 @@ def make_order(
     )
     check_numbers(how)
     return Order(model, how, image, mask)
-
-
-def read_editor(editor: dict | None) -> tuple[InputImage | None, InputImage | None]:
-    """Return the image to change, and the mask that was painted; None where there is none."""
-    if editor is None or editor["background"] is None:
-        return None, None
-    painted = [layer.getchannel("A").point(lambda alpha: 255 * (alpha > 255 * BRUSH[1] / 2)) for layer in editor["layers"]]
-    mask = next((layer for layer in painted if layer.getbbox()), None)
-    return as_input(to_rgb(editor["background"])), mask and as_input(mask)
-
-
-def as_input(image: Image.Image) -> InputImage:
-    """Return `image` with a hash of its size and pixels: it is no file."""
-    return InputImage(image, sha256(f"{image.size}".encode() + image.tobytes()).hexdigest())
-
-
-def editor_value(order: Order) -> dict[str, Any] | None:
-    """Return what the editor held when `order` was given; None if nothing."""
-    if order.image is None:
-        return None
-    background, layers = order.image.image, []
-    if order.mask:
-        paint = Image.new("RGBA", background.size, BRUSH[0])
-        paint.putalpha(order.mask.image.point(lambda white: int(BRUSH[1] * white)))
-        layers = [paint]
-    return {"background": background, "layers": layers, "composite": None}
 
 
 def require(request: gr.Request, chosen: Entry | None) -> Entry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
+text = gr.I18n()  # stands for a label, by its key
 # Labels: key, English, Chinese. Gradio shows the one of the browser's language.
 LABELS = {
     "title": ("# Generate images with your model", "# 用你的模型画图"),
