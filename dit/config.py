@@ -120,6 +120,7 @@ class Encode:
     """The encoders, and what they encode."""
 
     image_size: PositiveInt
+    aspect_ratios: Literal["square", "buckets"]
     vae: Text
     vae_revision: Text | None
     vae_slicing: Flag
@@ -347,6 +348,19 @@ def _impossible(recipe: str, settings: Recipe) -> str | None:
         return (
             f"{recipe}.encode.image_size: {size} is not a multiple of {cell} (VAE factor {VAE_FACTOR} x patch_size "
             f"{model.patch_size}); {_nearest(size, cell)} would be right"
+        )
+    return _buckets_problem(recipe, settings) if settings.encode.aspect_ratios == "buckets" else None
+
+
+def _buckets_problem(recipe: str, settings: Recipe) -> str | None:
+    from dit.dataset.aspect_ratios import side_step  # numpy takes a tenth of a second
+
+    patch_size, size = settings.model.patch_size, settings.encode.image_size
+    step, cell = side_step(size), VAE_FACTOR * patch_size
+    if step % cell or size % step:
+        return (
+            f"{recipe}.encode.aspect_ratios: buckets with the area of {size} x {size} pixels have sides of multiples of {step}; "
+            f"model.patch_size {patch_size} needs those of {cell}; a smaller patch_size or a larger image_size would be right"
         )
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dit.config import Params
+from dit.pipeline.model_folder import read_index
 from dit.pipeline.sampling import choose_prompts, sample
 from dit.utils.files import write_json
 from stages import run_stage
@@ -14,8 +15,10 @@ METRICS = "metrics/sample.json"
 
 def main(params: Params) -> None:
     """Sample the prompts, and grids of settings."""
-    prompts = choose_prompts(Path("data/raw"), params.recipe, params.sample)
-    rate = sample(Path("models/dit"), prompts, params.sample, images=Path("samples/images"), grids=Path("samples/grids"))
+    model = Path("models/dit")
+    sizes = read_index(model)["encoders"].get("sizes")
+    prompts = choose_prompts(Path("data/raw"), params.recipe, params.sample, sizes)
+    rate = sample(model, prompts, params.sample, images=Path("samples/images"), grids=Path("samples/grids"))
     write_json(Path(METRICS), rate)
 
 

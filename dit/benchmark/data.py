@@ -106,7 +106,7 @@ def benchmark_encode(folder: Path, count: int, params: Params) -> dict[str, Any]
     images = by_image(read_metadata(raw))
     stored = [(rows[0].image, rows[0].stored) for rows in images]
     batches = [stored[start : start + ENCODED] for start in range(0, count, ENCODED)]
-    decoded = [pixels for pixels, *_ in load_crops(raw, batches, settings.image_size)]
+    decoded = [pixels for pixels, *_ in load_crops(raw, batches, [(settings.image_size, settings.image_size)])]
 
     def encode_alone(batches: int | None = None) -> float:
         started = time.perf_counter()

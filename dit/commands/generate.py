@@ -235,10 +235,11 @@ def generation_warnings(
 
     for prompt in dict.fromkeys([*prompts, arguments.negative_prompt]):
         yield from prompt_warnings(pipeline.tokenizer, prompt)
-    trained, cell = pipeline.config.image_size, pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
-    width, height = arguments.width or trained, arguments.height or trained
-    if (width, height) != (trained, trained) and not (width % cell or height % cell):  # the pipeline refuses others
-        yield f"the model was trained on {trained} x {trained} pixels; at {width} x {height} things may come out twice"
+    trained, cell = pipeline.trained_sizes, pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
+    width, height = arguments.width or trained[0][0], arguments.height or trained[0][1]
+    if (width, height) not in trained and not (width % cell or height % cell):  # the pipeline refuses others
+        known = " and ".join(f"{across} x {down}" for across, down in trained)
+        yield f"the model was trained on {known} pixels; at {width} x {height} things may come out twice"
     if image and image.image.size != (width, height):
         own_width, own_height = image.image.size
         how = "it is resized to" if own_width * height == own_height * width else "its middle is taken, at"
@@ -248,7 +249,7 @@ def generation_warnings(
     if arguments.negative_prompt and arguments.guidance_scale == 1:
         yield "--negative_prompt changes nothing where --guidance_scale is 1"
     if image:
-        pixels = pipeline.image_processor.preprocess(image.image.resize((trained, trained)))
+        pixels = pipeline.image_processor.preprocess(image.image.resize(trained[0]))
         quality = psnr(pixels.to(pipeline.vae.device), reconstruct(pipeline.vae, pixels))
         if quality < LOW_PSNR:
             yield f"the VAE of this model keeps little of this image ({quality:.0f} dB): it comes out changed"
@@ -279,8 +280,8 @@ def png_facts(
         "scheduler": scheduler_name(pipeline.scheduler),
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
         "model": f"sha256:{weights}",
-        "height": arguments.height or pipeline.config.image_size,
-        "width": arguments.width or pipeline.config.image_size,
+        "height": arguments.height or pipeline.trained_sizes[0][1],
+        "width": arguments.width or pipeline.trained_sizes[0][0],
         "image": image and f"sha256:{image.sha256}",
         "mask": mask and f"sha256:{mask.sha256}",
         "strength": image and strength,

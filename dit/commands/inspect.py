@@ -84,16 +84,16 @@ def describe_cache(cache: LatentCache) -> str:
 
     index = cache.index
     stored, float32 = bytes_per_image(cache)
-    _, latents = _mean_latents(cache, MEASURED)
+    values = torch.cat([each.flatten() for each in _mean_latents(cache, MEASURED)[1]])
     size = sum(shard["bytes"] for shard in index["shards"])
     crops = f" and {cache.crops} random crops" if cache.crops else ""
     mean_tokens = index["tokens"] / index["captions"]
     facts = {
         "images": f"{len(cache)}, {len(cache.train)} to train on and {len(cache.val)} to validate with",
         "captions": f"{index['captions']}, {mean_tokens:.1f} tokens on average, {index['longest_caption']} at most",
-        "augmentations": f"{cache.augmentations} of each image: the central square{crops}, and mirrored",
-        "image size": f"{index['image_size']} pixels, as latents {' x '.join(map(str, cache.latent_shape))}",
-        "latents": f"mean {latents.mean():.3f}, deviation {latents.std():.3f}, after scaling",
+        "augmentations": f"{cache.augmentations} of each image: its middle{crops}, and mirrored",
+        "image sizes": _sizes(cache),
+        "latents": f"mean {values.mean():.3f}, deviation {values.std():.3f}, after scaling",
         "vae": _source(index["vae"]),
         "clip": f"{_source(index['clip'])}, tokens of {cache.cross_attention_dim}, pooled {cache.pooled_projection_dim}",
         "precision": str(index.get("precision", "not recorded")),
@@ -104,17 +104,28 @@ def describe_cache(cache: LatentCache) -> str:
     return "\n".join(f"{name:16} {fact}" for name, fact in facts.items())
 
 
-def _mean_latents(cache: LatentCache, count: int) -> tuple[np.ndarray, torch.Tensor]:
-    """Return the numbers of `count` random images, always the same ones, and their latents (N, C, H, W) without noise."""
+def _sizes(cache: LatentCache) -> str:
+    """Return how many images have which size, in pixels and in latents, the most frequent one first."""
+    counts = [f"{count} of " if len(cache.sizes) > 1 else "" for count in cache.counts]
+    shapes = [" x ".join(map(str, shape)) for shape in cache.latent_shapes]
+    parts = zip(counts, cache.sizes, shapes, strict=True)
+    return "; ".join(f"{count}{width} x {height} pixels, as latents {shape}" for count, (width, height), shape in parts)
+
+
+def _mean_latents(cache: LatentCache, count: int) -> tuple[np.ndarray, list[torch.Tensor]]:
+    """Return the numbers of `count` random images, always the same ones, and the latents (C, H, W) of each without noise."""
     import numpy as np
     import torch
 
     from dit.latents.cache import sample_posterior
 
     chosen = np.random.default_rng(0).permutation(len(cache))[:count]
-    moments = cache.read(chosen, np.zeros(len(chosen)), np.zeros(len(chosen), dtype=bool)).moments
-    no_noise = torch.zeros(len(chosen), *cache.latent_shape)
-    return chosen, sample_posterior(moments, no_noise, cache.index["vae_scaling"], cache.index["vae_shift"])
+    scaling, latents = (cache.index["vae_scaling"], cache.index["vae_shift"]), []
+    for number in chosen:
+        moments = cache.read(np.array([number]), np.zeros(1), np.zeros(1, dtype=bool)).moments
+        mean = moments.chunk(2, dim=1)[0]
+        latents += sample_posterior(moments, torch.zeros_like(mean), *scaling)
+    return chosen, latents
 
 
 def _source(source: EncoderEntry) -> str:
@@ -136,7 +147,7 @@ def decode_images(cache: LatentCache, raw: Path, count: int) -> Image.Image:
     vae, _ = load_vae(EncoderSource(**cache.index["vae"], recorded_in=cache.folder))
     decoded = [to_images(decode_latents(vae, each[None]))[0] for each in latents]  # one at a time: any size fits into memory
     captions = [rows[0] for rows in cache.captions(chosen)]
-    originals = _originals(raw, [caption["image"] for caption in captions], decoded[0].width)
+    originals = _originals(raw, [caption["image"] for caption in captions], [image.size for image in decoded])
     pairs = [_side_by_side(*pair) for pair in zip(originals, decoded, strict=True)] if originals else decoded
     columns, cell = (4, 320) if originals else (8, 160)  # pixels
     return labelled_grid(pairs, [caption["text"] for caption in captions], columns=min(columns, len(pairs)), cell=cell)
@@ -149,8 +160,8 @@ def _side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
     return both
 
 
-def _originals(raw: Path, names: list[str], image_size: int) -> list[Image.Image]:
-    """Return the images of these names as squares; none if the data set is not there."""
+def _originals(raw: Path, names: list[str], sizes: list[tuple[int, int]]) -> list[Image.Image]:
+    """Return the images of these names, cropped and resized to `sizes`; none if the data set is not there."""
     from dit.dataset.decode import open_named
     from dit.dataset.image_io import center_crop
     from dit.dataset.reader import read_metadata
@@ -159,6 +170,7 @@ def _originals(raw: Path, names: list[str], image_size: int) -> list[Image.Image
     try:
         stored = {entry.image: entry.stored for entry in read_metadata(raw)}
         images = StoredImages(raw)
-        return [center_crop(open_named(images.read(stored[name]), name), image_size) for name in names]
+        opened = [open_named(images.read(stored[name]), name) for name in names]
+        return [center_crop(image, size) for image, size in zip(opened, sizes, strict=True)]
     except (UserError, KeyError):
         return []

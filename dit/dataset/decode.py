@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 from PIL import Image, UnidentifiedImageError
 
-from dit.dataset.rgb import to_rgb, turn_upright
+from dit.dataset.rgb import ORIENTATION, SIDEWAYS, to_rgb, turn_upright
 from dit.errors import UserError, one_line
 
 MIN_SIDE = 16  # pixels
@@ -94,6 +94,16 @@ def open_named(content: bytes, name: Path | str) -> Image.Image:
         return open_rgb(content)
     except ImageError as error:
         raise UserError(f"{name}: {error}") from None
+
+
+def read_named_size(content: bytes, name: Path | str) -> tuple[int, int]:
+    """Return width and height of an image file as `open_named` returns it, from its header alone where that is readable."""
+    try:
+        with Image.open(io.BytesIO(content), formats=_formats()) as image:
+            (width, height), turned = image.size, image.getexif().get(ORIENTATION) in SIDEWAYS
+    except Exception:  # whatever plugins raise: decoding finds a way round it, or says what is wrong
+        return open_named(content, name).size
+    return (height, width) if turned else (width, height)
 
 
 def check_image(content: bytes) -> str | None:

@@ -17,6 +17,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = (5, 6, 7, 8)  # orientations with width and height exchanged
 SRGB = ImageCms.createProfile("sRGB")
 WITHOUT_ALPHA = {"RGBA": "RGB", "P": "RGB", "PA": "RGB", "LA": "L"}  # modes of images that a profile is for
 

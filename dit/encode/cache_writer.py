@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from dit.latents.cache import CAPTIONS, INDEX, TEXT
-from dit.latents.index import FORMAT
+from dit.latents.index import FORMAT, FORMAT_OF_SIZES
 from dit.utils.files import link_or_copy, sha256_file, write_json
 
 BLOCK = 8192  # rows of text that are summed at once, in float64
@@ -50,14 +50,17 @@ class ShardBuffer:
         self._images += len(moments)
         self._captions += len(pooled)
 
-    def write(self, folder: Path, number: int, rows: list[dict], fingerprint: str, inputs: str = "", enlarged: int = 0) -> None:
+    def write(
+        self, folder: Path, number: int, rows: list[dict], fingerprint: str, inputs: str = "", enlarged: int = 0, cut: float = 0.0
+    ) -> None:
         """Write shard `number` into `folder`.
 
         Args:
             rows: of each caption, its image's name, its text and its split.
             fingerprint: of the encoders and settings; stored in the file, so that a shard of others is recognised.
             inputs: digest of the images and captions that it was made from.
-            enlarged: how many of its images were smaller than the squares that were made of them.
+            enlarged: how many of its images were smaller than what was made of them.
+            cut: the shares of their area that were cut off, added up.
         """
         if self._images != len(self.tensors["val"]) or self._captions != len(self.tensors["no_flip"]):
             raise ValueError(f"shard {number}: {self._images} images and {self._captions} captions are not all of them")
@@ -79,7 +82,7 @@ class ShardBuffer:
             "sha256": sha256_file(file),
         }
         sums = {name: channel_sums(self.tensors[name]) for name in ("tokens", "pooled")}
-        write_json(record, {"about": about, "inputs": inputs, "sums": sums, "enlarged": enlarged})
+        write_json(record, {"about": about, "inputs": inputs, "sums": sums, "enlarged": enlarged, "cut": cut})
 
 
 def shard_paths(folder: Path, number: int) -> tuple[Path, Path, Path]:
@@ -93,7 +96,7 @@ def read_record(folder: Path, number: int) -> dict | None:
     file, listed, record = shard_paths(folder, number)
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
-        whole = listed.exists() and sha256_file(file) == content["about"]["sha256"]
+        whole = listed.exists() and sha256_file(file) == content["about"]["sha256"] and "cut" in content
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return content if whole else None
@@ -151,7 +154,7 @@ def assemble_cache(
     save_file(tensors, folder / TEXT)
     shards = [record["about"] for record in records]
     index = {
-        "format": FORMAT,
+        "format": FORMAT_OF_SIZES if "sizes" in about else FORMAT,
         **about,
         "images": sum(shard["images"] for shard in shards),
         "captions": sum(shard["captions"] for shard in shards),

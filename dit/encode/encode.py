@@ -23,6 +23,8 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from dit.config import VAE_FACTOR, Encode, Runtime
+from dit.dataset.aspect_ratios import Size, choose_sizes, cut_share, nearest_size
+from dit.dataset.decode import read_named_size
 from dit.dataset.filters import forbids_flip
 from dit.dataset.image_io import load_crops
 from dit.dataset.reader import Entry, by_image, read_metadata
@@ -41,9 +43,10 @@ MIN_PSNR = 30  # dB; below, the VAE's error is clearly visible
 
 @dataclass(frozen=True)
 class Plan:
-    """The content of shard `number`: the captions of each image, and the number of tokens of every caption."""
+    """The content of shard `number`: the size of its images, the captions of each, and the number of tokens of every caption."""
 
     number: int
+    size: Size
     images: list[list[Entry]]
     lengths: list[int]
 
@@ -69,7 +72,8 @@ def encode_dataset(
 
     Returns:
         `reconstruction_psnr` in dB over a sample of the set; the numbers of `images` and `captions`, of `enlarged_images`, of
-        `truncated_captions` and of `captions_with_unknown_words`; None in all processes but the first.
+        `truncated_captions` and of `captions_with_unknown_words`; `cut_area`, the share of an image's area that is cut off on
+        average, in [0, 1). None in all processes but the first.
     """
     # Where workers are forked, the tokenizer was used before and warns, although they use none: this keeps it quiet.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -82,6 +86,7 @@ def encode_dataset(
         vae.enable_tiling()
     text = TextEncoder(EncoderSource(settings.clip, settings.clip_revision), dtype, state.device)
     images = by_image(read_metadata(raw))
+    groups = group_by_size(raw, images, settings)
     about = {
         "image_size": settings.image_size,
         "precision": settings.precision,
@@ -92,9 +97,11 @@ def encode_dataset(
         "vae_shift": vae.config.shift_factor or 0.0,
         "clip": text.source.to_dict(),
     }
+    if settings.aspect_ratios == "buckets":
+        about["sizes"] = list(groups)
     about = {"fingerprint": _digest(about), **about}
     encoder = Encoder(vae, text, settings, about["fingerprint"], raw, runtime)
-    plans = list(plan_shards(images, encoder))
+    plans = list(plan_shards(groups, encoder))
     parts = unfinished_folder(about["fingerprint"], settings.batch_size, state.device)
 
     quality = float("nan")
@@ -120,10 +127,11 @@ def encode_dataset(
     shutil.rmtree(parts)
     counts = {"images": len(images), "captions": sum(map(len, images))}
     counts["enlarged_images"] = sum(record["enlarged"] for record in records)
+    cut = sum(record["cut"] for record in records) / len(images)
     counts |= {"truncated_captions": encoder.unread.truncated, "captions_with_unknown_words": encoder.unread.unknown}
     for line in _warnings(counts, encoder.unread.words, settings, text.longest):
         print(f"encode: {line}", flush=True)
-    return {"reconstruction_psnr": quality, **counts}
+    return {"reconstruction_psnr": quality, **counts, "cut_area": round(cut, 4)}
 
 
 @dataclass
@@ -139,8 +147,8 @@ def _warnings(counts: dict[str, int], words: Counter[str], settings: Encode, lon
     images, captions = counts["images"], counts["captions"]
     if counts["enlarged_images"]:
         yield (
-            f"{counts['enlarged_images']} of {images} images are smaller than encode.image_size {settings.image_size} and were "
-            "enlarged, so they are blurred; a smaller encode.image_size suits them"
+            f"{counts['enlarged_images']} of {images} images are smaller than encode.image_size {settings.image_size} asks for "
+            "and were enlarged, so they are blurred; a smaller encode.image_size suits them"
         )
     if counts["truncated_captions"]:
         yield f"{counts['truncated_captions']} of {captions} captions are longer than CLIP's {longest} tokens: cut off"
@@ -152,18 +160,42 @@ def _warnings(counts: dict[str, int], words: Counter[str], settings: Encode, lon
         )
 
 
-def plan_shards(images: list[list[Entry]], encoder: Encoder) -> Iterator[Plan]:
-    """Divide the images into shards of whole batches, each of at most `SHARD_BYTES` if one batch allows it.
+def group_by_size(raw: Path, images: list[list[Entry]], settings: Encode) -> dict[Size, list[list[Entry]]]:
+    """Return the images of each size that they are encoded at, the most frequent size first: squares, or those of the buckets."""
+    if settings.aspect_ratios == "square":
+        return {(settings.image_size, settings.image_size): images}
+    stored = StoredImages(raw)
+    found = [
+        read_named_size(stored.read(entries[0].stored), raw / entries[0].stored)
+        for entries in tqdm(images, desc="read sizes", unit="image", delay=2)
+    ]
+    groups: dict[Size, list[list[Entry]]] = {size: [] for size in choose_sizes(found, settings.image_size)}
+    sizes = list(groups)
+    for entries, size in zip(images, found, strict=True):
+        groups[sizes[nearest_size(size, sizes)]].append(entries)
+    return {size: groups[size] for size in sorted(sizes, key=lambda size: -len(groups[size])) if groups[size]}
+
+
+def plan_shards(groups: dict[Size, list[list[Entry]]], encoder: Encoder) -> Iterator[Plan]:
+    """Divide the images of each size into shards of whole batches, each of at most `SHARD_BYTES` if one batch allows it.
 
     What the text encoder does not read of the captions is counted in `encoder.unread`.
     """
-    size = encoder.settings.batch_size
+    batch_size, number = encoder.settings.batch_size, 0
+    total = sum(-(-len(images) // batch_size) for images in groups.values())
+    with tqdm(total=total, desc="plan", unit="batch", delay=2) as progress:
+        for size, images in groups.items():
+            for plan in _plan_group(size, images, number, encoder, progress):
+                yield plan
+                number += 1
+
+
+def _plan_group(size: Size, images: list[list[Entry]], number: int, encoder: Encoder, progress: tqdm) -> Iterator[Plan]:
     chosen: list[list[Entry]] = []
     lengths: list[int] = []
-    number = shard_bytes = 0
-    progress = tqdm(range(0, len(images), size), desc="plan", unit="batch", delay=2)
-    for start in progress:
-        batch = images[start : start + size]
+    shard_bytes, batch_size = 0, encoder.settings.batch_size
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
         texts = [entry.text for entry in chain.from_iterable(batch)]
         whole = encoder.text.count_tokens(texts)
         counted = [min(count, encoder.text.longest) for count in whole]
@@ -172,12 +204,13 @@ def plan_shards(images: list[list[Entry]], encoder: Encoder) -> Iterator[Plan]:
             words = unknown_words(encoder.text.tokenizer, text)
             encoder.unread.unknown += bool(words)
             encoder.unread.words.update(words)
-        needed = encoder.bytes_of(len(batch), counted)
+        needed = encoder.bytes_of(size, len(batch), counted)
         if chosen and shard_bytes + needed > SHARD_BYTES:
-            yield Plan(number, chosen, lengths)
+            yield Plan(number, size, chosen, lengths)
             chosen, lengths, shard_bytes, number = [], [], 0, number + 1
         chosen, lengths, shard_bytes = chosen + batch, lengths + counted, shard_bytes + needed
-    yield Plan(number, chosen, lengths)
+        progress.update()
+    yield Plan(number, size, chosen, lengths)
 
 
 class Encoder:
@@ -188,13 +221,11 @@ class Encoder:
         self.fingerprint, self.raw, self.runtime = fingerprint, raw, runtime
         self.unread = Unread()
 
-    def bytes_of(self, images: int, lengths: list[int]) -> int:
-        """Return the bytes in a shard of this number of images and of captions of these lengths in tokens."""
-        settings, text = self.settings, self.text.model.config
-        latent = 2 * self.vae.config.latent_channels * (settings.image_size // VAE_FACTOR) ** 2
-        return 2 * (
-            images * 2 * (1 + settings.crops) * latent + sum(lengths) * text.hidden_size + len(lengths) * text.projection_dim
-        )
+    def bytes_of(self, size: Size, images: int, lengths: list[int]) -> int:
+        """Return the bytes in a shard of this number of images of `size`, and of captions of these lengths in tokens."""
+        text, augmentations = self.text.model.config, 2 * (1 + self.settings.crops)
+        latent = 2 * self.vae.config.latent_channels * (size[0] // VAE_FACTOR) * (size[1] // VAE_FACTOR)
+        return 2 * (images * augmentations * latent + sum(lengths) * text.hidden_size + len(lengths) * text.projection_dim)
 
     def write(self, plans: list[Plan], parts: Path) -> None:
         """Write the shards of `plans` into `parts`, except those that are there completely, of the same images and captions.
@@ -220,17 +251,18 @@ class Encoder:
                 [forbids_flip(entry.text) for entry in plan.captions],
             )
             digests: list[str] = []
-            enlarged = 0
+            enlarged, cut, (width, height) = 0, 0.0, plan.size
             for start in range(0, len(plan.images), size):
                 chunk = plan.images[start : start + size]
-                pixels, found, sides = next(crops)
-                enlarged += sum(side < self.settings.image_size for side in sides)
+                pixels, found, sizes = next(crops)
+                enlarged += sum(across < width or down < height for across, down in sizes)
+                cut += sum(cut_share(size, plan.size) for size in sizes)
                 tokens, pooled = self.text.encode([entry.text for entry in chain.from_iterable(chunk)])
                 buffer.add(encode_moments(self.vae, pixels, self.settings), tokens, pooled)
                 digests += found
                 progress.update(len(chunk))
             rows = [{"image": entry.image, "text": entry.text, "split": entry.split} for entry in plan.captions]
-            buffer.write(parts, plan.number, rows, self.fingerprint, _inputs(plan, digests), enlarged)
+            buffer.write(parts, plan.number, rows, self.fingerprint, _inputs(plan, digests), enlarged, cut)
         progress.close()
 
     def _load(self, plans: list[Plan]) -> Iterator[tuple[torch.Tensor, list[str], list[int]]]:
@@ -241,8 +273,8 @@ class Encoder:
             for plan in plans
             for start in range(0, len(plan.images), size)
         ]
-        settings, runtime = self.settings, self.runtime
-        return load_crops(self.raw, batches, settings.image_size, settings.crops, runtime.num_workers, runtime.prefetch_factor)
+        sizes, runtime = list(dict.fromkeys(plan.size for plan in plans)), self.runtime
+        return load_crops(self.raw, batches, sizes, self.settings.crops, runtime.num_workers, runtime.prefetch_factor)
 
     def _is_written(self, plan: Plan, parts: Path) -> bool:
         record = read_record(parts, plan.number)

@@ -21,7 +21,7 @@ SAMPLED = 256  # images that the reconstruction error is measured on
 def measure_reconstruction(
     vae: AutoencoderKL, raw: Path, images: list[list[Entry]], image_size: int, batch_size: int, path: Path
 ) -> float:
-    """Measure the PSNR in dB of up to `SAMPLED` images of the set; plot originals above reconstructions to `path`."""
+    """Measure the PSNR in dB of the central squares of up to `SAMPLED` images; plot originals above reconstructions to `path`."""
     chosen = np.random.default_rng(0).permutation(len(images))[:SAMPLED]
     batches = [
         [(images[k][0].image, images[k][0].stored) for k in chosen[start : start + batch_size]]
@@ -29,7 +29,8 @@ def measure_reconstruction(
     ]
     every: list[tuple[torch.Tensor, torch.Tensor]] = []
     shown: list[tuple[Image.Image, Image.Image]] = []
-    for pixels, *_ in tqdm(load_crops(raw, batches, image_size), desc="reconstruct", total=len(batches), unit="batch", delay=2):
+    loaded = load_crops(raw, batches, [(image_size, image_size)])
+    for pixels, *_ in tqdm(loaded, desc="reconstruct", total=len(batches), unit="batch", delay=2):
         originals = to_tensor(pixels[:, 0])
         decoded = reconstruct(vae, originals).cpu()
         every.append((originals, decoded))

@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit.config import Runtime
+from dit.dataset.aspect_ratios import Size
 from dit.dataset.image_io import load_crops
 from dit.dataset.reader import Entry, by_image, read_metadata
 from dit.encoders.loading import EncoderSource, load_clip
@@ -77,13 +78,14 @@ def read_split(raw: Path, split: str) -> list[Entry]:
     return [captions[0] for captions in by_image(read_metadata(raw)) if captions[0].split == split]
 
 
-def open_images(raw: Path, images: list[Entry], image_size: int, runtime: Runtime) -> Iterator[Image.Image]:
-    """Yield the images as training sees them: the central square, resized (Lanczos) to `image_size`."""
-    batches = [[(entry.image, entry.stored) for entry in batch] for batch in _batches(images)]
-    workers = (
-        runtime.num_workers if len(images) * image_size**2 > 1e8 else 0
-    )  # a few small images are decoded before workers start
-    for pixels, *_ in load_crops(raw, batches, image_size, workers=workers, prefetch=runtime.prefetch_factor):
+def open_images(raw: Path, images: list[Entry], sizes: list[Size], runtime: Runtime) -> Iterator[Image.Image]:
+    """Yield the images as training sees them: cropped and resized (Lanczos) to the one of `sizes` that fits each best."""
+    # A batch has one size, and the images have to stay in their order.
+    groups = _batches(images) if len(sizes) == 1 else [[entry] for entry in images]
+    batches = [[(entry.image, entry.stored) for entry in group] for group in groups]
+    pixels_in_all = len(images) * sizes[0][0] * sizes[0][1]
+    workers = runtime.num_workers if pixels_in_all > 1e8 else 0  # a few small images are decoded before workers start
+    for pixels, *_ in load_crops(raw, batches, sizes, workers=workers, prefetch=runtime.prefetch_factor):
         for image in pixels[:, 0]:
             yield Image.fromarray(image.numpy())
 

@@ -61,7 +61,7 @@ def plot_nearest(
     chosen = [*counted[: PAIRS // 2], *counted[-PAIRS // 2 :]] if len(counted) > PAIRS else [*counted, *others][:PAIRS]
     for k in chosen:
         entry = training[int(nearest.index[k])]
-        known = center_crop(open_named(stored.read(entry.stored), entry.image), images[k].width)
+        known = center_crop(open_named(stored.read(entry.stored), entry.image), images[k].size)
         known = ImageOps.mirror(known) if nearest.mirrored[k] else known
         pairs.append(grid([images[k], known], columns=2, gap=2))
         mirrored = ", mirrored" if nearest.mirrored[k] else ""

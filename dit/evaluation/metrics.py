@@ -86,7 +86,7 @@ def evaluate_samples(
     def embed(
         entries: list[Entry], label: str, change: Callable[[Image.Image], Image.Image] = lambda image: image
     ) -> torch.Tensor:
-        opened = open_images(raw, entries, cache.index["image_size"], runtime)
+        opened = open_images(raw, entries, cache.sizes, runtime)
         return clip.embed_images(map(change, opened), len(entries), f"CLIP: {label}")
 
     real = embed(held_out, "held-out images")

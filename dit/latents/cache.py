@@ -67,7 +67,11 @@ class LatentCache:
 
     Attributes:
         index: the content of index.json.
+        sizes: width and height in pixels of the images; the buckets, of which the one with the most images comes first.
+        latent_shapes: (C, H, W) of the latents of each bucket.
+        counts: how many images each bucket has.
         train, val: numbers of the images of each split, int64 arrays.
+        train_buckets, val_buckets: the same, divided into buckets; some may be empty.
         empty: (tokens (L, E), pooled (P,)) of the caption "".
         text_statistics: `tokens_mean`, `tokens_std` (E,), `pooled_mean` and `pooled_std` (P,), float32.
 
@@ -96,6 +100,18 @@ class LatentCache:
         self._no_flip = np.concatenate([shard.no_flip for shard in self._shards])
         is_val = np.concatenate([shard.val for shard in self._shards])
         self.train, self.val = np.flatnonzero(~is_val), np.flatnonzero(is_val)
+        shapes = [shard.latent_shape for shard in self._shards]
+        self.latent_shapes = list(dict.fromkeys(shapes))
+        side = self.index["image_size"]
+        self.sizes = self.index.get("sizes", [(side, side)])
+        if len(self.sizes) != len(self.latent_shapes):
+            raise UserError(f"{self.folder}: {INDEX} has {len(self.sizes)} sizes, the shards {len(self.latent_shapes)}; {AGAIN}")
+        self._bucket = np.repeat([self.latent_shapes.index(shape) for shape in shapes], np.diff(self._first))  # of each image
+        self.counts = np.bincount(self._bucket).tolist()
+        self.train_buckets, self.val_buckets = self._divide(self.train), self._divide(self.val)
+
+    def _divide(self, images: np.ndarray) -> list[np.ndarray]:
+        return [images[self._bucket[images] == k] for k in range(len(self.latent_shapes))]
 
     def _open(self, entry: ShardEntry) -> Shard:
         path = self.folder / entry["file"]
@@ -134,9 +150,14 @@ class LatentCache:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one latent."""
-        channels, height, width = self._shards[0].shapes["moments"][2:]
-        return channels // 2, height, width
+        """(C, H, W) of the latents of most images: of all where there is one bucket."""
+        return self.latent_shapes[0]
+
+    def first_val(self, limit: int | None = None) -> list[np.ndarray]:
+        """Return `val_buckets`, or where that is more than `limit` images, the first of each bucket, to equal shares."""
+        if limit is None or len(self.val) <= limit:
+            return self.val_buckets
+        return [images[: -(-len(images) * limit // len(self.val))] for images in self.val_buckets]
 
     @property
     def augmentations(self) -> int:
@@ -177,12 +198,12 @@ class LatentCache:
         """Gather a batch.
 
         Args:
-            images: (B,) numbers of images.
+            images: (B,) numbers of images, all of one bucket.
             caption_choice: (B,) float in [0, 1): which of an image's captions, as a fraction of their number.
             mirrored: (B,) bool: take the mirror image, unless the chosen caption contains left or right.
             crop_choice: (B,) float in [0, 1): which of an image's crops; None for the central one.
         """
-        channels, height, width = self.latent_shape
+        channels, height, width = self.latent_shapes[self.bucket_of(images)]
         rows = self.locate(images, caption_choice, mirrored, crop_choice)
         moments = torch.empty(len(images), 2 * channels, height, width, dtype=torch.float16)
         tokens = torch.zeros(len(images), self.max_tokens, self.cross_attention_dim, dtype=torch.float16)
@@ -209,10 +230,34 @@ class LatentCache:
         augmentations = images * self.augmentations + 2 * crops + (np.asarray(mirrored) & ~self._no_flip[captions])
         return Rows(augmentations, captions, self._offsets[captions], self._offsets[captions + 1] - self._offsets[captions])
 
-    def copy_rows(self, name: str, target: torch.Tensor) -> None:
-        """Fill `target` with all rows of "moments" (N * V, 2C, H, W), "tokens" (K, E) or "pooled" (M, P), shard by shard."""
+    def bucket_of(self, images: np.ndarray) -> int:
+        """Return the bucket of `images` (B,), which are all of the same one; 0 where there are none."""
+        buckets = self._bucket[images]
+        if len(buckets) and (buckets != buckets[0]).any():
+            raise ValueError("images of several buckets do not make a batch")
+        return int(buckets[0]) if len(buckets) else 0
+
+    def place_in_bucket(self, images: np.ndarray) -> np.ndarray:
+        """Return the how manieth of its bucket each of `images` is, counted as `copy_rows` copies them."""
+        if len(self.counts) == 1:
+            return images
+        places = np.empty(len(self), dtype=np.int64)
+        for k in range(len(self.counts)):
+            places[self._bucket == k] = np.arange(self.counts[k])
+        return places[images]
+
+    def copy_rows(self, name: str, target: torch.Tensor, bucket: int | None = None) -> None:
+        """Fill `target` with all rows of a tensor, shard by shard.
+
+        Args:
+            name: "moments" (N * V, 2C, H, W), "tokens" (K, E) or "pooled" (M, P).
+            target: any device, fp16.
+            bucket: that of whose images alone; None for all.
+        """
         start = 0
         for shard in self._shards:
+            if bucket is not None and shard.latent_shape != self.latent_shapes[bucket]:
+                continue
             rows = torch.empty(shard.shapes[name], dtype=torch.float16)
             rows = rows.flatten(0, 1) if name == "moments" else rows
             shard.read_rows(name, 0, rows.numpy())

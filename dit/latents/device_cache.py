@@ -20,35 +20,37 @@ class DeviceLatentCache:
 
     def __init__(self, cache: LatentCache, device: torch.device):
         self.cache, self.device = cache, device
-        channels, height, width = cache.latent_shape
-        shapes = {
-            "moments": (cache.index["images"] * cache.augmentations, 2 * channels, height, width),
-            "tokens": (cache.index["tokens"], cache.cross_attention_dim),
-            "pooled": (cache.index["captions"], cache.pooled_projection_dim),
-        }
-        self._rows = {name: torch.empty(shape, dtype=torch.float16, device=device) for name, shape in shapes.items()}
-        for name, rows in self._rows.items():
-            cache.copy_rows(name, rows)
+        self._tokens = torch.empty(cache.index["tokens"], cache.cross_attention_dim, dtype=torch.float16, device=device)
+        self._pooled = torch.empty(cache.index["captions"], cache.pooled_projection_dim, dtype=torch.float16, device=device)
+        cache.copy_rows("tokens", self._tokens)
+        cache.copy_rows("pooled", self._pooled)
+        self._moments = []  # of each bucket
+        for bucket, (channels, height, width) in enumerate(cache.latent_shapes):
+            count = cache.counts[bucket] * cache.augmentations
+            self._moments.append(torch.empty(count, 2 * channels, height, width, dtype=torch.float16, device=device))
+            cache.copy_rows("moments", self._moments[-1], bucket)
+        self._place = cache.place_in_bucket(np.arange(len(cache)))
         self._places = torch.arange(cache.max_tokens, device=device)
 
     @property
-    def train(self) -> np.ndarray:
-        """Numbers of the training images, as `LatentCache.train`."""
-        return self.cache.train
+    def train_buckets(self) -> list[np.ndarray]:
+        """Numbers of the training images of each bucket, as `LatentCache.train_buckets`."""
+        return self.cache.train_buckets
 
     def read(
         self, images: np.ndarray, caption_choice: np.ndarray, mirrored: np.ndarray, crop_choice: np.ndarray | None = None
     ) -> Batch:
         """Gather a batch on the device; the arguments are those of `LatentCache.read`."""
         rows = self.cache.locate(images, caption_choice, mirrored, crop_choice)
-        numbers = torch.from_numpy(np.stack([rows.augmentations, rows.captions, rows.first_tokens, rows.lengths]))
+        augmentations = rows.augmentations + (self._place[images] - images) * self.cache.augmentations
+        numbers = torch.from_numpy(np.stack([augmentations, rows.captions, rows.first_tokens, rows.lengths]))
         if self.device.type == "cuda":
             numbers = numbers.pin_memory()
-        augmentations, captions, first_tokens, lengths = numbers.to(self.device, non_blocking=True)
+        moments, captions, first_tokens, lengths = numbers.to(self.device, non_blocking=True)
         mask = self._places < lengths[:, None]
         wanted = first_tokens[:, None] + torch.where(mask, self._places, 0)
-        tokens = torch.where(mask[:, :, None], self._rows["tokens"][wanted], 0)
-        return Batch(self._rows["moments"][augmentations], tokens, mask, self._rows["pooled"][captions])
+        tokens = torch.where(mask[:, :, None], self._tokens[wanted], 0)
+        return Batch(self._moments[self.cache.bucket_of(images)][moments], tokens, mask, self._pooled[captions])
 
 
 def fits_on_device(cache: LatentCache, device: torch.device) -> bool:

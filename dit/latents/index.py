@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NotRequired
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 FORMAT = 3  # 2 called `no_flip` and `fingerprint` otherwise
+FORMAT_OF_SIZES = 4  # shards of several sizes, which what reads 3 does not expect
 Count = Annotated[int, Field(strict=True, ge=1)]
 Length = Annotated[int, Field(strict=True, ge=1, le=4096)]  # of a caption, in tokens; a CLIP reads 77
 Text = Annotated[str, Field(strict=True)]
@@ -40,9 +41,10 @@ class EncoderEntry(TypedDict):
 class Index(TypedDict):
     """The whole of index.json. `fingerprint` is a digest of the encoders and settings and stands in every shard, too."""
 
-    format: Literal[3]
+    format: Literal[3, 4]
     fingerprint: Text
     image_size: Count
+    sizes: NotRequired[list[tuple[Count, Count]]]  # width and height in pixels, of format 4
     vae: EncoderEntry
     clip: EncoderEntry
     vae_scaling: Number

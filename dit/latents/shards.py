@@ -58,6 +58,12 @@ class Shard:
         # A row of the moments is an augmentation: (2C, H, W).
         self._row_bytes = {name: 2 * int(np.prod(self.shapes[name][2 if name == "moments" else 1 :])) for name in self.shapes}
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of its latents."""
+        channels, height, width = self.shapes["moments"][2:]
+        return channels // 2, height, width
+
     def __reduce__(self):
         return Shard, (self.path,)  # neither a lock nor an open file can be sent to another process
 

@@ -37,13 +37,15 @@ def load_components(folder: Path, dtype: torch.dtype, transformer_dtype: torch.d
     index = read_index(folder)
     try:
         prediction_type, complete = index["prediction_type"], (folder / "vae").is_dir()
-        image_size = (index if complete else index["encoders"])["image_size"]
+        trained_on = index if complete else index["encoders"]
+        image_size = trained_on["image_size"]
         if prediction_type not in get_args(PredictionType) or not isinstance(image_size, int):
             raise ValueError(f"model_index.json has {prediction_type!r} and {image_size!r} for prediction_type and image_size")
         parts = {
             "transformer": _load_transformer(folder, transformer_dtype),
             "prediction_type": prediction_type,
             "image_size": image_size,
+            "sizes": trained_on.get("sizes"),
         }
         if complete:
             return parts | {"scheduler": _load_scheduler(folder, index["scheduler"][1])} | _load_own_encoders(folder, dtype)

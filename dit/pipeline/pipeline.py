@@ -47,6 +47,8 @@ class DiTTextToImagePipeline(DiffusionPipeline):
             scheduler takes its output for.
         image_size: side of the images it was trained on, in pixels: the default height and width. Without it, each call
             needs both.
+        sizes: width and height of the images, where it was trained on several sizes, that of most images first. If the square
+            is none of them, the first is the default.
     """
 
     transformer: DiT
@@ -69,9 +71,10 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         tokenizer: CLIPTokenizer,
         prediction_type: PredictionType | None = None,
         image_size: int | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
     ):
         super().__init__()
-        self.register_to_config(prediction_type=prediction_type or predicts(scheduler), image_size=image_size)
+        self.register_to_config(prediction_type=prediction_type or predicts(scheduler), image_size=image_size, sizes=sizes)
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
@@ -112,6 +115,13 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         """Save as diffusers does; model_index.json names the class of the transformer by its public place, `dit.model`."""
         self.register_to_config(transformer=MODEL_CLASS)
         super().save_pretrained(save_directory, **settings)
+
+    @property
+    def trained_sizes(self) -> list[tuple[int, int]]:
+        """Return width and height of the images that it was trained on, the default of a call first."""
+        side = self.config.image_size
+        sizes = [(width, height) for width, height in self.config.sizes or ([(side, side)] if side else [])]
+        return sorted(sizes, key=lambda size: size != (side, side))
 
     def enable_vae_slicing(self) -> None:
         """Decode images one by one: less memory for large batches."""
@@ -237,7 +247,8 @@ class DiTTextToImagePipeline(DiffusionPipeline):
 
     def _latent_shape(self, count: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
         """Return the shape of the latents of `count` images of this size, or of the size of training."""
-        height, width = (self.config.image_size if size is None else size for size in (height, width))
+        default_width, default_height = self.trained_sizes[0] if self.trained_sizes else (None, None)
+        height, width = default_height if height is None else height, default_width if width is None else width
         if height is None or width is None:
             raise UserError("height, width: this pipeline does not know the size of its training; give both, or image_size to it")
         cell = self.vae_scale_factor * self.transformer.config.patch_size

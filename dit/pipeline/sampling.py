@@ -14,7 +14,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit.config import GRID_PROMPTS, Sample
-from dit.dataset.reader import read_metadata, read_source
+from dit.dataset.aspect_ratios import Size, nearest_size
+from dit.dataset.decode import read_named_size
+from dit.dataset.reader import Entry, read_metadata, read_source
+from dit.dataset.storage import StoredImages
 from dit.model.transformer import forward_flops
 from dit.pipeline.generate import generate_images, load_pipeline
 from dit.pipeline.pipeline import DiTTextToImagePipeline
@@ -38,35 +41,52 @@ class Prompt:
         seed: of its noise.
         group: "val" for a caption of the validation set, "unseen" for one with a colour and shape never seen together,
             "diversity" for one of several images of the same caption, "own" for one of `sample.prompts`.
+        size: width and height in pixels; None for the pipeline's default.
     """
 
     file: str
     text: str
     seed: int
     group: str
+    size: Size | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what prompts.json holds of it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def choose_prompts(raw: Path, recipe: str, settings: Sample) -> list[Prompt]:
+def choose_prompts(raw: Path, recipe: str, settings: Sample, sizes: list[Size] | None = None) -> list[Prompt]:
     """Choose `num_samples` prompts, and some more in groups of their own.
 
     They are the first caption of each validation image and, of the recipe `shapes`, as many prompts again with unseen pairs. Then
     come some captions several times each, spread over the validation set, and `prompts`.
+
+    Where the model was trained on several `sizes`, a caption of the validation set gets the one that its image has.
     """
-    captions: dict[str, str] = {}
+    held_out: dict[str, Entry] = {}
     for entry in read_metadata(raw):
         if entry.split == "val":
-            captions.setdefault(entry.image, entry.text)
-    known = list(captions.values())
+            held_out.setdefault(entry.image, entry)
+    entries = list(held_out.values())
+    stored = StoredImages(raw)
+    known = [(entry.text, _size_of(entry, stored, sizes)) for entry in entries]
     unseen: list[str] = []
     if recipe == "shapes":
         source = read_source(raw)
         unseen = unseen_prompts(settings.num_samples // 2, settings.seed, Kind(source["layout"], source["level"]))
     spread = np.unique(np.linspace(0, len(known) - 1, REPEATED).round().astype(int))
-    texts = [(text, "val") for text in known[: settings.num_samples - len(unseen)]]
-    texts += [(text, "unseen") for text in unseen]
-    texts += [(known[k], "diversity") for k in spread for _ in range(TIMES)]
-    texts += [(text, "own") for text in settings.prompts]
-    return [Prompt(f"{k:05d}.png", text, settings.seed + k, group) for k, (text, group) in enumerate(texts)]
+    texts = [(*each, "val") for each in known[: settings.num_samples - len(unseen)]]
+    texts += [(text, None, "unseen") for text in unseen]
+    texts += [(*known[k], "diversity") for k in spread for _ in range(TIMES)]
+    texts += [(text, None, "own") for text in settings.prompts]
+    return [Prompt(f"{k:05d}.png", text, settings.seed + k, group, size) for k, (text, size, group) in enumerate(texts)]
+
+
+def _size_of(entry: Entry, stored: StoredImages, sizes: list[Size] | None) -> Size | None:
+    if not sizes:
+        return None
+    found = read_named_size(stored.read(entry.stored), stored.folder / entry.stored)
+    return sizes[nearest_size(found, sizes)]
 
 
 def sample(model: Path, prompts: list[Prompt], settings: Sample, images: Path, grids: Path) -> dict[str, float]:
@@ -88,7 +108,7 @@ def sample(model: Path, prompts: list[Prompt], settings: Sample, images: Path, g
         if len(pairs) < (TIMES**2 if prompt.group == "diversity" else SHOWN):
             pairs.append((image, prompt.text))
         began = time.perf_counter()
-    write_json(images / "prompts.json", [asdict(prompt) for prompt in prompts])
+    write_json(images / "prompts.json", [prompt.to_dict() for prompt in prompts])
     for group, pairs in shown.items():
         columns = TIMES if group == "diversity" else COLUMNS
         samples, labels = zip(*pairs, strict=True)
@@ -108,10 +128,15 @@ def sample(model: Path, prompts: list[Prompt], settings: Sample, images: Path, g
 def sample_prompts(
     pipeline: DiTTextToImagePipeline, prompts: Sequence[Prompt], settings: Sample
 ) -> Iterator[tuple[Prompt, Image.Image]]:
-    """Yield each of `prompts` with its image, generated in batches of `settings.batch_size` under a progress bar."""
+    """Yield each of `prompts` with its image, size after size, in batches of `settings.batch_size`, under a progress bar."""
     how = (settings.num_inference_steps, settings.guidance_scale, settings.batch_size)
-    images = tqdm(generate_prompts(pipeline, prompts, *how), total=len(prompts), desc="sample", unit="image")
-    return zip(prompts, images, strict=True)
+    with tqdm(total=len(prompts), desc="sample", unit="image") as progress:
+        for size in dict.fromkeys(prompt.size for prompt in prompts):
+            own = [prompt for prompt in prompts if prompt.size == size]
+            width, height = size or (None, None)
+            for pair in zip(own, generate_prompts(pipeline, own, *how, width=width, height=height), strict=True):
+                progress.update()
+                yield pair
 
 
 def generate_prompts(

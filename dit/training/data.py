@@ -6,7 +6,7 @@ and resume anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from dit.utils.random import seeded_generator
 
 # One stream per independent use of randomness, so that adding one never shifts another; validation.py has stream 3.
 ORDER, CHOICES, NOISE = range(3)
+BUCKETS = 4
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,10 @@ class StepNoise:
 
 
 def global_batch(images: np.ndarray, seed: int, step: int, batch_size: int) -> np.ndarray:
-    """Return the numbers of the images of step `step`, (batch_size,): a section of an endless sequence of shuffled epochs."""
+    """Return the numbers of the images of step `step` of a bucket, (batch_size,).
+
+    They are a section of an endless sequence of shuffled epochs.
+    """
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs = positions // len(images)
     chosen = np.empty(batch_size, dtype=np.int64)
@@ -50,10 +54,33 @@ def global_batch(images: np.ndarray, seed: int, step: int, batch_size: int) -> n
     return chosen
 
 
+def choose_bucket(counts: Sequence[int], seed: int, step: int, batch_size: int) -> tuple[int, int]:
+    """Return which bucket the batch of step `step` is of, and how many batches that bucket has had before.
+
+    In each epoch a bucket has as many batches as its images fill, what is left over counting for the next epoch, and the batches
+    of all buckets come in a random order.
+
+    Args:
+        counts: of each bucket, how many training images it has.
+        seed, step, batch_size: as of `global_batch`, which then chooses among the bucket's images.
+    """
+    sizes = np.array(counts)
+    epoch = step * batch_size // int(sizes.sum())
+    while ((epoch + 1) * sizes // batch_size).sum() <= step:  # the rests that wait make it later by a few batches
+        epoch += 1
+    before = epoch * sizes // batch_size
+    batches = np.repeat(np.arange(len(sizes)), (epoch + 1) * sizes // batch_size - before)
+    order = np.random.default_rng([seed, BUCKETS, epoch]).permutation(batches)
+    position = step - int(before.sum())
+    bucket = int(order[position])
+    return bucket, int(before[bucket]) + int((order[:position] == bucket).sum())
+
+
 def read_batch(cache: LatentCache | DeviceLatentCache, seed: int, step: int, batch_size: int, flip: bool, rows: slice) -> Batch:
     """Read rows `rows` of the global batch of step `step`: training images, each with one of its captions and crops."""
     random = np.random.default_rng([seed, CHOICES, step]).random((3, batch_size))
-    images = global_batch(cache.train, seed, step, batch_size)
+    bucket, number = choose_bucket([len(images) for images in cache.train_buckets], seed, step, batch_size)
+    images = global_batch(cache.train_buckets[bucket], seed, number, batch_size)
     return cache.read(images[rows], random[0, rows], (random[1, rows] < 0.5) & flip, random[2, rows])
 
 

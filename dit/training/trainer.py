@@ -24,6 +24,7 @@ from dit.training.checkpoint import Checkpoint, Checkpoints, TrainingState
 from dit.training.data import (
     StepBatches,
     StepNoise,
+    choose_bucket,
     drop_captions,
     load_batches,
     rank_slices,
@@ -98,6 +99,7 @@ class Trainer:
             self.accelerator.num_processes,
             self.accelerator.process_index,
         )
+        self.bucket_sizes = [len(images) for images in cache.train_buckets]
         self.objective = make_objective(train.objective, train.prediction_type, train.snr_gamma, optim.logit_mean)
         self.val_objective = make_objective(train.objective, train.prediction_type, train.snr_gamma)
 
@@ -205,8 +207,10 @@ class Trainer:
 
     def sample_noise(self, step: int) -> StepNoise:
         """Sample the randomness of the global batch of `step`."""
-        shape, dropout = self.cache.latent_shape, self.settings.caption_dropout
-        return sample_step_noise(shape, self.settings.seed, step, self.batch_size, dropout, self.objective, self.device)
+        seed, dropout = self.settings.seed, self.settings.caption_dropout
+        bucket, _ = choose_bucket(self.bucket_sizes, seed, step, self.batch_size)
+        shape = self.cache.latent_shapes[bucket]
+        return sample_step_noise(shape, seed, step, self.batch_size, dropout, self.objective, self.device)
 
     def try_compiled(self) -> None:
         """Compute gradients once with the compiled network; if that fails in any process, train without compiling in all of them.

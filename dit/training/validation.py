@@ -53,7 +53,7 @@ def validation_losses(
         objective: the path and the loss; of a flow with `logit_mean` 0, so that runs with another one compare.
         batch_size: images at once.
         passes: how often each image is measured, each time at other noise and another timestep.
-        limit: use only so many validation images.
+        limit: use only about so many validation images, as many of each bucket as its share is.
         rows: which of them to measure, consecutive numbers from 0; noise and timesteps do not depend on it. None for all.
         timestep: one for all images instead, in (0, 1); the noise stays the same.
         autocast: makes the context in which the model runs.
@@ -65,34 +65,45 @@ def validation_losses(
             return model(*inputs)
 
     device = next(model.parameters()).device
-    images = cache.val[:limit]
+    buckets = cache.first_val(limit)
+    images, ends = np.concatenate(buckets), np.cumsum([len(bucket) for bucket in buckets])
     count = len(images)
     rows = np.arange(count) if rows is None else rows
+    batches = [
+        part for of in _by_bucket(rows, ends) for part in np.split(of, range(batch_size, len(of), batch_size)) if len(part)
+    ]
     losses = np.empty((passes, len(rows)))
     for number in range(passes):
         source = seeded_generator(torch.device("cpu"), NOISE_SEED, VALIDATION, number)
-        noise = torch.randn(2, count, *cache.latent_shape, generator=source)
+        shapes = zip(buckets, cache.latent_shapes, strict=True)
+        noise = [row for of, shape in shapes for row in torch.randn(2, len(of), *shape, generator=source).unbind(1)]
         timesteps = objective.timesteps((torch.randperm(count, generator=source) + 0.5) / count)
         if timestep is not None:
             timesteps = torch.full_like(timesteps, timestep)
-        for start in range(0, len(rows), batch_size):
-            own = rows[start : start + batch_size]
+        start = 0
+        for own in batches:
             batch = read_first(cache, images[own]).to(device)
-            posterior_noise, path_noise = noise[:, own].to(device)
+            posterior_noise, path_noise = torch.stack([noise[k] for k in own], dim=1).to(device)
             t = timesteps[own].to(device)
             latents = sample_posterior(batch.moments, posterior_noise, cache.index["vae_scaling"], cache.index["vae_shift"])
             loss = diffusion_loss(network, objective, latents, path_noise, t, batch.tokens, batch.mask, batch.pooled)
             losses[number, start : start + len(own)] = loss.cpu().numpy()
+            start += len(own)
             if progress is not None:
                 progress.update(len(own))
     return losses
+
+
+def _by_bucket(rows: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
+    """Divide `rows`, which rise, into those of each bucket; `ends` are the first row after each."""
+    return np.split(rows, np.searchsorted(rows, ends[:-1]))
 
 
 def validation_loss(
     model: DiT, cache: LatentCache, objective: Objective, batch_size: int, limit: int, accelerator: Accelerator
 ) -> float:
     """Return the mean of `validation_losses` in one pass; all processes share the images and return the same number."""
-    count = len(cache.val[:limit])
+    count = sum(map(len, cache.first_val(limit)))
     rows = np.array_split(np.arange(count), accelerator.num_processes)[accelerator.process_index]
     losses = validation_losses(model, cache, objective, batch_size, limit=limit, rows=rows, autocast=accelerator.autocast)
     total = torch.tensor(losses.sum(), dtype=torch.float64, device=accelerator.device)
@@ -122,7 +133,8 @@ def sample_preview(
         autocast: makes the context in which the model runs.
     """
     device = next(model.parameters()).device
-    images = cache.val[:count]
+    bucket = int(np.argmax([len(images) for images in cache.val_buckets]))  # a sheet has images of one size
+    images = cache.val_buckets[bucket][:count]
     count = len(images)
     batch, empty = read_first(cache, images).to(device), cache.read_empty(count).to(device)
     tokens = torch.cat([batch.tokens, empty.tokens]).float()
@@ -138,6 +150,6 @@ def sample_preview(
         return apply_cfg(conditional, unconditional, PREVIEW_GUIDANCE)
 
     source = seeded_generator(torch.device("cpu"), PREVIEW_SEED, VALIDATION)
-    noise = torch.randn(count, *cache.latent_shape, generator=source).to(device)
+    noise = torch.randn(count, *cache.latent_shapes[bucket], generator=source).to(device)
     samples = decode(euler_sample(objective, predict, noise, PREVIEW_STEPS))
     return grid(samples, columns=8, scale=max(1, 128 // samples[0].width))

@@ -71,14 +71,15 @@ def psnr(first: torch.Tensor, second: torch.Tensor) -> float:
 
 
 def grid(images: list[Image.Image], columns: int, gap: int = 4, scale: int = 1) -> Image.Image:
-    """Lay images of one size out in rows of `columns`, `gap` pixels apart, each enlarged `scale` times."""
-    width, height = images[0].width * scale, images[0].height * scale
+    """Lay images out in rows of `columns`, `gap` pixels apart, enlarged `scale` times, in cells that hold the largest."""
+    width, height = max(image.width for image in images) * scale, max(image.height for image in images) * scale
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
     for k, image in enumerate(images):
         if scale > 1:
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
-        sheet.paste(image, (gap + k % columns * (width + gap), gap + k // columns * (height + gap)))
+            image = image.resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS)
+        across, down = (width - image.width) // 2, (height - image.height) // 2
+        sheet.paste(image, (gap + k % columns * (width + gap) + across, gap + k // columns * (height + gap) + down))
     return sheet
 
 
@@ -89,7 +90,7 @@ def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], columns:
     further, so that the sheet is not wider than `WIDEST`.
     """
     gap = 8
-    width, height = images[0].size
+    width, height = max(image.width for image in images), max(image.height for image in images)
     factor: float = cell // width if width <= cell else min(cell, (WIDEST - gap) // columns - gap) / width
     width, height = round(width * factor), round(height * factor)
     fonts = [label_font(label) for label in labels]
@@ -98,7 +99,8 @@ def labelled_grid(images: Sequence[Image.Image], labels: Sequence[str], columns:
     tiles = []
     for image, lines, font in zip(images, texts, fonts, strict=True):
         tile = Image.new("RGB", (width, height + below), "white")
-        tile.paste(image.resize((width, height), Image.Resampling.LANCZOS))
+        size = round(image.width * factor), round(image.height * factor)
+        tile.paste(image.resize(size, Image.Resampling.LANCZOS), ((width - size[0]) // 2, (height - size[1]) // 2))
         draw_label(tile, (2, height + 2), lines, font, (60, 60, 60))
         tiles.append(tile)
     return grid(tiles, columns, gap)

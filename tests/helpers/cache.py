@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,8 +25,14 @@ def write_cache(
     channels: int = 4,
     fingerprint: str = FINGERPRINT,
     text_sizes: tuple[int, int] = (32, 16),
+    shapes: Sequence[tuple[int, int]] = (),
 ) -> LatentCache:
-    """A cache of random moments and text: images with so many augmentations and captions each, of 3 to 9 tokens."""
+    """A cache of random moments and text: images with so many augmentations and captions each, of 3 to 9 tokens.
+
+    With `shapes`, of which there is one for each shard, its latents are the corners, of that height and width, of latents of
+    `size`, and the images for validation are spread over all shards.
+    """
+    held_out = set(range(0, images, images // val)) if shapes else set(range(val))
     source = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -40,7 +47,7 @@ def write_cache(
         {
             "image": f"images/{k // captions}.png",
             "text": f"caption {k % captions} of image {k // captions}, {sides[k]}",
-            "split": "val" if k // captions < val else "train",
+            "split": "val" if k // captions in held_out else "train",
         }
         for k in range(images * captions)
     ]
@@ -49,8 +56,9 @@ def write_cache(
         end = min(start + step, images)
         own = slice(start * captions, end * captions)
         lengths, no_flip = [len(row) for row in tokens[own]], [side == "left" for side in sides[own]]
-        buffer = ShardBuffer([i < val for i in range(start, end)], [captions] * (end - start), lengths, no_flip)
-        buffer.add(moments[start:end], tokens[own], pooled[own])
+        height, width = shapes[number] if shapes else (size, size)
+        buffer = ShardBuffer([i in held_out for i in range(start, end)], [captions] * (end - start), lengths, no_flip)
+        buffer.add(moments[start:end, :, :, :height, :width], tokens[own], pooled[own])
         buffer.write(folder / "parts", number, rows[own], fingerprint)
     source_record = {"name": "builtin", "revision": None, "resolved": None}
     about = {
@@ -62,6 +70,8 @@ def write_cache(
         "clip": source_record,
         "val_images": val,
     }
+    if shapes:
+        about["sizes"] = [(8 * width, 8 * height) for height, width in dict.fromkeys(shapes)]
     assemble_cache(folder / "parts", shards, folder, about, (random(2, text_sizes[0]), random(text_sizes[1])))
     shutil.rmtree(folder / "parts")
     return LatentCache(folder)

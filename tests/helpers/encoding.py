@@ -17,6 +17,7 @@ SHARD_BYTES = 2**15  # one batch of four images
 RUNTIME = replace(load_config(REPO / "params.yaml").runtime, num_workers=0, prefetch_factor=2)
 SETTINGS = Encode(
     image_size=64,
+    aspect_ratios="square",
     vae="builtin",
     vae_revision=None,
     vae_slicing=False,

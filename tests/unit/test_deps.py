@@ -33,12 +33,16 @@ READ = {"dit/encoders/loading.py": "dit/encoders/builtin"}  # files that are no 
 # Files in a room that a stage depends on as a whole and of which it uses less: editing them runs the stage once more, with the
 # same result. The train stage has none.
 SPARE = {
-    "download": {"dit/dataset/image_io.py", "dit/dataset/reader.py", "dit/shapes/detector.py", "dit/shapes/scoring.py"},
+    "download": {
+        "dit/dataset/aspect_ratios.py",
+        "dit/dataset/image_io.py",
+        "dit/dataset/reader.py",
+        "dit/shapes/detector.py",
+        "dit/shapes/scoring.py",
+    },
     "encode": {"dit/latents/device_cache.py", "dit/utils/random.py"},
     "sample": {
-        "dit/dataset/decode.py",
         "dit/dataset/image_io.py",
-        "dit/dataset/storage.py",
         "dit/model/loss.py",
         "dit/shapes/detector.py",
         "dit/shapes/placement.py",

@@ -163,7 +163,7 @@ def test_encode_adds_random_crops(raw, tmp_path):
     crops = [cropped.read(np.arange(COUNT), CENTRAL, NO_MIRRORS, np.full(COUNT, choice)).moments for choice in (0.3, 0.4, 0.99)]
     assert torch.equal(central, crops[0]) and not torch.equal(crops[1], central) and not torch.equal(crops[1], crops[2])
     name = "images/5.jpg"
-    pixels, *_ = next(load_crops(raw, [[(name, name)]], 64, crops=2))
+    pixels, *_ = next(load_crops(raw, [[(name, name)]], [(64, 64)], crops=2))
     alone = moments.encode_moments(load_vae(EncoderSource("builtin"))[0], pixels, SETTINGS)[0, 4].float()
     assert torch.allclose(alone, crops[2][image_names(raw).index(name)].float(), atol=0.02)
 

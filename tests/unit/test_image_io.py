@@ -33,7 +33,7 @@ def test_open_rgb_converts_mode(mode):
 
 
 def test_center_crop_size():
-    assert center_crop(Image.new("RGB", (20, 40)), 16).size == (16, 16)
+    assert center_crop(Image.new("RGB", (20, 40)), (16, 16)).size == (16, 16)
 
 
 @pytest.fixture
@@ -43,12 +43,12 @@ def ramp() -> Image.Image:
 
 
 def test_random_crop_depends_on_name_and_number(ramp):
-    crop = np.asarray(random_crop(ramp, 32, "images/x.jpg", 3))
-    assert np.array_equal(crop, np.asarray(random_crop(ramp, 32, "images/x.jpg", 3)))
-    assert not np.array_equal(crop, np.asarray(random_crop(ramp, 32, "y", 3)))
+    crop = np.asarray(random_crop(ramp, (32, 32), "images/x.jpg", 3))
+    assert np.array_equal(crop, np.asarray(random_crop(ramp, (32, 32), "images/x.jpg", 3)))
+    assert not np.array_equal(crop, np.asarray(random_crop(ramp, (32, 32), "y", 3)))
 
 
 def test_random_crop_varies_within_the_image(ramp):
-    crops = [np.asarray(random_crop(ramp, 32, "images/x.jpg", number)) for number in range(1, 9)]
+    crops = [np.asarray(random_crop(ramp, (32, 32), "images/x.jpg", number)) for number in range(1, 9)]
     widths = [int(crop[0, -1, 0]) - int(crop[0, 0, 0]) for crop in crops]
     assert len({crop[0, 0, 0] for crop in crops}) > 5 and all(60 <= width <= 100 for width in widths)  # of 100 at most

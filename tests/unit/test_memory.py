@@ -218,7 +218,8 @@ names = [f"images/{k}.png" for k in range(48)]
 for k, name in enumerate(names):
     Image.fromarray(np.full((256, 256, 3), k, np.uint8)).save(raw / name)
 batches = [[(name, name) for name in names[start : start + 8]] for start in range(0, 48, 8)]
-found = [int(image[0, 0, 0, 0]) for pixels, *_ in load_crops(raw, batches, 256, workers=2, prefetch=4) for image in pixels]
+loaded = load_crops(raw, batches, [(256, 256)], workers=2, prefetch=4)
+found = [int(image[0, 0, 0, 0]) for pixels, *_ in loaded for image in pixels]
 assert found == list(range(48)), found
 """
 

@@ -61,11 +61,11 @@ def test_load_crops_spawn(stored):
     """Spawned workers, as on Windows and macOS, get all that they need by pickling."""
     names = list(dict.fromkeys((row.image, row.stored) for row in read_metadata(stored / "shards")))
     batches = [names[:3], names[3:]]
-    here = list(load_crops(stored / "shards", batches, 16, crops=1))
+    here = list(load_crops(stored / "shards", batches, [(16, 16)], crops=1))
     usual = multiprocessing.get_start_method(allow_none=True)
     multiprocessing.set_start_method("spawn", force=True)
     try:
-        spawned = list(load_crops(stored / "shards", [*batches, batches[0]], 16, crops=1, workers=2))
+        spawned = list(load_crops(stored / "shards", [*batches, batches[0]], [(16, 16)], crops=1, workers=2))
     finally:
         multiprocessing.set_start_method(usual, force=True)
     for (pixels, digests, sides), (others, other_digests, other_sides) in zip(here, spawned, strict=False):

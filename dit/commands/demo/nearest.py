@@ -38,15 +38,18 @@ class NearestTrainingImages:
         cosines = (self.clip.embed_images([image], 1, "image") @ self.features.T)[0]
         found = torch.topk(cosines, min(SHOWN, len(cosines)))
         chosen = [self.entries[k] for k in found.indices.tolist()]
-        images = open_images(self.root / RAW, chosen, self.size, self.runtime)
+        images = open_images(self.root / RAW, chosen, self.sizes, self.runtime)
         pairs = zip(images, chosen, found.values.tolist(), strict=True)
         return [(one, f"{entry.text} ({cosine:.3f})") for one, entry, cosine in pairs]
 
     def _read(self) -> None:
         index = read_index(self.root / LATENTS / "index.json")
-        self.runtime, self.size = load_config(self.root / "params.yaml").runtime, index["image_size"]
+        self.runtime, self.sizes = (
+            load_config(self.root / "params.yaml").runtime,
+            index.get("sizes") or [(index["image_size"],) * 2],
+        )
         clip = ClipFeatures(EncoderSource(**index["clip"]), fastest_device())
         self.entries: list[Entry] = read_split(self.root / RAW, "train")
-        images = open_images(self.root / RAW, self.entries, self.size, self.runtime)
+        images = open_images(self.root / RAW, self.entries, self.sizes, self.runtime)
         self.features = clip.embed_images(images, len(self.entries), "training images")
         self.clip = clip
