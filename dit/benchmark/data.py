@@ -22,7 +22,7 @@ from dit.benchmark.results import default_device, device_name, markdown_table
 from dit.config import Params
 from dit.dataset.image_io import load_crops
 from dit.dataset.reader import by_image, read_metadata
-from dit.encode.encode import Encoder, plan_shards
+from dit.encode.encode import Encoder, group_by_size, plan_shards
 from dit.encode.moments import encode_moments
 from dit.encoders.loading import BUILTIN, PRECISIONS, EncoderSource, load_vae
 from dit.encoders.text import TextEncoder
@@ -117,7 +117,7 @@ def benchmark_encode(folder: Path, count: int, params: Params) -> dict[str, Any]
 
     def run_stage(number: int) -> float:
         started = time.perf_counter()
-        encoder.write(list(plan_shards(images, encoder)), folder / f"parts-{number}")
+        encoder.write(list(plan_shards(group_by_size(raw, images, settings), encoder)), folder / f"parts-{number}")
         return time.perf_counter() - started
 
     encode_alone(1)  # warms up

@@ -120,7 +120,8 @@ def _mean_latents(cache: LatentCache, count: int) -> tuple[np.ndarray, list[torc
     from dit.latents.cache import sample_posterior
 
     chosen = np.random.default_rng(0).permutation(len(cache))[:count]
-    scaling, latents = (cache.index["vae_scaling"], cache.index["vae_shift"]), []
+    scaling = cache.index["vae_scaling"], cache.index["vae_shift"]
+    latents: list[torch.Tensor] = []
     for number in chosen:
         moments = cache.read(np.array([number]), np.zeros(1), np.zeros(1, dtype=bool)).moments
         mean = moments.chunk(2, dim=1)[0]

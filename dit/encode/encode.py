@@ -106,6 +106,9 @@ def encode_dataset(
 
     quality = float("nan")
     if state.is_main_process:
+        if "sizes" in about:
+            counts_of_sizes = ", ".join(f"{width} x {height} ({len(of)} images)" for (width, height), of in groups.items())
+            print(f"encode: width and height are {counts_of_sizes}", flush=True)
         quality = measure_reconstruction(vae, raw, images, settings.image_size, settings.batch_size, reconstructions)
         if quality < MIN_PSNR and settings.vae == "builtin":
             print(
@@ -265,7 +268,7 @@ class Encoder:
             buffer.write(parts, plan.number, rows, self.fingerprint, _inputs(plan, digests), enlarged, cut)
         progress.close()
 
-    def _load(self, plans: list[Plan]) -> Iterator[tuple[torch.Tensor, list[str], list[int]]]:
+    def _load(self, plans: list[Plan]) -> Iterator[tuple[torch.Tensor, list[str], list[Size]]]:
         """Load all batches of these shards, one after the other, as `load_crops` does."""
         size = self.settings.batch_size
         batches = [

@@ -191,6 +191,8 @@ def _left_out(results: Results) -> str:
     ):
         if encode.get(key):
             texts.append(f"{encode[key]:,} {what}")
+    if encode.get("cut_area"):
+        texts.append(f"{_percent(encode['cut_area'], 1)} of the area of the images was cut off")
     return f"Of the data, {'; '.join(texts)}. " if texts else ""
 
 

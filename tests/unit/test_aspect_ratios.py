@@ -83,9 +83,7 @@ def test_choose_sizes_suits_the_set():
 
 def test_choose_sizes_of_many_shapes_are_few():
     random = np.random.default_rng(0)
-    images = [
-        (int(side), int(side * ratio)) for side, ratio in zip(random.integers(200, 2000, 500), random.uniform(0.4, 2.5, 500))
-    ]
+    images = [(int(1000 * ratio), 1000) for ratio in random.uniform(0.4, 2.5, 500)]
     sizes = choose_sizes(images, 512)
     assert len(sizes) == MAX_SIZES
     of_squares = np.mean([cut_share(image, (1, 1)) for image in images])

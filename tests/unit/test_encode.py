@@ -149,7 +149,7 @@ def test_encode_counts_what_the_encoders_do_not_see(tmp_path, capsys, monkeypatc
     counts = {"enlarged_images": 5, "truncated_captions": 3, "captions_with_unknown_words": 3}
     assert {name: metrics[name] for name in counts} == counts
     lines = capsys.readouterr().out
-    assert "encode: 5 of 12 images are smaller than encode.image_size 64 and were enlarged" in lines
+    assert "encode: 5 of 12 images are smaller than encode.image_size 64 asks for and were enlarged" in lines
     assert "encode: 3 of 27 captions are longer than CLIP's 77 tokens: cut off" in lines
     assert "3 of 27 captions have words that this CLIP was not fitted on, most often walrus (3); set encode.clip" in lines
 
