@@ -127,6 +127,7 @@ class Encode:
     vae_tiling: Flag
     clip: Text
     clip_revision: Text | None
+    long_captions: Literal["cut", "chunks"]
     crops: Annotated[int, Field(strict=True, ge=0, le=16)]
     batch_size: PositiveInt
     precision: Precision

@@ -234,7 +234,7 @@ def generation_warnings(
     from dit.utils.images import psnr, reconstruct
 
     for prompt in dict.fromkeys([*prompts, arguments.negative_prompt]):
-        yield from prompt_warnings(pipeline.tokenizer, prompt)
+        yield from prompt_warnings(pipeline.tokenizer, prompt, pipeline.config.long_captions)
     trained, cell = pipeline.trained_sizes, pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
     width, height = arguments.width or trained[0][0], arguments.height or trained[0][1]
     if (width, height) not in trained and not (width % cell or height % cell):  # the pipeline refuses others

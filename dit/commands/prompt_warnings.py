@@ -6,14 +6,15 @@ from difflib import get_close_matches
 
 from transformers import CLIPTokenizer
 
+from dit.encoders.text import LongCaptions
 from dit.encoders.vocabulary import truncated_text, unknown_words
 
 END = "</w>"  # of a token that ends a word
 
 
-def prompt_warnings(tokenizer: CLIPTokenizer, prompt: str) -> list[str]:
+def prompt_warnings(tokenizer: CLIPTokenizer, prompt: str, long_captions: LongCaptions = "cut") -> list[str]:
     """Return a line for each part of `prompt` that the image will not show."""
-    rest, unknown = truncated_text(tokenizer, prompt), unknown_words(tokenizer, prompt)
+    rest, unknown = truncated_text(tokenizer, prompt) if long_captions == "cut" else "", unknown_words(tokenizer, prompt)
     lines = []
     if rest:
         lines.append(f"the prompt is longer than {tokenizer.model_max_length} tokens; not read: {rest!r}")

@@ -84,7 +84,7 @@ def encode_dataset(
         vae.enable_slicing()
     if settings.vae_tiling:
         vae.enable_tiling()
-    text = TextEncoder(EncoderSource(settings.clip, settings.clip_revision), dtype, state.device)
+    text = TextEncoder(EncoderSource(settings.clip, settings.clip_revision), dtype, state.device, settings.long_captions)
     images = by_image(read_metadata(raw))
     groups = group_by_size(raw, images, settings)
     about = {
@@ -99,6 +99,8 @@ def encode_dataset(
     }
     if settings.aspect_ratios == "buckets":
         about["sizes"] = list(groups)
+    if settings.long_captions == "chunks":
+        about["long_captions"] = settings.long_captions
     about = {"fingerprint": _digest(about), **about}
     encoder = Encoder(vae, text, settings, about["fingerprint"], raw, runtime)
     plans = list(plan_shards(groups, encoder))
@@ -154,7 +156,10 @@ def _warnings(counts: dict[str, int], words: Counter[str], settings: Encode, lon
             "and were enlarged, so they are blurred; a smaller encode.image_size suits them"
         )
     if counts["truncated_captions"]:
-        yield f"{counts['truncated_captions']} of {captions} captions are longer than CLIP's {longest} tokens: cut off"
+        yield (
+            f"{counts['truncated_captions']} of {captions} captions are longer than CLIP's {longest} tokens: cut off; "
+            "encode.long_captions: chunks reads all of them"
+        )
     if counts["captions_with_unknown_words"]:
         most = ", ".join(f"{word} ({count})" for word, count in words.most_common(8))
         yield (
@@ -200,9 +205,8 @@ def _plan_group(size: Size, images: list[list[Entry]], number: int, encoder: Enc
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         texts = [entry.text for entry in chain.from_iterable(batch)]
-        whole = encoder.text.count_tokens(texts)
-        counted = [min(count, encoder.text.longest) for count in whole]
-        encoder.unread.truncated += sum(count > encoder.text.longest for count in whole)
+        whole, counted = encoder.text.count_tokens(texts)
+        encoder.unread.truncated += sum(count < of_all for count, of_all in zip(counted, whole, strict=True))
         for text in texts:
             words = unknown_words(encoder.text.tokenizer, text)
             encoder.unread.unknown += bool(words)

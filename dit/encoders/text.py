@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, islice
+from typing import Literal
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from dit.encoders.loading import EncoderSource, load_text_encoder
 
+LongCaptions = Literal["cut", "chunks"]
+
 
 @torch.no_grad()
 def embed_captions(
-    text_encoder: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer, captions: list[str]
+    text_encoder: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer, captions: list[str], long_captions: LongCaptions = "cut"
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Embed captions: of each the last hidden states (L, E) up to end-of-text, and the projected pooled vectors (N, P).
 
-    Longer captions are cut at the model's 77 tokens, as CLIP itself does. Every caption is padded to that length while it is
-    encoded, so that its numbers do not depend on its neighbours. Dtype and device are the model's.
+    A caption longer than the model's 77 tokens is cut, as CLIP itself does; or it is embedded in chunks, as in most programs for
+    Stable Diffusion: each of 75 tokens between a start and an end of its own, their states one after the other, and the pooled
+    vector of the first. Shorter captions have the same numbers either way.
+
+    Every chunk is padded to 77 tokens while it is encoded, so that its numbers do not depend on its neighbours. Dtype and
+    device are the model's.
     """
     length = text_encoder.config.max_position_embeddings
-    inputs = tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    lengths = inputs.attention_mask.sum(1).tolist()
+    chunks = [_split(ids, length, long_captions) for ids in tokenizer(captions, verbose=False).input_ids]
+    flat = [chunk for of_caption in chunks for chunk in of_caption]
+    inputs = tokenizer.pad({"input_ids": flat}, padding="max_length", max_length=length, return_tensors="pt")
     out = text_encoder(input_ids=inputs.input_ids.to(text_encoder.device))
-    return [row[:count] for row, count in zip(out.last_hidden_state, lengths, strict=True)], out.text_embeds
+    states = iter([row[: len(chunk)] for row, chunk in zip(out.last_hidden_state, flat, strict=True)])
+    firsts = torch.tensor([0, *accumulate(map(len, chunks))][:-1], device=out.text_embeds.device)
+    return [torch.cat(list(islice(states, len(of_caption)))) for of_caption in chunks], out.text_embeds[firsts]
+
+
+def _split(ids: list[int], length: int, long_captions: LongCaptions) -> list[list[int]]:
+    """Return the tokens of a caption, start and end included, as chunks of at most `length` with a start and an end each."""
+    start, words, end = ids[:1], ids[1:-1], ids[-1:]
+    parts = [words[k : k + length - 2] for k in range(0, len(words), length - 2)] or [[]]
+    return [start + part + end for part in (parts if long_captions == "chunks" else parts[:1])]
 
 
 def pad_tokens(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,17 +52,18 @@ def pad_tokens(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class TextEncoder:
-    """A CLIP text encoder and its tokenizer, as the encode stage uses them."""
+    """A CLIP text encoder and its tokenizer, as the encode stage uses them; `longest` is the number of tokens that it reads."""
 
-    def __init__(self, source: EncoderSource, dtype: torch.dtype, device: torch.device):
+    def __init__(self, source: EncoderSource, dtype: torch.dtype, device: torch.device, long_captions: LongCaptions = "cut"):
         self.model, self.tokenizer, self.source = load_text_encoder(source, dtype, device)
-        self.longest = self.model.config.max_position_embeddings
+        self.longest, self.long_captions = self.model.config.max_position_embeddings, long_captions
 
-    def count_tokens(self, captions: list[str]) -> list[int]:
-        """Count the tokens of each caption, those beyond `longest`, which `encode` does not read, too."""
-        return [len(row) for row in self.tokenizer(captions, verbose=False).input_ids]
+    def count_tokens(self, captions: list[str]) -> tuple[list[int], list[int]]:
+        """Count the tokens of each caption: all that it has, and those that `encode` returns."""
+        ids = self.tokenizer(captions, verbose=False).input_ids
+        return [len(row) for row in ids], [sum(map(len, _split(row, self.longest, self.long_captions))) for row in ids]
 
     def encode(self, captions: list[str]) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Embed captions as `embed_captions` does; fp16 on the CPU."""
-        rows, pooled = embed_captions(self.model, self.tokenizer, captions)
+        rows, pooled = embed_captions(self.model, self.tokenizer, captions, self.long_captions)
         return [row.half().cpu() for row in rows], pooled.half().cpu()

@@ -45,6 +45,7 @@ class Index(TypedDict):
     fingerprint: Text
     image_size: Count
     sizes: NotRequired[list[tuple[Count, Count]]]  # width and height in pixels, of format 4
+    long_captions: NotRequired[Literal["chunks"]]
     vae: EncoderEntry
     clip: EncoderEntry
     vae_scaling: Number

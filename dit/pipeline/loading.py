@@ -46,6 +46,7 @@ def load_components(folder: Path, dtype: torch.dtype, transformer_dtype: torch.d
             "prediction_type": prediction_type,
             "image_size": image_size,
             "sizes": trained_on.get("sizes"),
+            "long_captions": trained_on.get("long_captions", "cut"),
         }
         if complete:
             return parts | {"scheduler": _load_scheduler(folder, index["scheduler"][1])} | _load_own_encoders(folder, dtype)

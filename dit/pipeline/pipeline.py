@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from dit.config import DEFAULTS, STRENGTH
-from dit.encoders.text import embed_captions, pad_tokens
+from dit.encoders.text import LongCaptions, embed_captions, pad_tokens
 from dit.encoders.vocabulary import truncated_text
 from dit.errors import UserError
 from dit.model.objectives import PredictionType, apply_cfg
@@ -49,6 +49,7 @@ class DiTTextToImagePipeline(DiffusionPipeline):
             needs both.
         sizes: width and height of the images, where it was trained on several sizes, that of most images first. If the square
             is none of them, the first is the default.
+        long_captions: what becomes of more than 77 tokens, as in its training: "cut" or "chunks".
     """
 
     transformer: DiT
@@ -72,9 +73,11 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         prediction_type: PredictionType | None = None,
         image_size: int | None = None,
         sizes: Sequence[tuple[int, int]] | None = None,
+        long_captions: LongCaptions = "cut",
     ):
         super().__init__()
         self.register_to_config(prediction_type=prediction_type or predicts(scheduler), image_size=image_size, sizes=sizes)
+        self.register_to_config(long_captions=long_captions)
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
@@ -150,13 +153,13 @@ class DiTTextToImagePipeline(DiffusionPipeline):
     def encode_prompt(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return tokens (N, L, E), mask (N, L) and pooled vectors (N, P), as the encode stage computes them.
 
-        CLIP reads 77 tokens; a warning is logged for a longer prompt.
+        CLIP reads 77 tokens; a warning is logged for a longer prompt, unless the model was trained on captions in chunks.
         """
         for prompt in prompts:
-            rest = truncated_text(self.tokenizer, prompt)
+            rest = truncated_text(self.tokenizer, prompt) if self.config.long_captions == "cut" else ""
             if rest:
                 logger.warning("the prompt is longer than %d tokens; not read: %r", self.tokenizer.model_max_length, rest)
-        rows, pooled = embed_captions(self.text_encoder, self.tokenizer, prompts)
+        rows, pooled = embed_captions(self.text_encoder, self.tokenizer, prompts, self.config.long_captions)
         return *pad_tokens(rows), pooled
 
     @torch.no_grad()

@@ -81,8 +81,7 @@ def describe_model(transformer: DiT, cache: LatentCache, model: Model, optim: Op
         "prediction_type": objective.prediction_type,
         "encoders": {"vae": cache.index["vae"], "clip": cache.index["clip"], "image_size": cache.index["image_size"]},
     }
-    if "sizes" in cache.index:
-        index["encoders"]["sizes"] = cache.sizes
+    index["encoders"] |= {name: cache.index[name] for name in ("sizes", "long_captions") if name in cache.index}
     facts = {
         "parameters": transformer.num_parameters() / 1e6,
         "objective": "rectified flow" if train.objective == "flow" else f"DDPM ({train.prediction_type})",

@@ -24,6 +24,7 @@ SETTINGS = Encode(
     vae_tiling=False,
     clip="builtin",
     clip_revision=None,
+    long_captions="cut",
     crops=0,
     batch_size=4,
     precision="fp32",

@@ -229,6 +229,19 @@ def test_encode_does_not_warn_of_rendered_scenes(tmp_path, capsys):
     assert "keeps little" not in capsys.readouterr().out
 
 
+def test_encode_long_captions_in_chunks(tmp_path, capsys):
+    writer = DatasetWriter(tmp_path / "raw", folder_data(tmp_path), 10)
+    for k in range(10):
+        writer.add(f"images/{k}.png", noise_file(k, (90, 70), "PNG"), ["a red circle " * (30 if k == 4 else 1)])
+    writer.close(FetchResult())
+    metrics = encode(tmp_path / "raw", tmp_path / "latents", long_captions="chunks")
+    assert metrics["truncated_captions"] == 0 and "cut off" not in capsys.readouterr().out
+    cache = LatentCache(tmp_path / "latents")
+    assert cache.index["long_captions"] == "chunks" and cache.index["longest_caption"] == 90 + 2 * 2 and cache.max_tokens == 96
+    batch = cache.read(np.arange(10), np.zeros(10), np.zeros(10, dtype=bool))
+    assert sorted(batch.mask.sum(1).tolist()) == [5] * 9 + [94]
+
+
 @pytest.mark.skipif(not (SHARED / "captioned-folder").is_dir(), reason="no folder of real captioned images")
 def test_encode_photographs(tmp_path):
     fetch(folder_data(SHARED / "captioned-folder"), tmp_path / "raw", RUNTIME)

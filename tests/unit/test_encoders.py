@@ -93,8 +93,29 @@ def test_text_encoder_does_not_depend_on_neighbours():
 def test_text_encoder_counts_its_tokens(caption):
     encoder = TextEncoder(EncoderSource("builtin"), torch.float32, torch.device("cpu"))
     (tokens,), _ = encoder.encode([caption])
-    (count,) = encoder.count_tokens([caption])
-    assert len(tokens) == min(count, encoder.longest) and (count > 77) == (len(caption) > 100)
+    (count,), (read,) = encoder.count_tokens([caption])
+    assert len(tokens) == read == min(count, encoder.longest) and (count > 77) == (len(caption) > 100)
+
+
+@pytest.mark.parametrize("words", [1, 75, 76, 150, 200])
+def test_text_encoder_reads_long_captions_in_chunks(words):
+    cut, whole = (TextEncoder(EncoderSource("builtin"), torch.float32, torch.device("cpu"), how) for how in ("cut", "chunks"))
+    colours = ["red", "blue", "green", "pink"]
+    texts = [colours[k % 4 if k < 75 else k % 3] for k in range(words)]
+    parts = [" ".join(texts[start : start + 75]) for start in range(0, words, 75)]
+    (tokens,), pooled = whole.encode([" ".join(texts)])
+    expected, of_first = cut.encode(parts)
+    assert torch.allclose(tokens.float(), torch.cat(expected).float(), atol=1e-3)
+    assert torch.allclose(pooled[0].float(), of_first[0].float(), atol=1e-3)
+    assert whole.count_tokens([" ".join(texts)])[1] == [len(tokens)] == [words + 2 * len(parts)]
+
+
+def test_text_encoder_chunks_change_no_short_caption():
+    cut, whole = (TextEncoder(EncoderSource("builtin"), torch.float32, torch.device("cpu"), how) for how in ("cut", "chunks"))
+    captions = ["a red circle", "", "a small blue star to the left of a large green cross"]
+    for one, other in zip(cut.encode(captions)[0], whole.encode(captions)[0], strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(cut.encode(captions)[1], whole.encode(captions)[1])
 
 
 def test_encode_moments_of_the_mirror_image(fresh):
