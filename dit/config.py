@@ -235,6 +235,7 @@ class Evaluate:
 
     confidence: Annotated[Float, Field(gt=0.5, lt=1)]
     val_passes: PositiveInt
+    features: Text
     resamples: Annotated[int, Field(strict=True, ge=2)]
 
 

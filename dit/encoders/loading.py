@@ -21,14 +21,22 @@ from dit.utils.files import expand_home, sha256_files
 
 if TYPE_CHECKING:  # both take seconds to import, which a look at a configuration does not need
     from diffusers import AutoencoderKL
-    from transformers import CLIPModel, CLIPProcessor, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import (
+        BaseImageProcessor,
+        CLIPModel,
+        CLIPProcessor,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        PreTrainedModel,
+    )
 
 BUILTIN = Path(__file__).parent / "builtin"
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-WEIGHTS = {"vae": "diffusion_pytorch_model*.safetensors", "clip": "model*.safetensors"}  # never a pickle
-BESIDES = {"vae": ["config.json"], "clip": ["*.json", "merges.txt", "vocab.txt"]}
+# Of each kind: what it is called in params.yaml, its weights (never a pickle), and what else it needs.
+SETTINGS = {"vae": "encode.vae", "clip": "encode.clip", "features": "evaluate.features"}
+WEIGHTS = {"vae": "diffusion_pytorch_model*.safetensors", "clip": "model*.safetensors", "features": "model*.safetensors"}
+BESIDES = {"vae": ["config.json"], "clip": ["*.json", "merges.txt", "vocab.txt"], "features": ["*.json"]}
 COPIES = "encoders"  # in a model folder: encoders that were folders elsewhere, for MLflow's registry
-OTHERWISE = "or set it to a local folder written by save_pretrained, or to builtin"
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -89,11 +97,26 @@ def load_clip(
     return model, CLIPProcessor(CLIPImageProcessorPil.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder))
 
 
+def load_image_model(source: EncoderSource, device: str | torch.device = "cpu") -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Load an image model of transformers, such as DINOv2, in float32, and its processor; return both. For distances of sets.
+
+    Raises:
+        UserError: there are no such weights, or they are of no model that makes one vector of an image.
+    """
+    from transformers import AutoImageProcessor, AutoModel
+
+    model, _, folder = _load(AutoModel, "features", source, torch.float32, device)
+    try:
+        return model, AutoImageProcessor.from_pretrained(folder, backend="pil")
+    except (OSError, ValueError, ImportError) as error:
+        raise _unusable("features", source.name, f"has no image processor ({one_line(error)}); choose an image model") from None
+
+
 def find_encoder(kind: str, source: EncoderSource, weights: bool = True) -> tuple[Path, str | None]:
     """Return the folder of an encoder's files, downloaded if necessary, and their version: a commit or `sha256:…`.
 
     Args:
-        kind: "vae" or "clip".
+        kind: "vae", "clip" or "features".
         source: as in params.yaml, or as a cache or a model recorded it: then exactly those weights.
         weights: whether the weights are needed, too; without them only the configuration is checked, and the version is None.
 
@@ -184,12 +207,14 @@ def _load(
     """Return the model, its resolved source, and the folder that it was loaded from."""
     folder, resolved = find_encoder(kind, source)
     try:
-        model = model_class.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+        model, info = model_class.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
+        if missing := sorted(info["missing_keys"]):  # both libraries initialise these at random
+            raise ValueError(f"the weights lack {missing[0]}")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         # Both libraries report files that are missing or damaged, and weights of another shape, as one of these.
         raise UserError(
-            f"encode.{kind}: {source.name!r} cannot be loaded as {model_class.__name__} ({one_line(error)}); "
-            f"{'save it' if is_folder(source) else f'delete {folder} to download it'} again, {OTHERWISE}"
+            f"{SETTINGS[kind]}: {source.name!r} cannot be loaded as {model_class.__name__} ({one_line(error)}); "
+            f"{'save it' if is_folder(source) else f'delete {folder} to download it'} again, {_otherwise(kind)}"
         ) from None
     return model.requires_grad_(False).eval().to(device), EncoderSource(source.name, source.revision, resolved), folder
 
@@ -261,6 +286,8 @@ def _parts(kind: str, name: str) -> tuple[str, str]:
 def _check_class(kind: str, name: str, folder: Path) -> None:
     """Raise a `UserError` unless the configuration in `folder` is that of an encoder that can be used."""
     config = _read_config(kind, name, folder)
+    if kind == "features":
+        return  # any; what loads it says more
     if kind == "vae":
         found, wanted = config.get("_class_name"), ["AutoencoderKL"]
     else:
@@ -288,4 +315,8 @@ def _read_config(kind: str, name: str, folder: Path) -> dict[str, Any]:
 
 
 def _unusable(kind: str, name: str, problem: str) -> UserError:
-    return UserError(f"encode.{kind}: {name!r} {problem}, {OTHERWISE}")
+    return UserError(f"{SETTINGS[kind]}: {name!r} {problem}, {_otherwise(kind)}")
+
+
+def _otherwise(kind: str) -> str:
+    return f"or set it to a local folder written by save_pretrained, or to {'clip' if kind == 'features' else 'builtin'}"

@@ -44,7 +44,7 @@ class ClipFeatures:
         """Embed `total` = N RGB images of any size, which CLIP's own processor resizes: (N, P) float32, rows of length 1."""
         found = []
         with tqdm(total=total, desc=label, unit="image", delay=1, leave=None) as progress:
-            for batch in _batches(images):
+            for batch in in_batches(images):
                 pixels = self.processor.image_processor(images=batch, return_tensors="pt")["pixel_values"]
                 found.append(_unit(self.clip.get_image_features(pixel_values=pixels.to(self.clip.device))))
                 progress.update(len(batch))
@@ -55,13 +55,13 @@ class ClipFeatures:
         """Embed N captions, cut off at CLIP's context: (N, P) float32, rows of length 1."""
         length = self.clip.config.text_config.max_position_embeddings
         found = []
-        for batch in _batches(texts):
+        for batch in in_batches(texts):
             rows = self.processor.tokenizer(batch, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
             found.append(_unit(self.clip.get_text_features(**rows.to(self.clip.device))))
         return torch.cat(found) if found else torch.empty(0, self.clip.config.projection_dim)
 
 
-def _batches(items: Iterable) -> Iterator[list]:
+def in_batches(items: Iterable) -> Iterator[list]:
     """Yield lists of `BATCH_SIZE` items, the last one shorter."""
     items = iter(items)
     while batch := list(islice(items, BATCH_SIZE)):
@@ -81,7 +81,7 @@ def read_split(raw: Path, split: str) -> list[Entry]:
 def open_images(raw: Path, images: list[Entry], sizes: list[Size], runtime: Runtime) -> Iterator[Image.Image]:
     """Yield the images as training sees them: cropped and resized (Lanczos) to the one of `sizes` that fits each best."""
     # A batch has one size, and the images have to stay in their order.
-    groups = _batches(images) if len(sizes) == 1 else [[entry] for entry in images]
+    groups = in_batches(images) if len(sizes) == 1 else [[entry] for entry in images]
     batches = [[(entry.image, entry.stored) for entry in group] for group in groups]
     pixels_in_all = len(images) * sizes[0][0] * sizes[0][1]
     workers = runtime.num_workers if pixels_in_all > 1e8 else 0  # a few small images are decoded before workers start

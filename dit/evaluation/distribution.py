@@ -1,6 +1,6 @@
 """Compare two sets of images by their features: Fréchet distance, KID, precision, recall, and the diversity within a set.
 
-All functions take CLIP features (N, P) of length 1, as `ClipFeatures` returns them.
+All functions take features (N, P): of CLIP with length 1, as `ClipFeatures` returns them, or of another image model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NEIGHBOURS = 3  # k of precision and recall, as in the paper
 Matrices = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def compare_sets(real: torch.Tensor, fake: torch.Tensor, settings: Evaluate) -> dict[str, float]:
+def compare_sets(real: torch.Tensor, fake: torch.Tensor, settings: Evaluate, features: str = "clip") -> dict[str, float]:
     """Return Fréchet distance, KID, precision and recall of the first n of each set, n being the size of the smaller one.
 
     Each with the ends of its interval, as `frechet_distance_clip_n500` and so on. An interval takes halves of both sets, the
@@ -30,28 +30,30 @@ def compare_sets(real: torch.Tensor, fake: torch.Tensor, settings: Evaluate) -> 
     for are left out: n must be at least 4, for precision and recall 8.
 
     Args:
-        real, fake: features (N, P) and (M, P) of length 1.
+        real, fake: features (N, P) and (M, P); those of "clip" have length 1.
         settings: number of halves, and confidence.
+        features: what they are of, for the metrics' names.
     """
     count = min(len(real), len(fake))
     real, fake = real[:count], fake[:count]
+    suffix, is_clip = f"{features}_n{count}", features == "clip"
     metrics: dict[str, float] = {}
     if count // 2 < 2:
         return metrics
     for name, distance, bounds in (
-        ("frechet_distance", frechet_distance, (0.0, 4.0)),
-        ("kid", kernel_distance, (-float("inf"), float("inf"))),
+        ("frechet_distance", frechet_distance, (0.0, 4.0 if is_clip else float("inf"))),
+        ("kid", kernel_distance if is_clip else scaled_kernel_distance, (-float("inf"), float("inf"))),
     ):
         value = distance(real, fake)
         of_rows = partial(_of_rows, distance, real, fake)
         ends = half_samples(value, of_rows, count, settings, bounds, f"interval of {name}")
-        metrics |= with_interval(f"{name}_clip_n{count}", value, ends, digits=5)
+        metrics |= with_interval(f"{name}_{suffix}", value, ends, digits=5)
     if count // 2 > NEIGHBOURS:
         matrices = distance_matrices(real, fake)
         for which, (name, share) in enumerate(zip(("precision", "recall"), precision_recall(matrices), strict=True)):
             low, high = half_samples(share, partial(_share_of_rows, matrices, which), count, settings, (0.0, 1.0))
             trials = wilson(share, count, settings.confidence)  # where the share is 1 in every half, these have no width
-            metrics |= with_interval(f"{name}_clip_n{count}", share, (min(low, trials[0]), max(high, trials[1])))
+            metrics |= with_interval(f"{name}_{suffix}", share, (min(low, trials[0]), max(high, trials[1])))
     return metrics
 
 
@@ -115,6 +117,12 @@ def kernel_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
         metric.update(real.double(), real=True)
         metric.update(fake.double(), real=False)
         return float(metric.compute()[0])
+
+
+def scaled_kernel_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
+    """Return `kernel_distance` with the kernel (x . y / P + 1)^3 of the paper, for features of any length."""
+    scale = real.shape[1] ** -0.5
+    return kernel_distance(real * scale, fake * scale)
 
 
 class IdentityNetwork(nn.Module):

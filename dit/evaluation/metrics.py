@@ -20,6 +20,7 @@ from dit.evaluation.accuracy import accuracy, accuracy_by_attribute, accuracy_by
 from dit.evaluation.clip import ClipFeatures, clip_scores, fastest_device, open_images, read_split
 from dit.evaluation.distribution import compare_sets, measure_diversity
 from dit.evaluation.figures import plot_nearest, plot_worst
+from dit.evaluation.image_features import ImageFeatures
 from dit.evaluation.intervals import mean_with_interval, with_interval
 from dit.evaluation.losses import measure_losses
 from dit.evaluation.memorization import find_nearest, measure_memorization
@@ -91,6 +92,13 @@ def evaluate_samples(
 
     real = embed(held_out, "held-out images")
     metrics |= compare_sets(real, features[:count], settings)
+    if settings.features != "clip":
+        compared = min(len(held_out), count)
+        model_features = ImageFeatures(settings.features, fastest_device())
+        sets = (open_images(raw, held_out[:compared], cache.sizes, runtime), iter(images[:compared]))
+        labels = (f"{model_features.name}: {what}" for what in ("held-out images", "samples"))
+        found = [model_features.embed_images(each, compared, label) for each, label in zip(sets, labels, strict=True)]
+        metrics |= compare_sets(*found, settings, model_features.name)
     repeated = groups["diversity"]
     diverse = clip.embed_images((_open(samples, prompt) for prompt in repeated), len(repeated), "CLIP: several of a prompt")
     metrics |= measure_diversity(diverse, [prompt["text"] for prompt in repeated], settings)

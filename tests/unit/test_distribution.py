@@ -22,6 +22,7 @@ from dit.evaluation.distribution import (
     mean_distance,
     measure_diversity,
     precision_recall,
+    scaled_kernel_distance,
 )
 from helpers import REPO
 from helpers.scenes import captions, clip, descriptions, features, rendered
@@ -221,3 +222,15 @@ def test_measure_diversity():
     metrics = measure_diversity(several, [f"prompt {k // 4}" for k in range(40)], SETTINGS)
     assert 0.02 < metrics["diversity_clip_low"] < metrics["diversity_clip"] < mean_distance(several)
     assert measure_diversity(found, [f"prompt {k}" for k in range(COUNT)], SETTINGS) == {}
+
+
+def test_scaled_kernel_distance_is_that_of_the_paper():
+    source = torch.Generator().manual_seed(0)
+    real, fake = (torch.randn(40, 12, generator=source) + shift for shift in (0.0, 0.5))
+
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a.double() @ b.double().T / 12 + 1) ** 3
+
+    within = sum((kernel(a, a).sum() - kernel(a, a).trace()) / (40 * 39) for a in (real, fake))
+    expected = float(within - 2 * kernel(real, fake).mean())
+    assert scaled_kernel_distance(real, fake) == pytest.approx(expected, rel=1e-6)

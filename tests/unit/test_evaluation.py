@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import binomtest
+from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from dit.config import Model, load_config
 from dit.encoders.loading import EncoderSource
@@ -63,13 +64,13 @@ def make_run(folder: Path, images: int, held_out: int, groups: dict[str, list[st
     return folder
 
 
-def evaluate(folder: Path) -> Evaluation:
+def evaluate(folder: Path, **changes) -> Evaluation:
     return evaluate_samples(
         samples=folder / "images",
         model=folder / "dit",
         latents=folder / "latents",
         raw=folder / "raw",
-        settings=SETTINGS,
+        settings=replace(SETTINGS, **changes),
         runtime=PARAMS.runtime,
         worst=folder / "worst.png",
         nearest=folder / "nearest.png",
@@ -147,6 +148,18 @@ def test_evaluate_photographs_have_all_but_prompt_accuracy(tmp_path):
     assert evaluation.by_number == []
     assert {"clip_score", "frechet_distance_clip_n5", "kid_clip_n5", "memorised", "val_loss"} <= set(evaluation.metrics)
     assert [row["t"] for row in evaluation.by_timestep] == list(TIMESTEPS)
+
+
+def test_evaluate_with_features_of_another_model(tmp_path):
+    (tmp_path / "dinov2").mkdir()
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=8)
+    Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
+    BitImageProcessorPil(size={"shortest_edge": 64}, do_center_crop=False).save_pretrained(tmp_path / "dinov2")
+    run = make_run(tmp_path / "run", 20, 8, {"val": prompted(33, 9)})
+    metrics = evaluate(run, features=str(tmp_path / "dinov2")).metrics
+    for features in ("clip", "dinov2"):
+        assert {f"frechet_distance_{features}_n8", f"kid_{features}_n8", f"recall_{features}_n8_low"} <= set(metrics)
+    assert metrics["frechet_distance_clip_n8"] != metrics["frechet_distance_dinov2_n8"] > 0
 
 
 @pytest.mark.parametrize(("images", "held_out", "count"), [(4, 2, 2), (3, 1, 1)])
