@@ -74,7 +74,9 @@ def benchmark_text(model: Path, batch: int) -> list[dict[str, Any]]:
     device = default_device()
     pipeline = DiTTextToImagePipeline.from_pretrained(model).to(device)
     side = pipeline.config.image_size // pipeline.vae_scale_factor
-    tokens, mask, pooled = pipeline.encode_prompt(["a small red circle above a large blue square"] * batch + [""] * batch)
+    texts = ["a small red circle above a large blue square"] * batch + [""] * batch
+    tokens, _, pooled, _, mask, _ = pipeline.encode_prompt(texts, do_classifier_free_guidance=False)
+    assert tokens is not None and pooled is not None and mask is not None  # of negative prompts alone they may be
     caption, empty = (tokens[:batch], mask[:batch], pooled[:batch]), (tokens[batch:], mask[batch:], pooled[batch:])
     rows = _time_ways("default recipe", pipeline.transformer, side, caption, empty)
     torch.manual_seed(0)

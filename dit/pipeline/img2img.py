@@ -20,6 +20,7 @@ from PIL import Image
 from dit.dataset.rgb import is_transparent, to_8bit, to_rgb, turn_upright
 from dit.errors import UserError, one_line
 from dit.pipeline.schedulers import timesteps_to_sigmas
+from dit.pipeline.seam import hide_seam
 from dit.utils.images import encode_image, lies_over
 
 ROUNDING = 0.01  # what a resize with overshoot or a conversion to bf16 may leave outside [0, 1]
@@ -80,8 +81,10 @@ class SourceImage:
         return torch.where(self.latent_mask > 0, latents, self.add_noise(scheduler, k))
 
     def restore_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return `pixels` (N, 3, H, W) with those of the original outside the mask."""
-        return pixels if self.mask is None else torch.where(self.mask > 0, pixels, self.pixels)
+        """Return `pixels` (N, 3, H, W) with those of the original outside the mask, and no seam between them."""
+        if self.mask is None:
+            return pixels
+        return torch.where(self.mask > 0, hide_seam(pixels, self.pixels, self.mask), self.pixels)
 
 
 def check_source(image: Any, mask_image: Any, strength: float) -> None:

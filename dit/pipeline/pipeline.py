@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -21,16 +23,15 @@ from dit.encoders.vocabulary import truncated_text
 from dit.errors import UserError
 from dit.model.objectives import PredictionType, apply_cfg
 from dit.model.transformer import DiT
+from dit.pipeline.conditioning import Conditioning, Embeds, PromptEmbeds, Side, encode_sides, onload, read_texts
 from dit.pipeline.img2img import SourceImage, check_source, get_timesteps
+from dit.pipeline.inputs import callback_tensors, check_inputs, latent_shape
 from dit.pipeline.loading import load_components
 from dit.pipeline.schedulers import fit_problem, predicts, set_timesteps, timesteps_to_sigmas
 from dit.utils.images import decode_latents
 
 logger = logging.getLogger(__name__)
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MODEL_CLASS = ("dit.model", "DiT")  # as model_index.json has named it since version 0.1
-# Of the texts of a call: mask (N, L), pooled vectors (N, P), and keys and values of every block.
-Text = tuple[torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]
 Callback = Callable[[DiffusionPipeline, int, torch.Tensor, dict[str, Any]], dict[str, Any]]
 
 
@@ -59,9 +60,11 @@ class DiTTextToImagePipeline(DiffusionPipeline):
     tokenizer: CLIPTokenizer
     vae_scale_factor: int
     _guidance_scale: float
+    _guidance_rescale: float
     _num_timesteps: int
     _interrupt: bool
-    _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (diffusers reads a list)
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs = ["latents", *PromptEmbeds._fields]  # noqa: RUF012 (diffusers reads a list)
 
     def __init__(
         self,
@@ -134,6 +137,14 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         """Decode all images of a batch at once, as is the default."""
         self.vae.disable_slicing()
 
+    def enable_vae_tiling(self) -> None:
+        """Encode and decode large images tile by tile, with blended borders: less memory, pixels that differ a little."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Encode and decode images whole, as is the default."""
+        self.vae.disable_tiling()
+
     @property
     def guidance_scale(self) -> float:
         """Return that of the running call; a callback may set `_guidance_scale`, to 1 or less for steps without guidance."""
@@ -150,44 +161,101 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         return self._interrupt
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return tokens (N, L, E), mask (N, L) and pooled vectors (N, P), as the encode stage computes them.
+    def encode_prompt(
+        self,
+        prompt: str | list[str],
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+    ) -> PromptEmbeds:
+        """Encode prompts as the encode stage does; a call with what this returns generates the same images as one with texts.
 
-        CLIP reads 77 tokens; a warning is logged for a longer prompt, unless the model was trained on captions in chunks.
+        CLIP reads 77 tokens; a warning is logged for a longer prompt, unless the model was trained on captions in
+        chunks.
+
+        Args:
+            prompt: one caption or several.
+            do_classifier_free_guidance: whether to encode negative prompts, too; a `guidance_scale` above 1 needs them.
+            negative_prompt: one for all or one for each prompt; by default the empty caption.
+
+        Returns:
+            Six tensors under the names of the call's arguments: `pipeline(**pipeline.encode_prompt(prompt)._asdict())`.
         """
+        prompts, negatives = read_texts(prompt, negative_prompt, PromptEmbeds(), self.transformer)
+        sides = (prompts, negatives) if do_classifier_free_guidance else (prompts,)
+        texts, rows = encode_sides(self._embed, sides, self._execution_device)
+        given: list[torch.Tensor | None] = []
+        for values in (texts.tokens, texts.pooled, texts.mask):
+            given += [values[rows[0]], values[rows[1]] if do_classifier_free_guidance else None]
+        return PromptEmbeds(*given)
+
+    def _embed(self, prompts: list[str]) -> Embeds:
         for prompt in prompts:
             rest = truncated_text(self.tokenizer, prompt) if self.config.long_captions == "cut" else ""
             if rest:
                 logger.warning("the prompt is longer than %d tokens; not read: %r", self.tokenizer.model_max_length, rest)
         rows, pooled = embed_captions(self.text_encoder, self.tokenizer, prompts, self.config.long_captions)
-        return *pad_tokens(rows), pooled
+        return Embeds(*pad_tokens(rows), pooled)
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str],
-        negative_prompt: str | list[str] | None = None,
-        image: PipelineImageInput | None = None,
-        mask_image: PipelineImageInput | None = None,
-        strength: float | None = None,
+        prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = DEFAULTS.num_inference_steps,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float = DEFAULTS.guidance_scale,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callback | None = None,
+        guidance_rescale: float = 0.0,
+        callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        *,
+        image: PipelineImageInput | None = None,
+        mask_image: PipelineImageInput | None = None,
+        strength: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> ImagePipelineOutput | tuple:
         """Generate N images, or N changed ones of `image`; N is the number of prompts times `num_images_per_prompt`.
 
+        Arguments have the names and the order of Stable Diffusion's and SD3's pipelines; docs/generation.md compares them.
+
         Args:
             prompt: one caption or several.
+            height, width: in pixels; multiples of 8 x patch size. Default: the size that was trained on.
+            num_inference_steps: evaluations of the transformer, of one batch with and without caption unless
+                `guidance_scale` is 1. Heun's method makes half as many steps of two evaluations each. With `image`
+                and `strength`, only those after the starting point are made.
+            timesteps: a schedule of one's own instead, as the scheduler's `set_timesteps` takes it: falling from 1000 at most.
+            sigmas: the same as noise levels, of a flow falling from 1 at most; 0 follows by itself. `EulerDiscreteScheduler`
+                has a scale of its own, and its last one is 0.
+            guidance_scale: of classifier-free guidance away from `negative_prompt`; 1 or less is without guidance.
             negative_prompt: what the images should not show, one for all or one for each prompt; by default the empty caption.
+            num_images_per_prompt: images of each prompt.
+            generator: one for all images, or a list of N, so that an image does not depend on its neighbours.
+            latents: the noise to start from, (N, C, height / 8, width / 8), instead of noise from `generator`. The
+                stochastic scheduler replaces it by fresh noise of `generator` step by step: with it this matters little.
+            prompt_embeds, pooled_prompt_embeds, prompt_attention_mask: instead of `prompt`, as `encode_prompt` returns them.
+            negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_attention_mask: instead of `negative_prompt`.
+            output_type: "pil", "np" (N, H, W, 3) in [0, 1], "pt" (N, 3, H, W) in [0, 1] or "latent" (N, C, H / 8, W / 8).
+            return_dict: an `ImagePipelineOutput` with `images`, or else a tuple of them.
+            guidance_rescale: in [0, 1], how far guidance keeps the prediction's standard deviation (Lin et al. 2023,
+                arXiv:2305.08891, section 3.4), against too much contrast at a large `guidance_scale`; 0 is not at all.
+            callback_on_step_end: called as (pipeline, step, timestep, tensors) after each evaluation; may return a
+                dictionary of tensors to replace them. One of `diffusers.callbacks` brings its own list of names.
+            callback_on_step_end_tensor_inputs: which tensors it is given: "latents" and the arguments from `prompt_embeds` to
+                `negative_prompt_attention_mask`, a row for each image.
             image: an image to start from, or several, one for each prompt: PIL images of any mode, numpy arrays (H, W, C) or
                 tensors (C, H, W). Floats are in [0, 1], integers in [0, 255], those of uint16 in [0, 65,535]. What is
                 transparent becomes white, as in training. PIL images are cropped to the shape of the result, and resized;
@@ -195,125 +263,90 @@ class DiTTextToImagePipeline(DiffusionPipeline):
             mask_image: white (1) where `image` changes; pixels elsewhere stay as they are. It has the shape of `image`.
             strength: how much noise `image` starts with, in [0, 1]: at 0 the VAE's reconstruction is returned, at 1 nothing
                 of it is kept. By default 0.6 without a mask (objects keep their places and may change colour), 1 with one.
-            height, width: in pixels; multiples of 8 x patch size. Default: the size that was trained on.
-            num_inference_steps: evaluations of the transformer, of one batch with and without caption unless
-                `guidance_scale` is 1. Heun's method makes half as many steps of two evaluations each. With `image`
-                and `strength`, only those after the starting point are made.
-            guidance_scale: of classifier-free guidance away from `negative_prompt`; 1 or less is without guidance.
             guidance_interval: the noise levels in [0, 1] with guidance (Kynkäänniemi et al. 2024, arXiv:2404.07724); outside
                 of it, a step costs half.
-            num_images_per_prompt: images of each prompt.
-            generator: one for all images, or a list of N, so that an image does not depend on its neighbours.
-            latents: the noise to start from, (N, C, height / 8, width / 8), instead of noise from `generator`. The
-                stochastic scheduler replaces it by fresh noise of `generator` step by step: with it this matters little.
-            output_type: "pil", "np" (N, H, W, 3) in [0, 1], "pt" (N, 3, H, W) in [0, 1] or "latent" (N, C, H / 8, W / 8).
-            return_dict: an `ImagePipelineOutput` with `images`, or else a tuple of them.
-            callback_on_step_end: called as (pipeline, step, timestep, {"latents": …}) after each evaluation; may
-                return {"latents": …} to replace them.
-            callback_on_step_end_tensor_inputs: which of "latents" it is given.
 
         Raises:
             UserError: an argument is impossible; one line that says which, and what would be right.
         """
-        prompts, negatives = _read_texts(prompt, negative_prompt)
+        given = PromptEmbeds(
+            prompt_embeds,
+            negative_prompt_embeds,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_attention_mask,
+        )
+        sides = read_texts(prompt, negative_prompt, given, self.transformer)
+        prompts = len(sides[0])
         generators = list(generator) if isinstance(generator, (list, tuple)) else generator
-        shape = self._latent_shape(len(prompts) * num_images_per_prompt, height, width)
-        self._check_inputs(shape, num_inference_steps, guidance_interval, generators, latents, output_type)
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise UserError(f"callback_on_step_end_tensor_inputs: {unknown.pop()!r} cannot be given; latents can")
+        default_width, default_height = self.trained_sizes[0] if self.trained_sizes else (None, None)
+        height, width = default_height if height is None else height, default_width if width is None else width
+        grid = self.vae_scale_factor, self.transformer.config.patch_size, self.transformer.config.in_channels
+        shape = latent_shape(prompts * num_images_per_prompt, height, width, *grid)
+        check_inputs(shape, num_inference_steps, guidance_rescale, guidance_interval, generators, latents, output_type)
+        problem = fit_problem(self.scheduler, self.config.prediction_type)
+        if problem:
+            raise UserError(problem)
+        names = callback_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         if strength is None:
             strength = STRENGTH if image is not None and mask_image is None else 1.0
         check_source(image, mask_image, strength)
 
-        self._guidance_scale, self._interrupt = guidance_scale, False
-        first, sigmas = self._prepare_timesteps(num_inference_steps, strength)
-        device = self.transformer.device
+        self._guidance_scale, self._guidance_rescale, self._interrupt = guidance_scale, guidance_rescale, False
+        device = self._execution_device  # which is not where the networks are before `enable_model_cpu_offload` needs them
+        set_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+        first, levels = self._first_step(strength)
         # Noise and latents are fp32 throughout, whatever the dtype of the networks is.
         noise = randn_tensor(shape, generators, device, torch.float32) if latents is None else latents.to(device, torch.float32)
         source = None
         if image is not None:
-            processors, counts = (self.image_processor, self.mask_processor), (len(prompts), num_images_per_prompt)
-            source = SourceImage.prepare(self.vae, *processors, image, mask_image, noise, *counts)
+            onload(self.vae)
+            processors = self.image_processor, self.mask_processor
+            source = SourceImage.prepare(self.vae, *processors, image, mask_image, noise, prompts, num_images_per_prompt)
         start = source.add_noise(self.scheduler, first) if source else noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        text = self._encode_texts([text for text in prompts for _ in range(num_images_per_prompt)], negatives, guidance_scale > 1)
+        text = self._condition(sides, shape[0], device)
 
         def on_step_end(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
             if callback_on_step_end is None:
                 return latents
-            given = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
-            return (callback_on_step_end(self, step, timestep, given) or {}).get("latents", latents)
+            tensors = {name: latents if name == "latents" else text.tensor(name) for name in names}
+            returned = callback_on_step_end(self, step, timestep, tensors) or {}
+            text.replace(returned)
+            return returned.get("latents", latents)
 
-        final = self._denoise(start, first, sigmas, text, guidance_interval, generators, source, on_step_end)
+        final = self._denoise(start, first, levels, text, guidance_interval, generators, source, on_step_end)
         images = self._decode(final, source, output_type)
+        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _latent_shape(self, count: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
-        """Return the shape of the latents of `count` images of this size, or of the size of training."""
-        default_width, default_height = self.trained_sizes[0] if self.trained_sizes else (None, None)
-        height, width = default_height if height is None else height, default_width if width is None else width
-        if height is None or width is None:
-            raise UserError("height, width: this pipeline does not know the size of its training; give both, or image_size to it")
-        cell = self.vae_scale_factor * self.transformer.config.patch_size
-        if height % cell or width % cell or min(height, width) < 1:
-            raise UserError(f"height and width must be multiples of {cell}, not {height} x {width}")
-        return count, self.transformer.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
-
-    def _check_inputs(
-        self,
-        shape: tuple[int, ...],
-        num_inference_steps: int,
-        guidance_interval: tuple[float, float],
-        generators: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        output_type: str,
-    ) -> None:
-        """Raise a `UserError` for the first argument of a call that is impossible."""
-        count, (low, high) = shape[0], guidance_interval
-        problems = {
-            f"num_images_per_prompt: {count} images cannot be generated; 1 or more would be right": count < 1,
-            f"num_inference_steps: {num_inference_steps} is not a positive number": num_inference_steps < 1,
-            f"guidance_interval: {guidance_interval} does not rise from 0 to 1": not 0 <= low <= high <= 1,
-            f"generator: a list needs one for each of {count} images": isinstance(generators, list) and len(generators) != count,
-            f"latents: must be of shape {shape}": latents is not None and tuple(latents.shape) != shape,
-            f"output_type: {output_type!r}; one of {', '.join(OUTPUT_TYPES)} would be right": output_type not in OUTPUT_TYPES,
-        }
-        problem = next((text for text, wrong in problems.items() if wrong), None)
-        problem = problem or fit_problem(self.scheduler, self.config.prediction_type)
-        if problem:
-            raise UserError(problem)
-
-    def _prepare_timesteps(self, num_inference_steps: int, strength: float) -> tuple[int, torch.Tensor]:
-        """Set the scheduler's timesteps; return the number of the first step, and the noise levels of all, in [0, 1]."""
-        set_timesteps(self.scheduler, num_inference_steps, self.transformer.device)
+    def _first_step(self, strength: float) -> tuple[int, torch.Tensor]:
+        """Return the number of the scheduler's first step from `strength`, and the noise levels of all, in [0, 1]."""
         sigmas = timesteps_to_sigmas(self.scheduler)
         first = get_timesteps(self.scheduler, strength)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(min(first, len(sigmas) - 1))
         self._num_timesteps = len(sigmas) - first
         if strength > 0 and not self._num_timesteps:
-            least = min(sigmas.tolist()[:: self.scheduler.order])
+            levels = sigmas.tolist()[:: self.scheduler.order]
             raise UserError(
-                f"strength: {strength} is below {least:.2g}, the least noise level of {num_inference_steps} steps: nothing would "
+                f"strength: {strength} is below {min(levels):.2g}, the least noise level of {len(levels)} steps: nothing would "
                 "change; more strength or more steps would be right"
             )
         return first, sigmas
 
-    def _encode_texts(self, prompts: list[str], negatives: list[str], guided: bool) -> Text:
-        """Encode the prompts and, if `guided`, the negative ones after them: each different text once, (2 N or N) rows."""
-        negatives = [text for text in negatives for _ in range(len(prompts) // len(negatives))] if guided else []
-        different = list(dict.fromkeys([*prompts, *negatives]))
-        tokens, mask, pooled = self.encode_prompt(different)
-        rows = torch.tensor([different.index(text) for text in [*prompts, *negatives]], device=tokens.device)
-        keys_values = [(k[rows], v[rows]) for k, v in self.transformer.text_keys_values(tokens)]
-        return mask[rows], pooled[rows], keys_values
+    def _condition(self, sides: tuple[Side, Side], count: int, device: torch.device) -> Conditioning:
+        """Encode prompts and, with guidance, negative ones for `count` images."""
+        texts, rows = encode_sides(self._embed, sides if self.guidance_scale > 1 else sides[:1], device)
+        each = [row for side in rows for row in side for _ in range(count // len(side))]
+        return Conditioning(self.transformer, texts, each, count)
 
     def _denoise(
         self,
         latents: torch.Tensor,
         first: int,
         sigmas: torch.Tensor,
-        text: Text,
+        text: Conditioning,
         guidance_interval: tuple[float, float],
         generators: torch.Generator | list[torch.Generator] | None,
         source: SourceImage | None,
@@ -338,17 +371,13 @@ class DiTTextToImagePipeline(DiffusionPipeline):
                 progress.update()
         return latents
 
-    def _predict(self, inputs: torch.Tensor, sigma: torch.Tensor, text: Text, guided: bool) -> torch.Tensor:
+    def _predict(self, inputs: torch.Tensor, sigma: torch.Tensor, text: Conditioning, guided: bool) -> torch.Tensor:
         """Return the transformer's output (N, C, h, w) at `sigma` in [0, 1]; where `guided`, both halves in one batch."""
-        mask, pooled, keys_values = text
-        inputs = inputs.repeat(2, 1, 1, 1) if guided else inputs
-        count = len(inputs)
-        keys_values = [(k[:count], v[:count]) for k, v in keys_values]  # those of the prompts come first
-        predicted = self.transformer(inputs, sigma.expand(count), None, mask[:count], pooled[:count], keys_values)
         if not guided:
-            return predicted
-        conditional, unconditional = predicted.chunk(2)
-        return apply_cfg(conditional, unconditional, self.guidance_scale)
+            return text.predict(inputs, sigma)
+        conditional, unconditional = text.predict(inputs.repeat(2, 1, 1, 1), sigma).chunk(2)
+        predicted = apply_cfg(conditional, unconditional, self.guidance_scale)
+        return rescale_noise_cfg(predicted, conditional, self._guidance_rescale) if self._guidance_rescale else predicted
 
     def _decode(self, latents: torch.Tensor, source: SourceImage | None, output_type: str) -> Any:
         """Return the images of `latents` as `output_type` says."""
@@ -361,19 +390,3 @@ class DiTTextToImagePipeline(DiffusionPipeline):
             return latents
         pixels = decode_latents(self.vae, latents)
         return self.image_processor.postprocess(source.restore_pixels(pixels) if source else pixels, output_type)
-
-
-def _read_texts(prompt: str | list[str], negative_prompt: str | list[str] | None) -> tuple[list[str], list[str]]:
-    """Return the prompts, and a negative one for each."""
-    prompts: list[str] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
-    if negative_prompt is None or isinstance(negative_prompt, str):
-        negatives = [negative_prompt or ""] * len(prompts)
-    else:
-        negatives = list(negative_prompt)
-    if not all(isinstance(text, str) for text in [*prompts, *negatives]):
-        raise UserError("prompt, negative_prompt: texts, or lists of texts, would be right")
-    if not prompts:
-        raise UserError("prompt: at least one is needed")
-    if len(negatives) != len(prompts):
-        raise UserError(f"negative_prompt: one for all, or one for each of {len(prompts)} prompts")
-    return prompts, negatives

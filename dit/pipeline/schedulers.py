@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -18,7 +20,7 @@ from diffusers import (
 )
 
 from dit.config import Scheduler
-from dit.errors import UserError
+from dit.errors import UserError, one_line
 from dit.model.objectives import BETAS, FROM_PURE_NOISE, TRAINING_STEPS, PredictionType, euler_scheduler
 
 FLOW_CLASSES = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
@@ -115,16 +117,33 @@ def fit_problem(scheduler: SchedulerMixin, prediction_type: PredictionType) -> s
     )
 
 
-def set_timesteps(scheduler: SchedulerMixin, evaluations: int, device: torch.device | str | None = None) -> None:
+def set_timesteps(
+    scheduler: SchedulerMixin,
+    evaluations: int,
+    device: torch.device | str | None = None,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> None:
     """Have `scheduler` go from pure noise to the image in steps that make `evaluations` of the transformer.
 
     Heun's method needs two evaluations for each step but the last. Left alone, diffusers' own Euler and Heun for flows spend
     their last step between a noise level of 0.001 and the image, where nothing is left to do: of 1,000 prompts, 96.0 % were
     right with ten steps of `stochastic`, and 97.1 % with equally long ones down to 0.
 
+    Args:
+        scheduler: one of `make_scheduler`, or another of diffusers.
+        evaluations: of the transformer, at least 1; not looked at where `timesteps` or `sigmas` are given.
+        device: of the timesteps.
+        timesteps: steps of one's own, falling from at most 1000, where the class takes them.
+        sigmas: the same as noise levels in the class' own scale, as diffusers' `retrieve_timesteps` has it.
+
     Raises:
-        UserError: more steps than a DDPM has noise levels, or a number that DDIM as diffusers has it takes wrong.
+        UserError: more steps than a DDPM has noise levels, or a number that DDIM as diffusers has it takes wrong; a schedule
+            that does not fall, or that this class does not take.
     """
+    if timesteps is not None or sigmas is not None:
+        _set_schedule(scheduler, device, timesteps, sigmas)
+        return
     steps = max(1, (evaluations + 1) // 2) if isinstance(scheduler, HEUN_CLASSES) else evaluations
     levels = scheduler.config.num_train_timesteps
     if predicts(scheduler) != "flow_prediction" and steps > levels:
@@ -140,6 +159,44 @@ def set_timesteps(scheduler: SchedulerMixin, evaluations: int, device: torch.dev
     if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
         scheduler.sigma_min = 1 / steps  # which it takes no argument for
     scheduler.set_timesteps(steps, device=device)
+
+
+def _set_schedule(
+    scheduler: SchedulerMixin,
+    device: torch.device | str | None,
+    timesteps: Sequence[float] | None,
+    sigmas: Sequence[float] | None,
+) -> None:
+    """Set a schedule of the user's own, or raise a `UserError`."""
+    if timesteps is not None and sigmas is not None:
+        raise UserError("timesteps, sigmas: both are given; one of them would be right")
+    name, given = ("timesteps", timesteps) if sigmas is None else ("sigmas", sigmas)
+    kind, flow = type(scheduler).__name__, predicts(scheduler) == "flow_prediction"
+    levels = scheduler.config.num_train_timesteps
+    # What is pure noise: a flow counts down from there to above 0, the others' last step may be the level 0.
+    largest = (1.0 if flow else np.inf) if name == "sigmas" else levels if flow else levels - 1
+    try:
+        values = np.array([float(value) for value in given])  # type: ignore[union-attr]
+    except (TypeError, ValueError):
+        values = np.array([])
+    falls = len(values) > 0 and 0 <= values[-1] <= values[0] <= largest and (np.diff(values) < 0).all()
+    if not falls or (flow and values[-1] == 0):
+        least = "above 0" if flow else "0 at least"
+        raise UserError(f"{name}: {given!r}; numbers that fall from {largest:g} at most to {least} would be right")
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and name == "timesteps":
+        name, values = "sigmas", values / levels  # diffusers would shift the noise levels and not the timesteps
+    takes = [kind for kind in ("timesteps", "sigmas") if kind in inspect.signature(scheduler.set_timesteps).parameters]
+    if isinstance(scheduler, DPMSolverMultistepScheduler) and flow:
+        takes = []  # it has the argument, but computes a flow's noise levels from the number of steps alone, or fails
+    if name not in takes:
+        others = f"{' or '.join(takes)} would be right, or" if takes else "it has one of its own;"
+        raise UserError(f"{name}: {kind} takes no schedule in them; {others} the scheduler euler, which takes both")
+    try:
+        scheduler.set_timesteps(**{name: values if name == "sigmas" else values.tolist()}, device=device)
+    except ValueError as error:
+        raise UserError(f"{name}: {kind} refuses them ({one_line(error)})") from None
+    if not len(scheduler.timesteps):
+        raise UserError(f"{name}: {given!r} are no step; {kind} goes from each to the next")
 
 
 def timesteps_to_sigmas(scheduler: SchedulerMixin) -> torch.Tensor:

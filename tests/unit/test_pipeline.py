@@ -56,7 +56,7 @@ def plain_euler(pipeline, prompts, negatives, noise, levels, scale) -> torch.Ten
         for t, t_next in zip(levels[:-1], levels[1:], strict=True):
             both = []
             for text in (prompt, negative):
-                tokens, mask, pooled = pipeline.encode_prompt([text])
+                tokens, _, pooled, _, mask, _ = pipeline.encode_prompt(text, do_classifier_free_guidance=False)
                 both.append(pipeline.transformer(x, t[None], tokens, mask, pooled))
             x = x + (t_next - t) * (both[1] + scale * (both[0] - both[1]))
         generated.append(x)
@@ -68,18 +68,21 @@ def test_call_equals_plain_euler(pipeline):
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
     set_timesteps(scheduler, 5)
     generated = pipeline(
-        prompts, negatives, latents=noise, num_inference_steps=5, guidance_scale=3.0, output_type="latent"
+        prompts, negative_prompt=negatives, latents=noise, num_inference_steps=5, guidance_scale=3.0, output_type="latent"
     ).images
     expected = plain_euler(pipeline, prompts, negatives, noise, scheduler.sigmas, 3.0)
     assert (generated - expected).abs().max() < 1e-4
     assert (generated - noise).abs().max() > 0.1
 
 
-def test_call_encodes_each_text_once(pipeline, monkeypatch):
+def test_call_encodes_each_text_once(pipeline):
     seen = []
-    encode = pipeline.encode_prompt
-    monkeypatch.setattr(pipeline, "encode_prompt", lambda texts: seen.append(texts) or encode(texts))
+    hook = pipeline.text_encoder.register_forward_pre_hook(
+        lambda _, args, given: seen.append(pipeline.tokenizer.batch_decode(given["input_ids"], skip_special_tokens=True)),
+        with_kwargs=True,
+    )
     pipeline(["a red circle", "a blue star", "a red circle"], num_images_per_prompt=2, num_inference_steps=2)
+    hook.remove()
     assert seen == [["a red circle", "a blue star", ""]]
 
 
@@ -252,7 +255,10 @@ def test_call_refuses_misfitting_scheduler(pipeline, monkeypatch, scheduler, pre
         ({"generator": [torch.Generator(), torch.Generator()]}, "generator: a list needs one for each of 1 images"),
         ({"latents": torch.zeros(1, 4, 4, 4)}, r"latents: must be of shape \(1, 4, 8, 8\)"),
         ({"output_type": "jpeg"}, "output_type: 'jpeg'; one of pil, np, pt, latent"),
-        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "callback_on_step_end_tensor_inputs: 'prompt_embeds'"),
+        (
+            {"callback_on_step_end_tensor_inputs": ["timesteps"]},
+            "callback_on_step_end_tensor_inputs: 'timesteps' cannot be given",
+        ),
         ({"strength": 0.5}, "strength, mask_image: they need an image"),
         ({"mask_image": Image.new("L", (64, 64))}, "strength, mask_image: they need an image"),
         ({"image": Image.new("RGB", (64, 64)), "strength": 1.5}, "strength: 1.5 is not between 0 and 1"),
@@ -275,7 +281,13 @@ def test_call_refuses_misfitting_scheduler(pipeline, monkeypatch, scheduler, pre
         ({"image": Image.new("RGB", (64, 64)), "mask_image": torch.zeros(3, 64, 64)}, "mask_image: 3 are given; one for all"),
         ({"image": Image.new("RGB", (64, 64)), "mask_image": Image.new("L", (100, 50))}, "mask_image: 100 x 50 pixels do not"),
         ({"image": np.zeros((64, 64, 3)), "mask_image": np.zeros((50, 100))}, "100 x 50 pixels do not lie over the image's 64"),
-        ({"prompt": None}, "prompt, negative_prompt: texts, or lists of texts"),
+        ({"prompt": None}, "prompt: at least one is needed, or prompt_embeds"),
+        ({"prompt": 5}, "prompt, negative_prompt: texts, or lists of texts"),
+        (
+            {"height": "a green cross", "width": 64},
+            "height, width: 'a green cross' x 64 are not numbers of pixels; other arguments",
+        ),
+        ({"guidance_rescale": 1.5}, "guidance_rescale: 1.5 is not between 0 and 1"),
         ({"prompt": ["a", 5]}, "prompt, negative_prompt: texts, or lists of texts"),
         ({"image": Image.new("RGB", (64, 64)), "strength": 0.2}, "strength: 0.2 is below 0.25, the least noise level of 4 steps"),
     ],
@@ -357,7 +369,7 @@ def test_save_model_is_reproducible(tmp_path):
 def test_encode_prompt_equals_cache(pipeline):
     from dit.encoders.text import TextEncoder
 
-    tokens, mask, pooled = pipeline.encode_prompt(["a red circle above a blue star"])
+    tokens, _, pooled, _, mask, _ = pipeline.encode_prompt(["a red circle above a blue star"])
     encoder = TextEncoder(EncoderSource("builtin"), torch.float32, torch.device("cpu"))
     (row,), (vector,) = encoder.encode(["a red circle above a blue star"])
     assert torch.allclose(tokens[0][mask[0]].half(), row, atol=1e-3) and torch.allclose(pooled[0].half(), vector, atol=1e-3)

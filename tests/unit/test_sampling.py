@@ -120,7 +120,7 @@ def test_sampling_flops(pipeline):
     from torch.utils.flop_counter import FlopCounterMode
 
     transformer = pipeline.transformer
-    tokens, mask, pooled = pipeline.encode_prompt(["a red circle"])
+    tokens, _, pooled, _, mask, _ = pipeline.encode_prompt(["a red circle"])
     keys_values = transformer.text_keys_values(tokens)
     with FlopCounterMode(display=False) as counter:  # with gradients, since the fused attention of CPUs is not counted
         transformer(torch.zeros(1, 4, 8, 8), torch.ones(1), None, mask, pooled, keys_values)
