@@ -32,6 +32,8 @@ WRITTEN = {
     "tokenizer",
 }
 
+LOADED = ("_name_or_path", "name_or_path", "is_local", "local_files_only")  # what the libraries note in a configuration
+
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add `export` and its flags."""
@@ -135,11 +137,11 @@ def check_place(output: Path, checkpoint: Path) -> None:
 
 
 def save_pipeline(pipeline: DiTTextToImagePipeline, folder: Path) -> None:
-    """Save as `pipeline.save_pretrained`, without the paths that its files were loaded from, and readable for all."""
+    """Save as `pipeline.save_pretrained`, without where and how its files were loaded, and readable for all."""
     pipeline.save_pretrained(folder, safe_serialization=True)
-    for config in folder.rglob("config.json"):
+    for config in (*folder.rglob("config.json"), folder / "tokenizer" / "tokenizer_config.json"):
         values = json.loads(config.read_text(encoding="utf-8"))
-        if values.pop("_name_or_path", None) is not None:
+        if [values.pop(name) for name in LOADED if name in values]:
             config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8", newline="\n")
     for weights in folder.rglob("*.safetensors"):
         shutil.copymode(folder / "model_index.json", weights)  # they are written for their owner alone

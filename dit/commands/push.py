@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 PIPELINE_FILE, TRANSFORMER_FILE = "pipeline.py", "transformer/latent_dit.py"
 CODE = '''"""For diffusers' own `DiffusionPipeline.from_pretrained`: the class comes from the package latent-dit, see {card}."""
 
-try:  # diffusers would say to install a package called dit, which is somebody else's
-    from dit import {name}
+from importlib import import_module
+
+try:  # no import statement, of which diffusers reads to install a package called dit: that is somebody else's
+    {name} = import_module("dit").{name}
 except ImportError:
     raise ImportError("this model needs the Python package latent-dit, as {card} in its repository says") from None
 

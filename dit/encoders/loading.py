@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 
 from dit.config import VAE_FACTOR
-from dit.encoders.hub import DownloadError, download_files
 from dit.errors import UserError, one_line
+from dit.hub import DownloadError, download_files
 from dit.utils.files import expand_home, sha256_files
 
 if TYPE_CHECKING:  # both take seconds to import, which a look at a configuration does not need

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dit.encoders.hub import DownloadError, download_files
 from dit.errors import UserError
+from dit.hub import DownloadError, download_files
 from dit.pipeline.model_folder import read_index
 
 INDEX = "model_index.json"

@@ -258,7 +258,13 @@ def use_hub(monkeypatch, address: str, home: Path, token: str | None = None, **o
 
     Xet is off: without it the library sends files as Git LFS does, which is what this server understands.
     """
-    settings = {"ENDPOINT": address, "HF_HUB_CACHE": str(home / "hub"), "HF_TOKEN_PATH": str(home / "token")}
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    settings = {
+        "ENDPOINT": address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+    }
     for name, value in (settings | {"HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False} | others).items():
         assert hasattr(constants, name)
         monkeypatch.setattr(constants, name, value)

@@ -240,6 +240,7 @@ def test_push_resumes_after_a_broken_connection(hub, capsys, monkeypatch):
     assert sorted(Counter(hub.uploads.received).values()) == [1, 1, 1, 1] and len(hub.uploads.commits) == 1
 
 
+@pytest.mark.slow
 def test_push_killed_and_again(hub, tmp_path):
     """The process is killed as soon as a file has arrived whole; the next push does not send that one again."""
     started: list[subprocess.Popen] = []
