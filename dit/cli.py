@@ -7,7 +7,7 @@ import os
 import sys
 
 import dit
-from dit.commands import benchmark, check, compare, demo, export, generate, inspect, sweep, sync_runs, where
+from dit.commands import benchmark, check, compare, demo, export, generate, inspect, push, sweep, sync_runs, where
 from dit.commands._args import not_understood
 from dit.errors import UserError, is_out_of_memory, out_of_memory
 
@@ -19,11 +19,12 @@ examples:
   dit generate --prompt "a red circle"              an image from the trained model, as generated.png
   dit demo                                          a page in the browser to generate and change images
   dit export my-model                               the model and its encoders in one folder, for others
+  dit push anna/my-model                            the same in a private repository on the Hugging Face Hub
   dit sweep                                         which guidance scale and how many steps are worth their time
   dit benchmark training                            how fast training is here, and how fast it could be
   dit compare                                       all trained models side by side: a table and their images
 """
-COMMANDS = (check, where, inspect, generate, demo, export, sweep, benchmark, compare, sync_runs)
+COMMANDS = (check, where, inspect, generate, demo, export, push, sweep, benchmark, compare, sync_runs)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -32,6 +32,8 @@ WRITTEN = {
     "tokenizer",
 }
 
+LOADED = ("_name_or_path", "name_or_path", "is_local", "local_files_only")  # what the libraries note in a configuration
+
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add `export` and its flags."""
@@ -63,21 +65,13 @@ def export(arguments: argparse.Namespace) -> None:
     check_place(output, checkpoint)
 
     from safetensors import SafetensorError
-    from transformers.utils.logging import disable_progress_bar
 
-    from dit.pipeline.pipeline import DiTTextToImagePipeline
-    from dit.pipeline.schedulers import make_scheduler, scheduler_name
-
-    disable_progress_bar()
-    pipeline = DiTTextToImagePipeline.from_pretrained(checkpoint)
-    if arguments.scheduler:
-        pipeline.scheduler = make_scheduler(arguments.scheduler, pipeline.config.prediction_type)
+    pipeline = load_to_export(checkpoint, arguments.scheduler)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as aside:
             new = Path(aside) / "new"
-            save_pipeline(pipeline, new)
-            missing = write_card(checkpoint, new, scheduler_name(pipeline.scheduler))
+            missing = write_export(pipeline, checkpoint, new)
             replace_folder(output, new, Path(aside) / "old")
     except (OSError, SafetensorError) as error:  # the disk is full, most often
         raise UserError(f"{output}: cannot be written: {getattr(error, 'strerror', None) or one_line(error)}") from None
@@ -88,6 +82,38 @@ def export(arguments: argparse.Namespace) -> None:
     print("load it:   from dit import DiTTextToImagePipeline")
     print(f'           pipeline = DiTTextToImagePipeline.from_pretrained("{output}")')
     print(f'or run:    dit generate --checkpoint {output} --prompt "a red circle above a blue star"')
+
+
+def load_to_export(checkpoint: Path, scheduler: str | None) -> DiTTextToImagePipeline:
+    """Load the pipeline in fp32, with the scheduler of that name or with the checkpoint's own."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from dit.pipeline.pipeline import DiTTextToImagePipeline
+    from dit.pipeline.schedulers import make_scheduler
+
+    disable_progress_bar()
+    pipeline = DiTTextToImagePipeline.from_pretrained(checkpoint)
+    if scheduler:
+        pipeline.scheduler = make_scheduler(scheduler, pipeline.config.prediction_type)
+    return pipeline
+
+
+def write_export(pipeline: DiTTextToImagePipeline, checkpoint: Path, folder: Path, repository: str | None = None) -> str:
+    """Write the whole export into `folder`; the same model gives the same bytes.
+
+    Args:
+        pipeline: what `load_to_export` returned for `checkpoint`.
+        checkpoint: the model's folder, which has the facts of its training.
+        folder: a new one.
+        repository: where on the Hub it will be, for the card; None if it stays a folder.
+
+    Returns:
+        why the card is without an evaluation, "" where it has one.
+    """
+    from dit.pipeline.schedulers import scheduler_name
+
+    save_pipeline(pipeline, folder)
+    return write_card(checkpoint, folder, scheduler_name(pipeline.scheduler), repository)
 
 
 def check_place(output: Path, checkpoint: Path) -> None:
@@ -111,22 +137,22 @@ def check_place(output: Path, checkpoint: Path) -> None:
 
 
 def save_pipeline(pipeline: DiTTextToImagePipeline, folder: Path) -> None:
-    """Save as `pipeline.save_pretrained`, without the paths that its files were loaded from, and readable for all."""
+    """Save as `pipeline.save_pretrained`, without where and how its files were loaded, and readable for all."""
     pipeline.save_pretrained(folder, safe_serialization=True)
-    for config in folder.rglob("config.json"):
+    for config in (*folder.rglob("config.json"), folder / "tokenizer" / "tokenizer_config.json"):
         values = json.loads(config.read_text(encoding="utf-8"))
-        if values.pop("_name_or_path", None) is not None:
+        if [values.pop(name) for name in LOADED if name in values]:
             config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8", newline="\n")
     for weights in folder.rglob("*.safetensors"):
         shutil.copymode(folder / "model_index.json", weights)  # they are written for their owner alone
 
 
-def write_card(checkpoint: Path, folder: Path, scheduler: str) -> str:
+def write_card(checkpoint: Path, folder: Path, scheduler: str, repository: str | None) -> str:
     """Write the card and what it is rendered from into `folder`; return why it is without an evaluation, "" where it has one."""
-    from dit.commands.model_card import EVALUATION, IMAGE, evaluation_facts, export_card, read_facts
+    from dit.commands.model_card import EVALUATION, IMAGE, evaluation_facts, export_card, read_facts, without_paths
     from dit.training.export import FACTS
 
-    training, facts, missing = read_facts(checkpoint, FACTS), read_facts(checkpoint, EVALUATION), ""
+    training, facts, missing = without_paths(read_facts(checkpoint, FACTS)), read_facts(checkpoint, EVALUATION), ""
     image = checkpoint / IMAGE
     if facts is None:  # else it is an export of an export
         evaluation, missing = find_evaluation(checkpoint)
@@ -137,7 +163,7 @@ def write_card(checkpoint: Path, folder: Path, scheduler: str) -> str:
             write_json(folder / name, content)
     if facts and image.is_file():
         shutil.copyfile(image, folder / IMAGE)
-    (folder / CARD).write_text(export_card(training, facts, scheduler), encoding="utf-8", newline="\n")
+    (folder / CARD).write_text(export_card(training, facts, scheduler, repository), encoding="utf-8", newline="\n")
     return missing
 
 

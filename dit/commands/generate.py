@@ -23,6 +23,7 @@ from dit.commands.inputs import (
 )
 from dit.config import DEFAULTS, STRENGTH, Scheduler
 from dit.errors import UserError
+from dit.pipeline.hub import find_model
 from dit.pipeline.model_folder import read_index, weights_hash
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ examples:
   dit generate --prompt "a green cross" --image generated.png --strength 0.8
   dit generate --prompt "a red circle" --image generated.png --mask mask.png --output mended.png
   dit generate --prompt "a red circle" --checkpoint latest                 with a training that is still going
+  dit generate --prompt "a red circle" --model anna/shapes                 with a model on the Hugging Face Hub
   dit inspect generated.png                                                how an image was generated
 """
 LOW_PSNR = 25  # dB of a VAE's reconstruction: the bundled one has 42 for rendered scenes, and 15 to 20 for photographs
@@ -61,8 +63,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_flag(what, "width", type=int, metavar="PIXELS", help="the same")
     add_flag(what, "seed", type=int, default=0, metavar="N", help="of the first image; the next has N + 1; default: %(default)s")
     how = parser.add_argument_group("how")
+    which = how.add_mutually_exclusive_group()
     add_flag(
-        how,
+        which,
         "checkpoint",
         type=Path,
         default=Path("models/dit"),
@@ -70,6 +73,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="the model; or a checkpoint of a training that is still going, .state/train/.../step-....safetensors, or latest for "
         "the newest; default: %(default)s",
     )
+    add_flag(which, "model", metavar="OWNER/NAME", help="a model on the Hugging Face Hub instead, which is downloaded once")
+    add_flag(how, "revision", metavar="NAME", help="branch, tag or commit of --model; default: main")
     add_flag(
         how,
         "num_inference_steps",
@@ -133,6 +138,10 @@ def generate(arguments: argparse.Namespace) -> None:
     prompts = read_prompts(arguments.prompt, arguments.prompts_file)
     check_text("--negative_prompt", arguments.negative_prompt)
     image, mask = read_images(arguments.image, arguments.mask, arguments.strength)
+    if arguments.model:
+        arguments.checkpoint = find_model(arguments.model, arguments.revision)
+    elif arguments.revision:
+        raise UserError("--revision: there is no --model that it could be of")
     checkpoints = find_checkpoints(arguments.checkpoint)
     if not checkpoints:
         read_index(arguments.checkpoint)

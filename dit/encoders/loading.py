@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError
 
 from dit.config import VAE_FACTOR
-from dit.errors import UserError, http_status, one_line
+from dit.errors import UserError, one_line
+from dit.hub import DownloadError, download_files
 from dit.utils.files import expand_home, sha256_files
 
 if TYPE_CHECKING:  # both take seconds to import, which a look at a configuration does not need
@@ -37,7 +38,6 @@ SETTINGS = {"vae": "encode.vae", "clip": "encode.clip", "features": "evaluate.fe
 WEIGHTS = {"vae": "diffusion_pytorch_model*.safetensors", "clip": "model*.safetensors", "features": "model*.safetensors"}
 BESIDES = {"vae": ["config.json"], "clip": ["*.json", "merges.txt", "vocab.txt"], "features": ["*.json"]}
 COPIES = "encoders"  # in a model folder: encoders that were folders elsewhere, for MLflow's registry
-LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 @dataclass(frozen=True)
@@ -221,23 +221,13 @@ def _load(
 
 def _download(kind: str, source: EncoderSource, weights: bool) -> tuple[Path, str]:
     """Return the folder of a Hub repository's files in the Hub's own cache, and their commit."""
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub import errors as hub
-
     repository, subfolder = _parts(kind, source.name)
     within = f"{subfolder}/" if subfolder else ""
     wanted = [*BESIDES[kind], WEIGHTS[kind]] if weights else ["config.json"]
-    endpoint = constants.ENDPOINT
+    ignored = ["*.fp16.*", "*.non_ema.*", *([] if subfolder else ["*/*"])]
 
     def download(revision: str | None, patterns: list[str]) -> Path:
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                allow_patterns=[within + pattern for pattern in patterns],
-                ignore_patterns=["*.fp16.*", "*.non_ema.*", *([] if subfolder else ["*/*"])],
-            )
-        )
+        return download_files(repository, revision, [within + pattern for pattern in patterns], ignored)
 
     try:
         # The configuration first: a wrong repository should be noticed before gigabytes of it have been downloaded.
@@ -246,33 +236,9 @@ def _download(kind: str, source: EncoderSource, weights: bool) -> tuple[Path, st
         _check_class(kind, source.name, folder)
         if weights:
             folder = download(snapshot.name, wanted) / subfolder
-    except hub.GatedRepoError:
-        problem = f"is gated: accept its conditions at {endpoint}/{repository}, then {LOGIN}"
-    except hub.RevisionNotFoundError:
-        problem = f"has no revision {source.resolved or source.revision!r} on {endpoint}; one of its branches, tags or commits"
-    except hub.RepositoryNotFoundError:
-        problem = f"is not on {endpoint}; check the id, or {LOGIN} if it is private"
-    except hub.HFValidationError:
-        problem = "is neither a folder nor an id on the Hub (owner/name)"
-    except hub.LocalEntryNotFoundError as error:
-        if constants.is_offline_mode():
-            problem = f"is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set; unset it once, to download"
-        elif status := http_status(error):
-            problem = _refused(endpoint, status)
-        else:
-            reason = one_line(error.__cause__ or error, with_type=True)
-            problem = f"cannot be downloaded from {endpoint} ({reason}); check your network and HF_ENDPOINT"
-    except hub.HfHubHTTPError as error:
-        problem = _refused(endpoint, error.response.status_code)
-    except (hub.HTTPError, OSError, RuntimeError) as error:
-        problem = f"is incomplete, {endpoint} broke off ({one_line(error, with_type=True)}); run again to resume the download"
-    else:
-        return folder, snapshot.name
-    raise _unusable(kind, source.name, problem)
-
-
-def _refused(endpoint: str, status: int) -> str:
-    return f"cannot be downloaded, {endpoint} answers {status}; {LOGIN if status in (401, 403) else 'try again later'}"
+    except DownloadError as error:
+        raise _unusable(kind, source.name, str(error)) from None
+    return folder, snapshot.name
 
 
 def _parts(kind: str, name: str) -> tuple[str, str]:

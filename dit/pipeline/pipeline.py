@@ -18,12 +18,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from dit.config import DEFAULTS, STRENGTH
-from dit.encoders.text import LongCaptions, embed_captions, pad_tokens
+from dit.encoders.text import embed_captions, pad_tokens
 from dit.encoders.vocabulary import truncated_text
 from dit.errors import UserError
-from dit.model.objectives import PredictionType, apply_cfg
+from dit.model.objectives import apply_cfg
 from dit.model.transformer import DiT
 from dit.pipeline.conditioning import Conditioning, Embeds, PromptEmbeds, Side, encode_sides, onload, read_texts
+from dit.pipeline.hub import find_model
 from dit.pipeline.img2img import SourceImage, check_source, get_timesteps
 from dit.pipeline.inputs import callback_tensors, check_inputs, latent_shape
 from dit.pipeline.loading import load_components
@@ -73,10 +74,10 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         vae: AutoencoderKL,
         text_encoder: CLIPTextModelWithProjection,
         tokenizer: CLIPTokenizer,
-        prediction_type: PredictionType | None = None,
+        prediction_type: str | None = None,  # a `PredictionType`; diffusers' own loader fails at a Literal
         image_size: int | None = None,
-        sizes: Sequence[tuple[int, int]] | None = None,
-        long_captions: LongCaptions = "cut",
+        sizes: list | None = None,
+        long_captions: str = "cut",
     ):
         super().__init__()
         self.register_to_config(prediction_type=prediction_type or predicts(scheduler), image_size=image_size, sizes=sizes)
@@ -93,21 +94,31 @@ class DiTTextToImagePipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
+        pretrained_model_name_or_path: str | Path,
         torch_dtype: torch.dtype = torch.float32,
         transformer_dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
         **components: Any,
     ) -> DiTTextToImagePipeline:
         """Load what the train stage wrote, and the encoders that it names; or what `save_pretrained` or `dit export` wrote.
 
         Args:
-            folder: `models/dit`, or a copy of it.
+            pretrained_model_name_or_path: a folder, `models/dit` or a copy of it; or owner/name on the Hugging Face Hub, as
+                `dit push` filled it. Weights are read from safetensors alone, and nothing in it is executed.
             torch_dtype: of all networks.
             transformer_dtype: of the transformer, if another one.
+            revision: branch, tag or commit on the Hub.
+            subfolder: where in the folder, or in the repository, the model is.
+            local_files_only: whether to take what is in the Hub's cache, and to ask nobody.
+            token: for the Hub, instead of the one that the user is logged in with; False for none.
             components: used instead of those in the folder, for instance `scheduler`.
 
         Raises:
-            UserError: the folder is no such model, an encoder is missing or has changed, or an argument is none of these.
+            UserError: the folder is no such model, it cannot be downloaded, an encoder is missing or has changed, or an argument
+                is none of these.
         """
         for name in components:
             if name not in inspect.signature(cls).parameters:
@@ -115,7 +126,8 @@ class DiTTextToImagePipeline(DiffusionPipeline):
         for dtype in (torch_dtype, transformer_dtype):
             if not isinstance(dtype, (torch.dtype, type(None))):
                 raise UserError(f"from_pretrained: {dtype!r} is no torch.dtype; torch.float32 or torch.bfloat16 would be right")
-        return cls(**load_components(Path(folder), torch_dtype, transformer_dtype or torch_dtype) | components)
+        folder = find_model(pretrained_model_name_or_path, revision, subfolder, local_files_only, token)
+        return cls(**load_components(folder, torch_dtype, transformer_dtype or torch_dtype) | components)
 
     def save_pretrained(self, save_directory: str | Path, **settings: Any) -> None:
         """Save as diffusers does; model_index.json names the class of the transformer by its public place, `dit.model`."""

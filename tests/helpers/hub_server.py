@@ -1,4 +1,4 @@
-"""A loopback server that speaks the Hugging Face Hub's routes, as far as downloading needs them."""
+"""A loopback server that speaks the Hugging Face Hub's routes, as far as downloading needs them; hub_uploads.py has the rest."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ class Hub:
         asked: (file, first byte) of every request for a file's content.
         pushed: what main is since a push, by repository; its files stay as they are.
         revisions: those at which files were asked for.
+        private: repositories that nobody sees without one of `tokens`.
+        tokens: who has which, and whether it may "read" or "write".
+        branches: (commit, folder of its files) of each branch of a repository that was really pushed, by (repository, branch).
     """
 
     folder: Path
@@ -42,6 +45,21 @@ class Hub:
     asked: list[tuple[str, int]] = field(default_factory=list)
     pushed: dict[str, str] = field(default_factory=dict)
     revisions: set[str] = field(default_factory=set)
+    private: set[str] = field(default_factory=set)
+    tokens: dict[str, tuple[str, str]] = field(default_factory=dict)
+    branches: dict[tuple[str, str], tuple[str, Path]] = field(default_factory=dict)
+
+    def find(self, repository: str, revision: str) -> tuple[str, Path] | None:
+        """Return the commit that a revision of a repository is, and the folder of its files; None if there is none."""
+        for (name, branch), (commit, folder) in self.branches.items():
+            if name == repository and revision in (branch, commit):
+                return commit, folder
+        first, main = commit_of(repository), self.pushed.get(repository, commit_of(repository))
+        commit = {"v1": first, first: first, "main": main, main: main}.get(revision)
+        return (commit, self.folder / repository) if commit and (self.folder / repository).is_dir() else None
+
+    def exists(self, repository: str) -> bool:
+        return (self.folder / repository).is_dir() or any(name == repository for name, _ in self.branches)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -63,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.describe(*found.groups())
         if found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/([^/]+)/?(.*)", path):
             return self.list_files(*found.groups(), recursive="recursive=true" in query.lower())
-        if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)", path):
+        if found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)", path):
             return self.describe(found[1], "main")
         if found := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self.resolve(*found.groups())
@@ -71,32 +89,29 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_file(self.server.hub.folder / found[1])
         return self.refuse(404, "", "no such route")
 
-    def known(self, repository: str, revision: str) -> bool:
-        """Whether there is such a repository and revision; answers if not, as the Hub does one who is not logged in."""
-        if not (self.server.hub.folder / repository).is_dir():
-            self.refuse(401, "RepoNotFound", "Repository not found")
-        elif revision not in ("main", "v1", commit_of(repository), self.server.hub.pushed.get(repository)):
-            self.refuse(404, "RevisionNotFound", "Revision not found")
-        else:
-            return True
-        return False
+    def who(self) -> tuple[str, str] | None:
+        """Return who asks, and whether the token may "read" or "write"; None without a token, or with one that nobody has."""
+        return self.server.hub.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
 
-    def commit(self, repository: str, revision: str) -> str:
-        """The commit that a revision is."""
-        commit = commit_of(repository)
-        return commit if revision in ("v1", commit) else self.server.hub.pushed.get(repository, commit)
+    def known(self, repository: str, revision: str) -> tuple[str, Path] | None:
+        """Return the commit and the folder of a revision; answers if there is none, as the Hub does."""
+        hub = self.server.hub
+        if not hub.exists(repository) or (repository in hub.private and not self.who()):
+            return self.refuse(401, "RepoNotFound", "Repository not found")  # as it says to one who is not logged in
+        return hub.find(repository, revision) or self.refuse(404, "RevisionNotFound", "Revision not found")
 
     def describe(self, repository: str, revision: str) -> None:
-        if self.known(repository, revision):
-            root = self.server.hub.folder / repository
+        if found := self.known(repository, revision):
+            sha, root = found
             siblings = [{"rfilename": path.relative_to(root).as_posix()} for path in sorted(root.rglob("*")) if path.is_file()]
-            sha = self.commit(repository, revision)
-            self.send_json({"id": repository, "sha": sha, "siblings": siblings, "private": False, "tags": [], "downloads": 0})
+            private = repository in self.server.hub.private
+            self.send_json({"id": repository, "sha": sha, "siblings": siblings, "private": private, "tags": [], "downloads": 0})
 
     def list_files(self, repository: str, revision: str, within: str, recursive: bool) -> None:
-        if not self.known(repository, revision):
+        found = self.known(repository, revision)
+        if not found:
             return
-        root = self.server.hub.folder / repository
+        root = found[1]
         rows = []
         for path in sorted((root / within).rglob("*") if recursive else (root / within).glob("*")):
             row = {"type": "directory", "path": path.relative_to(root).as_posix(), "size": 0, "oid": "0" * 40}
@@ -108,42 +123,45 @@ class Handler(BaseHTTPRequestHandler):
             rows.append(row)
         self.send_json(rows)
 
-    def send_json(self, answer: object) -> None:
+    def send_json(self, answer: object, status: int = 200) -> None:
         body = json.dumps(answer).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
     def resolve(self, repository: str, revision: str, name: str) -> None:
-        if not self.known(repository, revision):
+        found = self.known(repository, revision)
+        if not found:
             return
+        commit, root = found
         self.server.hub.revisions.add(revision)
-        path = self.server.hub.folder / repository / name
+        path = root / name
         if repository in self.server.hub.gated:
             self.refuse(401, "GatedRepo", "Access to this model is restricted")
         elif not path.is_file():
             self.refuse(404, "EntryNotFound", "Entry not found")
         elif path.stat().st_size > LARGE:
             self.send_response(302)
-            self.about(path, repository)
+            self.about(path, commit)
             # Another host, as on the Hub: the library follows a redirection to it for GET only.
-            self.send_header("Location", f"http://localhost:{self.server.server_port}/cdn/{repository}/{name}")
+            place = path.relative_to(self.server.hub.folder).as_posix()
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/cdn/{place}")
             self.send_header("Content-Length", "0")
             self.end_headers()
         else:
-            self.send_file(path, repository)
+            self.send_file(path, commit)
 
-    def about(self, path: Path, repository: str) -> None:
+    def about(self, path: Path, commit: str) -> None:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        self.send_header("X-Repo-Commit", commit_of(repository))
+        self.send_header("X-Repo-Commit", commit)
         self.send_header("X-Linked-Size", str(path.stat().st_size))
         self.send_header("X-Linked-Etag", f'"{digest}"')
         self.send_header("ETag", f'"{digest}"')
 
-    def send_file(self, path: Path, repository: str | None = None) -> None:
+    def send_file(self, path: Path, commit: str | None = None) -> None:
         hub = self.server.hub
         content = path.read_bytes()
         wanted = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
@@ -153,8 +171,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if wanted else 200)
         if wanted:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        if repository:
-            self.about(path, repository)
+        if commit:
+            self.about(path, commit)
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         if self.command == "HEAD":
@@ -175,8 +193,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve_hub(folder: Path):
+def serve_hub(folder: Path, handler: type[Handler] = Handler):
     """Serve the repositories in `folder`; yields the address and the `Hub`."""
     hub = Hub(folder)
-    with listening(Handler, hub=hub) as address:
+    with listening(handler, hub=hub) as address:
         yield address, hub

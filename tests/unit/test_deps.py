@@ -25,6 +25,7 @@ NEUTRAL = {
     "stages/dvc_files.py": "reads dvc.lock and what the watch stage has written, and brings metrics back after a failure",
     "dit/config.py": "reads and checks the settings; those that a stage uses are its params",
     "dit/errors.py": "the class of errors",
+    "dit/hub.py": "downloads from the Hub; which files, and of which commit, say those that call it",
     "dit/tracking": "reports to MLflow",
 }
 # What a stage imports and does not use for its result, and why.
