@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, get_args
 
 from dit.commands.find_metrics import find_evaluation
+from dit.commands.inputs import read_lora
 from dit.config import DEFAULTS, Scheduler
 from dit.errors import UserError, one_line
 from dit.pipeline.model_folder import read_index
@@ -40,7 +41,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="write the model and its encoders into one folder, for others",
         description="Write a folder that holds the whole pipeline - transformer, scheduler, VAE, text encoder, tokenizer\n"
         "and a model card with the evaluation - and that DiTTextToImagePipeline.from_pretrained loads.",
-        epilog="examples:\n  dit export my-model\n  dit export my-model --scheduler dpm++             the default of the export",
+        epilog="examples:\n  dit export my-model\n  dit export my-model --scheduler dpm++             the default of the export\n"
+        "  dit export my-model --checkpoint models/base --lora models/dit/lora",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="the folder; an earlier export in its place is replaced")
@@ -53,6 +55,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help=f"{', '.join(get_args(Scheduler))}; default: the checkpoint's, {DEFAULTS.scheduler} for what `dvc repro` trained",
     )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="adapters to merge into the weights, and how much of them; may be given several times",
+    )
     parser.set_defaults(action=export)
 
 
@@ -60,16 +69,22 @@ def export(arguments: argparse.Namespace) -> None:
     """Write the export beside its place, put it there when it is whole, and say what there is and how to load it."""
     checkpoint, output = arguments.checkpoint, arguments.output
     read_index(checkpoint)
+    loras = [read_lora(text) for text in arguments.lora]
     check_place(output, checkpoint)
 
     from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
+    from dit.pipeline.lora import apply_loras
     from dit.pipeline.pipeline import DiTTextToImagePipeline
     from dit.pipeline.schedulers import make_scheduler, scheduler_name
 
     disable_progress_bar()
     pipeline = DiTTextToImagePipeline.from_pretrained(checkpoint)
+    if loras:
+        apply_loras(pipeline, loras)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
     if arguments.scheduler:
         pipeline.scheduler = make_scheduler(arguments.scheduler, pipeline.config.prediction_type)
     try:
@@ -77,7 +92,7 @@ def export(arguments: argparse.Namespace) -> None:
         with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as aside:
             new = Path(aside) / "new"
             save_pipeline(pipeline, new)
-            missing = write_card(checkpoint, new, scheduler_name(pipeline.scheduler))
+            missing = write_card(checkpoint, new, scheduler_name(pipeline.scheduler), merged=bool(loras))
             replace_folder(output, new, Path(aside) / "old")
     except (OSError, SafetensorError) as error:  # the disk is full, most often
         raise UserError(f"{output}: cannot be written: {getattr(error, 'strerror', None) or one_line(error)}") from None
@@ -121,14 +136,19 @@ def save_pipeline(pipeline: DiTTextToImagePipeline, folder: Path) -> None:
         shutil.copymode(folder / "model_index.json", weights)  # they are written for their owner alone
 
 
-def write_card(checkpoint: Path, folder: Path, scheduler: str) -> str:
-    """Write the card and what it is rendered from into `folder`; return why it is without an evaluation, "" where it has one."""
+def write_card(checkpoint: Path, folder: Path, scheduler: str, merged: bool) -> str:
+    """Write the card and what it is rendered from into `folder`; return why it is without an evaluation, "" where it has one.
+
+    Where adapters are `merged` into the checkpoint, what was measured of it does not hold.
+    """
     from dit.commands.model_card import EVALUATION, IMAGE, evaluation_facts, export_card, read_facts
     from dit.training.export import FACTS
 
     training, facts, missing = read_facts(checkpoint, FACTS), read_facts(checkpoint, EVALUATION), ""
+    if merged:
+        facts, missing = None, "it was of the model before adapters were merged into it"
     image = checkpoint / IMAGE
-    if facts is None:  # else it is an export of an export
+    if facts is None and not merged:  # else it is an export of an export
         evaluation, missing = find_evaluation(checkpoint)
         facts = evaluation_facts(evaluation) if evaluation else None
         image = evaluation.image or image if evaluation else image

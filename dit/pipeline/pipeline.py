@@ -23,6 +23,7 @@ from dit.model.objectives import PredictionType, apply_cfg
 from dit.model.transformer import DiT
 from dit.pipeline.img2img import SourceImage, check_source, get_timesteps
 from dit.pipeline.loading import load_components
+from dit.pipeline.lora import LoraMixin
 from dit.pipeline.schedulers import fit_problem, predicts, set_timesteps, timesteps_to_sigmas
 from dit.utils.images import decode_latents
 
@@ -34,7 +35,7 @@ Text = tuple[torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]
 Callback = Callable[[DiffusionPipeline, int, torch.Tensor, dict[str, Any]], dict[str, Any]]
 
 
-class DiTTextToImagePipeline(DiffusionPipeline):
+class DiTTextToImagePipeline(DiffusionPipeline, LoraMixin):
     """Generate images from captions, or change an image by a caption.
 
     Args:
