@@ -138,5 +138,7 @@ def test_train_that_does_not_fit_ends_before_its_first_step(trained, tmp_path):
     project = Project(tmp_path / "project")
     change(project, train={"method": "full", "init_from": "models/base"}, model={"num_layers": 3})
     failed = project.dvc("repro", "train", check=False)
-    assert "train: train.init_from: models/base does not fit the settings and the latents: num_layers 2 (wanted: 3)" in failed.stderr
+    assert (
+        "train: train.init_from: models/base does not fit the settings and the latents: num_layers 2 (wanted: 3)" in failed.stderr
+    )
     assert not any((project.root / ".state" / "train").glob("*/step-*"))
