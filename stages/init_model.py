@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dit.errors import UserError
-from dit.training.init_model import InitModel, load_init, weights_digest
+from dit.training.init_weights import weights_digest
 from dit.utils.files import expand_home
 from stages.dvc_files import read_init
+
+if TYPE_CHECKING:
+    from dit.training.init_model import InitModel
 
 OWN = Path("models/dit")  # an out of the train stage
 
@@ -63,6 +67,8 @@ def open_init(name: str | None) -> tuple[InitModel | None, str | None]:
     """
     if name is None:
         return None, None
+    from dit.training.init_model import load_init  # imports torch, which the watch stage need not wait for
+
     path, known = find_init(name), read_init()
     sha256 = weights_digest(path, name)
     if known.get("init_from") == name and known["sha256"] != sha256:

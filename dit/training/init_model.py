@@ -14,9 +14,8 @@ from safetensors import SafetensorError
 from dit.errors import UserError, one_line
 from dit.model.transformer import DiT
 from dit.training.checkpoint import MOMENTS, open_checkpoint
-from dit.utils.files import sha256_files
+from dit.training.init_weights import NEEDED, find_weights
 
-NEEDED = "a folder such as models/base or an export, or a step-….safetensors that runtime.keep_state kept, would be right"
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 
@@ -83,24 +82,6 @@ class InitModel:
         if self.clip and self.clip != clip:
             known, now = (f"{each.get('name')} ({each.get('resolved')})" for each in (self.clip, clip))
             log(f"{self.name} was trained with the text encoder {known}, and these latents are of {now}: it reads captions anew")
-
-
-def find_weights(path: Path, name: str) -> list[Path]:
-    """Return the files of weights of the model at `path`, a model folder or a checkpoint, in their order.
-
-    Raises:
-        UserError: there are none; the line calls it `name`.
-    """
-    found = [path] if path.is_file() and path.suffix == ".safetensors" else sorted(path.glob("transformer/*.safetensors"))
-    if not found:
-        what = "has no transformer/*.safetensors" if path.exists() else f"is not there, there is no {path}"
-        raise UserError(f"train.init_from: {name} {what}; {NEEDED}")
-    return found
-
-
-def weights_digest(path: Path, name: str) -> str:
-    """Return the SHA-256 of the model's weights, in hexadecimal, by which DVC notices another one."""
-    return sha256_files(find_weights(path, name))
 
 
 def load_init(path: Path, name: str) -> InitModel:

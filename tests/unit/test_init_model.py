@@ -12,7 +12,8 @@ from dit.errors import UserError
 from dit.latents.cache import LatentCache
 from dit.training.checkpoint import Checkpoint, Checkpoints
 from dit.training.export import save_model
-from dit.training.init_model import InitModel, load_init, weights_digest
+from dit.training.init_model import InitModel, load_init
+from dit.training.init_weights import weights_digest
 from dit.training.kept_state import explain_difference, find_kept, keep_last
 from dit.training.setup import build_trainable
 from dit.training.trainer import Trainer
