@@ -191,9 +191,21 @@ class HubRecipe(Recipe):
 
 
 @dataclass(frozen=True, config=STRICT)
+class Lora:
+    """The adapters that are trained where `train.method` is lora."""
+
+    rank: PositiveInt
+    alpha: PositiveFloat
+    target_modules: Annotated[Several[Text], Field(min_length=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
 class Train:
     """The training, of every recipe."""
 
+    method: Literal["scratch", "full", "lora"]
+    init_from: Text | None
+    lora: Lora
     batch_size: PositiveInt
     mixed_precision: Literal["no", "fp16", "bf16"]
     objective: Literal["flow", "ddpm"]
@@ -254,6 +266,7 @@ class Runtime:
     download_connections: PositiveInt
     data_on_device: Literal["auto", True, False]
     register_model: Flag
+    keep_state: Flag
 
 
 RECIPES = ("shapes", "coco", "folder", "hub")
@@ -308,6 +321,8 @@ def parse_config(values: dict[str, Any], name: str = "params.yaml") -> Params:
         raise UserError(f"{name}: {_explain(_most_telling(error.errors()))}") from None
     if params.train.objective == "flow" and params.sample.scheduler == "ddim":
         raise UserError(f"{name}: sample.scheduler: ddim is for train.objective ddpm; for a flow the same thing is called euler")
+    if (params.train.method == "scratch") != (params.train.init_from is None):
+        raise UserError(f"{name}: {_init_problem(params.train)}")
     for recipe in RECIPES:
         problem = _impossible(recipe, getattr(params, recipe))
         if problem:
@@ -326,6 +341,19 @@ WORDING = {  # by pydantic's type of error
 }
 SHORTENED = reprlib.Repr()  # of values in messages; its default is a few items and levels of what is nested
 SHORTENED.maxstring = SHORTENED.maxother = 160
+
+
+def _init_problem(train: Train) -> str:
+    """Word what is wrong where `method` and `init_from` do not go together."""
+    if train.init_from is None:
+        return (
+            f"train.method: {train.method} begins with a trained model; set train.init_from to its folder, such as models/base, "
+            "or to its address in MLflow, such as models:/dit-coco/3"
+        )
+    return (
+        f"train.init_from: {train.init_from} is given, and train.method: scratch begins with random weights; method full (all "
+        "weights of that model are trained) or lora (adapters) would be right, or init_from null"
+    )
 
 
 def _impossible(recipe: str, settings: Recipe) -> str | None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from dit.yaml_file import read_yaml
 
+INIT = Path("data", "watch", "init.json")  # which model a training begins with, and the SHA-256 of its weights; {} for none
+
 
 def _locked(stage: str) -> dict:
     """Return what dvc.lock records of `stage`."""
@@ -38,7 +40,15 @@ def watched_file(recipe: str) -> Path:
 
 def read_watched(recipe: str) -> dict:
     """Return what the watch stage has written; {} where it has not run."""
-    path = watched_file(recipe)
+    return _read_json(watched_file(recipe))
+
+
+def read_init() -> dict:
+    """Return what the watch stage has written of the model that a training begins with; {} for none, and where it has not run."""
+    return _read_json(INIT)
+
+
+def _read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 

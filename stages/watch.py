@@ -1,4 +1,4 @@
-"""Before stage 1: which version of the data the download stage would fetch, so that DVC notices a change of it."""
+"""Before stage 1: which data would be fetched, and which model a training would begin with, so that DVC notices changes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from dit.config import Params
 from dit.sources.watch import identify
 from dit.utils.files import write_json
 from stages import run_stage
-from stages.dvc_files import read_watched, watched_file
+from stages.dvc_files import INIT, read_init, read_watched, watched_file
+from stages.init_model import identify_init
 
 
 def main(params: Params) -> None:
-    """Write the version of what the recipe's settings name; DVC keeps the file of the last run for that (`persist`)."""
+    """Write the versions of what the settings name; DVC keeps the files of the last run for that (`persist`)."""
     version, lines = identify(params.active.data, read_watched(params.recipe))
-    for line in lines:
+    init, about = identify_init(params.train.init_from, read_init())
+    for line in [*lines, *about]:
         print(f"watch: {line}", flush=True)
     write_json(watched_file(params.recipe), version)
+    write_json(INIT, init)
 
 
 if __name__ == "__main__":

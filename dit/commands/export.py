@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, get_args
 
 from dit.commands.find_metrics import find_evaluation
+from dit.commands.inputs import read_lora
 from dit.config import DEFAULTS, Scheduler
 from dit.errors import UserError, one_line
 from dit.pipeline.model_folder import read_index
@@ -42,7 +44,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="write the model and its encoders into one folder, for others",
         description="Write a folder that holds the whole pipeline - transformer, scheduler, VAE, text encoder, tokenizer\n"
         "and a model card with the evaluation - and that DiTTextToImagePipeline.from_pretrained loads.",
-        epilog="examples:\n  dit export my-model\n  dit export my-model --scheduler dpm++             the default of the export",
+        epilog="examples:\n  dit export my-model\n  dit export my-model --scheduler dpm++             the default of the export\n"
+        "  dit export my-model --checkpoint models/base --lora models/dit/lora",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="the folder; an earlier export in its place is replaced")
@@ -55,6 +58,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help=f"{', '.join(get_args(Scheduler))}; default: the checkpoint's, {DEFAULTS.scheduler} for what `dvc repro` trained",
     )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="adapters to merge into the weights, and how much of them; may be given several times",
+    )
     parser.set_defaults(action=export)
 
 
@@ -62,16 +72,17 @@ def export(arguments: argparse.Namespace) -> None:
     """Write the export beside its place, put it there when it is whole, and say what there is and how to load it."""
     checkpoint, output = arguments.checkpoint, arguments.output
     read_index(checkpoint)
+    loras = [read_lora(text) for text in arguments.lora]
     check_place(output, checkpoint)
 
     from safetensors import SafetensorError
 
-    pipeline = load_to_export(checkpoint, arguments.scheduler)
+    pipeline = load_to_export(checkpoint, arguments.scheduler, loras)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as aside:
             new = Path(aside) / "new"
-            missing = write_export(pipeline, checkpoint, new)
+            missing = write_export(pipeline, checkpoint, new, merged=bool(loras))
             replace_folder(output, new, Path(aside) / "old")
     except (OSError, SafetensorError) as error:  # the disk is full, most often
         raise UserError(f"{output}: cannot be written: {getattr(error, 'strerror', None) or one_line(error)}") from None
@@ -84,21 +95,28 @@ def export(arguments: argparse.Namespace) -> None:
     print(f'or run:    dit generate --checkpoint {output} --prompt "a red circle above a blue star"')
 
 
-def load_to_export(checkpoint: Path, scheduler: str | None) -> DiTTextToImagePipeline:
-    """Load the pipeline in fp32, with the scheduler of that name or with the checkpoint's own."""
+def load_to_export(checkpoint: Path, scheduler: str | None, loras: Sequence[tuple[Path, float]] = ()) -> DiTTextToImagePipeline:
+    """Load the pipeline in fp32, with the scheduler of that name or with the checkpoint's own, and adapters merged into it."""
     from transformers.utils.logging import disable_progress_bar
 
+    from dit.pipeline.lora import apply_loras
     from dit.pipeline.pipeline import DiTTextToImagePipeline
     from dit.pipeline.schedulers import make_scheduler
 
     disable_progress_bar()
     pipeline = DiTTextToImagePipeline.from_pretrained(checkpoint)
+    if loras:
+        apply_loras(pipeline, loras)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
     if scheduler:
         pipeline.scheduler = make_scheduler(scheduler, pipeline.config.prediction_type)
     return pipeline
 
 
-def write_export(pipeline: DiTTextToImagePipeline, checkpoint: Path, folder: Path, repository: str | None = None) -> str:
+def write_export(
+    pipeline: DiTTextToImagePipeline, checkpoint: Path, folder: Path, repository: str | None = None, merged: bool = False
+) -> str:
     """Write the whole export into `folder`; the same model gives the same bytes.
 
     Args:
@@ -106,6 +124,7 @@ def write_export(pipeline: DiTTextToImagePipeline, checkpoint: Path, folder: Pat
         checkpoint: the model's folder, which has the facts of its training.
         folder: a new one.
         repository: where on the Hub it will be, for the card; None if it stays a folder.
+        merged: whether adapters were merged into its weights, so that its evaluation does not hold.
 
     Returns:
         why the card is without an evaluation, "" where it has one.
@@ -113,7 +132,7 @@ def write_export(pipeline: DiTTextToImagePipeline, checkpoint: Path, folder: Pat
     from dit.pipeline.schedulers import scheduler_name
 
     save_pipeline(pipeline, folder)
-    return write_card(checkpoint, folder, scheduler_name(pipeline.scheduler), repository)
+    return write_card(checkpoint, folder, scheduler_name(pipeline.scheduler), repository, merged)
 
 
 def check_place(output: Path, checkpoint: Path) -> None:
@@ -147,14 +166,19 @@ def save_pipeline(pipeline: DiTTextToImagePipeline, folder: Path) -> None:
         shutil.copymode(folder / "model_index.json", weights)  # they are written for their owner alone
 
 
-def write_card(checkpoint: Path, folder: Path, scheduler: str, repository: str | None) -> str:
-    """Write the card and what it is rendered from into `folder`; return why it is without an evaluation, "" where it has one."""
+def write_card(checkpoint: Path, folder: Path, scheduler: str, repository: str | None, merged: bool) -> str:
+    """Write the card and what it is rendered from into `folder`; return why it is without an evaluation, "" where it has one.
+
+    Where adapters are `merged` into the checkpoint, what was measured of it does not hold.
+    """
     from dit.commands.model_card import EVALUATION, IMAGE, evaluation_facts, export_card, read_facts, without_paths
     from dit.training.export import FACTS
 
     training, facts, missing = without_paths(read_facts(checkpoint, FACTS)), read_facts(checkpoint, EVALUATION), ""
+    if merged:
+        facts, missing = None, "it was of the model before adapters were merged into it"
     image = checkpoint / IMAGE
-    if facts is None:  # else it is an export of an export
+    if facts is None and not merged:  # else it is an export of an export
         evaluation, missing = find_evaluation(checkpoint)
         facts = evaluation_facts(evaluation) if evaluation else None
         image = evaluation.image or image if evaluation else image

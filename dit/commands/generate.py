@@ -19,12 +19,14 @@ from dit.commands.inputs import (
     check_text,
     find_checkpoints,
     read_images,
+    read_lora,
     read_prompts,
 )
 from dit.config import DEFAULTS, STRENGTH, Scheduler
 from dit.errors import UserError
 from dit.pipeline.hub import find_model
 from dit.pipeline.model_folder import read_index, weights_hash
+from dit.utils.files import sha256_file
 
 if TYPE_CHECKING:
     from dit.pipeline.pipeline import DiTTextToImagePipeline
@@ -38,6 +40,7 @@ examples:
   dit generate --prompt "a red circle" --image generated.png --mask mask.png --output mended.png
   dit generate --prompt "a red circle" --checkpoint latest                 with a training that is still going
   dit generate --prompt "a red circle" --model anna/shapes                 with a model on the Hugging Face Hub
+  dit generate --prompt "a brown star" --checkpoint models/base --lora models/dit/lora:0.8      with adapters (LoRA)
   dit inspect generated.png                                                how an image was generated
 """
 LOW_PSNR = 25  # dB of a VAE's reconstruction: the bundled one has 42 for rendered scenes, and 15 to 20 for photographs
@@ -107,6 +110,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help=f"{', '.join(get_args(Scheduler))}; default: the checkpoint's, {DEFAULTS.scheduler} for what `dvc repro` trained",
         metavar="NAME",
     )
+    add_flag(
+        how,
+        "lora",
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="adapters that a training with train.method lora wrote, and how much of them; may be given several times",
+    )
     add_flag(how, "batch_size", type=int, default=16, metavar="N", help="images generated at once; default: %(default)s")
     change = parser.add_argument_group("change an image")
     add_flag(change, "image", type=Path, metavar="FILE", help="start from this image instead of from noise")
@@ -146,17 +157,20 @@ def generate(arguments: argparse.Namespace) -> None:
     if not checkpoints:
         read_index(arguments.checkpoint)
     check_output(arguments.output)
+    loras = [read_lora(text) for text in arguments.lora]
 
     from tqdm import tqdm
     from transformers.utils.logging import disable_progress_bar
 
     from dit.commands.png import write_png
     from dit.pipeline.generate import generate_images, load_pipeline
+    from dit.pipeline.lora import apply_loras
     from dit.utils.images import labelled_grid
 
     disable_progress_bar()  # the weights are loaded at once; the bar is for the steps
     with model_folder(arguments.checkpoint, checkpoints) as folder:
         pipeline, weights = load_pipeline(folder, arguments.scheduler), weights_hash(folder)
+    apply_loras(pipeline, loras)
     for line in generation_warnings(pipeline, arguments, prompts, image, mask):
         print(f"dit: {line}", file=sys.stderr)
 
@@ -171,6 +185,7 @@ def generate(arguments: argparse.Namespace) -> None:
         **call_settings(arguments, image, mask),
     )
     shared = png_facts(pipeline, weights, arguments, image, mask)
+    shared |= {"lora": " ".join(f"sha256:{sha256_file(path)}:{scale:g}" for path, scale in loras)} if loras else {}
     output: Path = arguments.output
     if arguments.grid:
         generated = list(images)

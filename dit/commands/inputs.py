@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import re
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from dit.dataset.decode import open_named
 from dit.dataset.filters import is_text
 from dit.dataset.rgb import is_transparent
 from dit.errors import UserError
+from dit.pipeline.model_folder import find_lora
 
 TRAININGS = Path(".state/train")  # where trainings that are not done keep their checkpoints, each in a folder of its own
 LATEST = Path("latest")
+SCALE = re.compile(r"-?\d+(\.\d*)?|-?\.\d+")  # behind the colon of --lora
 LARGEST = 100_000  # of these
 POSITIVE = ("num_inference_steps", "height", "width", "num_images_per_prompt", "batch_size")
 
@@ -75,6 +78,18 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     if not found:
         raise UserError(f"--prompts-file {file}: there is no prompt in it; write one a line")
     return [*prompts, *found]
+
+
+def read_lora(text: str) -> tuple[Path, float]:
+    """Return the file of adapters and the scale that `--lora PATH[:scale]` asks for; the scale is 1 where none is given.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path, colon, scale = text.rpartition(":")
+    if not Path(text).exists() and colon and SCALE.fullmatch(scale):
+        return find_lora(Path(path)), float(scale)
+    return find_lora(Path(text)), 1.0
 
 
 def check_text(flag: str, value: str) -> None:

@@ -11,6 +11,7 @@ from dit.utils.files import sha256_files
 
 PIPELINE = "DiTTextToImagePipeline"
 WEIGHTS = "transformer/*.safetensors"
+LORA = "pytorch_lora_weights.safetensors"  # as diffusers calls the file of adapters
 TRAINED = "`dvc repro` trains models/dit, `dvc pull models/dit` fetches it"
 
 
@@ -41,6 +42,22 @@ def read_index(folder: Path) -> dict[str, Any]:
 def weights_hash(folder: Path) -> str:
     """Return the SHA-256 of the transformer's weights, in hexadecimal: of the file, or of all its parts, one after the other."""
     return sha256_files(sorted(folder.glob(WEIGHTS)))
+
+
+def find_lora(path: Path) -> Path:
+    """Return the file of adapters that `path` stands for: itself, or in the folder, which may be a model's.
+
+    Raises:
+        UserError: there is none.
+    """
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    found = [file for file in (path / LORA, path / "lora" / LORA) if file.is_file()]
+    if found:
+        return found[0]
+    what = f"there is no {LORA} in it" if path.is_dir() else "is no safetensors, and what may hold code is never loaded"
+    what = what if path.exists() else "no such file or folder"
+    raise UserError(f"{path}: {what}; a training with train.method lora writes models/dit/lora/{LORA}")
 
 
 def _kind(file: Path) -> str:

@@ -28,6 +28,7 @@ from dit.pipeline.hub import find_model
 from dit.pipeline.img2img import SourceImage, check_source, get_timesteps
 from dit.pipeline.inputs import callback_tensors, check_inputs, latent_shape
 from dit.pipeline.loading import load_components
+from dit.pipeline.lora import LoraMixin
 from dit.pipeline.schedulers import fit_problem, predicts, set_timesteps, timesteps_to_sigmas
 from dit.utils.images import decode_latents
 
@@ -36,7 +37,7 @@ MODEL_CLASS = ("dit.model", "DiT")  # as model_index.json has named it since ver
 Callback = Callable[[DiffusionPipeline, int, torch.Tensor, dict[str, Any]], dict[str, Any]]
 
 
-class DiTTextToImagePipeline(DiffusionPipeline):
+class DiTTextToImagePipeline(DiffusionPipeline, LoraMixin):
     """Generate images from captions, or change an image by a caption.
 
     Args:

@@ -82,7 +82,10 @@ def sqlite_file(uri: str) -> Path | None:
 def flatten(prefix: str, settings: Any) -> dict[str, Any]:
     """Flatten settings to `model.hidden_size: 192`, the way params.yaml is read aloud."""
     values = asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else settings
-    return {f"{prefix}.{key}": value for key, value in values.items()}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(f"{prefix}.{key}", value) if isinstance(value, dict) else {f"{prefix}.{key}": value}
+    return flat
 
 
 @dataclass(frozen=True)

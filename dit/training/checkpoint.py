@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from dit.errors import UserError
 from dit.model.transformer import DiT
 from dit.training.logging import RunningMetrics
+from dit.training.lora import trainable_parameters
 from dit.utils.files import sha256_file, write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch calls them
@@ -86,13 +87,13 @@ class TrainingState:
             self.transformer.train()
 
     def _swap(self) -> None:
-        for parameter, shadow in zip(self.transformer.parameters(), self.ema.shadow_params, strict=True):
+        for parameter, shadow in zip(trainable_parameters(self.transformer).values(), self.ema.shadow_params, strict=True):
             parameter.data, shadow.data = shadow.data, parameter.data
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return all tensors by name; every process has to call this."""
+        """Return all tensors by name, without weights that are frozen; every process has to call this."""
         tensors = {"metrics": self.metrics.reduced(self.accelerator)}
-        for k, (name, parameter) in enumerate(self.transformer.named_parameters()):
+        for k, (name, parameter) in enumerate(trainable_parameters(self.transformer).items()):
             tensors[f"weights.{name}"] = parameter
             tensors[f"ema.{name}"] = self.ema.shadow_params[k]
             for moment, value in self.optimizer.state[parameter].items():  # empty before the first step
@@ -120,7 +121,7 @@ class TrainingState:
         tensors, record = checkpoint.tensors(), checkpoint.record
         check_shapes(checkpoint, tensors, self.transformer)
         best: list[torch.Tensor] = []
-        for k, (name, parameter) in enumerate(self.transformer.named_parameters()):
+        for k, (name, parameter) in enumerate(trainable_parameters(self.transformer).items()):
             parameter.data.copy_(tensors[f"weights.{name}"])
             self.ema.shadow_params[k].copy_(tensors[f"ema.{name}"])
             kept = {m: tensors[f"{m}.{name}"] for m in ("step", *MOMENTS) if f"{m}.{name}" in tensors}
@@ -136,7 +137,7 @@ class TrainingState:
 
 def check_shapes(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], transformer: DiT) -> None:
     """Raise a `UserError` that names the first parameter whose shape in `tensors`, those of `checkpoint`, is another."""
-    shapes = {f"weights.{name}": parameter.shape for name, parameter in transformer.named_parameters()}
+    shapes = {f"weights.{name}": parameter.shape for name, parameter in trainable_parameters(transformer).items()}
     found = {name: value.shape for name, value in tensors.items() if name.startswith("weights.")}
     for name in shapes | found:
         if shapes.get(name) != found.get(name):

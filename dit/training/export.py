@@ -12,20 +12,24 @@ from typing import Any
 import diffusers
 from safetensors import SafetensorError
 
-from dit.config import Model, Optim, Train
+from dit.config import Lora, Model, Optim, Train
 from dit.errors import UserError
 from dit.latents.cache import LatentCache
 from dit.model.objectives import euler_scheduler, make_objective
 from dit.model.transformer import DiT
 from dit.training.checkpoint import open_checkpoint
+from dit.training.init_model import load_init
+from dit.training.lora import FOLDER, add_adapters, count_parameters, has_adapters, merge_adapters, save_adapters
 from dit.utils.files import write_json
 
+# How a card words what `train.method` began with.
+ORIGINS = {"full": "from `{}` on", "lora": "as adapters to `{}`, merged into it here and by themselves in `lora/`,"}
 FACTS = "training.json"  # what the card is rendered from
 METADATA = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "license": "apache-2.0"}
 CARD = """\
 # A text-to-image Diffusion Transformer
 
-{parameters:.1f} M parameters, trained from scratch with {objective} on {images} images of {image_size} x {image_size} pixels for
+{parameters:.1f} M parameters, trained {origin} with {objective} on {images} images of {image_size} x {image_size} pixels for
 {num_epochs} epochs at batch size {batch_size}. These are the moving average (EMA) weights, in fp32.
 
     from dit import DiTTextToImagePipeline
@@ -43,7 +47,10 @@ Settings:
 
 
 def save_model(folder: Path, transformer: DiT, cache: LatentCache, model: Model, optim: Optim, train: Train) -> None:
-    """Write the model folder. The same training gives the same bytes: no run id, no time stamp, no machine."""
+    """Write the model folder. The same training gives the same bytes: no run id, no time stamp, no machine.
+
+    Adapters in `transformer` are written into `lora/`, and then merged into it: the folder is a whole pipeline in any case.
+    """
     _write_folder(folder, transformer, describe_model(transformer, cache, model, optim, train))
 
 
@@ -51,18 +58,23 @@ def export_checkpoint(path: Path, folder: Path) -> None:
     """Write the model folder of a training that is not done: the EMA weights of the checkpoint at `path`, and what they need.
 
     Raises:
-        UserError: there is no whole checkpoint, or it was deleted meanwhile; one line that names it.
+        UserError: there is no whole checkpoint, it was deleted meanwhile, or the model that its adapters belong to is gone; one
+            line that names it.
     """
     checkpoint = open_checkpoint(path)
     try:
         description = checkpoint.record["model"]
         transformer = DiT(**description["transformer"])
+        if "lora" in description:
+            load_init(Path(description["init"]["path"]), description["init"]["name"]).load_into(transformer)
+            add_adapters(transformer, Lora(**description["lora"]), seed=0)
         tensors = checkpoint.tensors()
     except KeyError:
         raise UserError(f"{path}: of an earlier version, which did not record its model; newer checkpoints will do") from None
     except (OSError, SafetensorError):
         raise UserError(f"{path}: deleted while it was read, as the training writes newer ones; try again") from None
-    transformer.load_state_dict({name: tensors[f"ema.{name}"] for name in transformer.state_dict()})
+    ema = {name.removeprefix("ema."): value for name, value in tensors.items() if name.startswith("ema.")}
+    transformer.load_state_dict(ema, strict="lora" not in description)
     _write_folder(folder, transformer, description)
 
 
@@ -83,7 +95,7 @@ def describe_model(transformer: DiT, cache: LatentCache, model: Model, optim: Op
     }
     index["encoders"] |= {name: cache.index[name] for name in ("sizes", "long_captions") if name in cache.index}
     facts = {
-        "parameters": transformer.num_parameters() / 1e6,
+        "parameters": count_parameters(transformer) / 1e6,
         "objective": "rectified flow" if train.objective == "flow" else f"DDPM ({train.prediction_type})",
         "images": len(cache.train),
         "image_size": cache.index["image_size"],
@@ -94,12 +106,21 @@ def describe_model(transformer: DiT, cache: LatentCache, model: Model, optim: Op
         "clip": cache.index["clip"]["name"],
         "settings": {"model": asdict(model), "optim": asdict(optim), "train": asdict(train)},
     }
+    if train.method == "scratch":
+        for name in ("method", "init_from", "lora"):  # so that the card of such a model is what it was before there were others
+            del facts["settings"]["train"][name]
+    else:
+        facts["origin"] = ORIGINS[train.method].format(train.init_from)
     arguments = {name: transformer.config[name] for name in inspect.signature(DiT.__init__).parameters if name != "self"}
-    return {"transformer": arguments, "index": index, "facts": facts}
+    lora = {"lora": asdict(train.lora)} if train.method == "lora" else {}
+    return {"transformer": arguments, "index": index, "facts": facts} | lora
 
 
 def _write_folder(folder: Path, transformer: DiT, description: dict[str, Any]) -> None:
     index, facts = description["index"], description["facts"]
+    if has_adapters(transformer):
+        save_adapters(transformer, folder / FOLDER)
+        merge_adapters(transformer)
     transformer.save_pretrained(folder / "transformer", safe_serialization=True)
     euler_scheduler(index["prediction_type"]).save_pretrained(folder / "scheduler")
     write_json(folder / "model_index.json", index)
@@ -118,4 +139,5 @@ def render_card(facts: dict[str, Any], folder: str, sections: Sequence[str] = ()
         sections: Markdown that goes before the settings.
     """
     settings = "\n".join("    " + line for line in json.dumps(facts["settings"], indent=2).splitlines())
-    return CARD.format(**facts | {"settings": settings}, folder=folder, sections="".join(f"\n{text}\n" for text in sections))
+    facts = {"origin": "from scratch"} | facts | {"settings": settings}
+    return CARD.format(**facts, folder=folder, sections="".join(f"\n{text}\n" for text in sections))

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from tqdm import tqdm
 
 BINS = 5  # of the timesteps, equally wide
 
@@ -176,6 +177,22 @@ class MetricLogger:
         """Write the curves as a table with a row per step."""
         table = pd.DataFrame.from_dict(self.curves, orient="index").rename_axis("step").sort_index()
         table.to_csv(path, float_format="%.6g", lineterminator="\n")
+
+
+def log_step(metrics: dict[str, float], done: int, total_steps: int, logger: MetricLogger, progress: tqdm) -> None:
+    """Log what `RunningMetrics` measured up to step `done`: as curves, as a line of the log, and beside the bar `progress`."""
+    rate = metrics["images_per_second"]
+    speed = f"{rate:.{0 if rate >= 10 else 2}f} images/s"
+    progress.set_postfix_str(f"loss {metrics['train_loss']:.3f}, {speed}, MFU {metrics['mfu']:.0%}")
+    logger.log_metrics(done, metrics)
+    memory = f" {metrics['gpu_memory_gb']:.1f} GB" if "gpu_memory_gb" in metrics else ""
+    logger.log_line(
+        f"step {done}/{total_steps} loss {metrics['train_loss']:.4f} grad {metrics['grad_norm']:.2f} "
+        f"lr {metrics['learning_rate']:.2e} {speed} MFU {metrics['mfu']:.1%}{memory}",
+        echo=False,
+    )
+    if metrics["skipped_steps"]:
+        logger.log_line(f"{metrics['skipped_steps']:.0f} steps up to step {done} were skipped: loss or gradients not finite")
 
 
 def duration(seconds: float) -> str:

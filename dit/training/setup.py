@@ -1,4 +1,4 @@
-"""What a training needs before its first step: precision, model, parameter groups, compilation, memory, learning rate."""
+"""What a training needs before its first step: processes, precision, model, parameters, compilation, memory, learning rate."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ import shutil
 from collections.abc import Callable
 
 import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
 
-from dit.config import Model, Train
+from dit.config import Model, Runtime, Train
 from dit.errors import UserError, is_out_of_memory
 from dit.latents.cache import LatentCache
 from dit.model.transformer import DiT
+from dit.training.checkpoint import Checkpoint
+from dit.training.init_model import InitModel
+from dit.training.logging import MetricLogger
+from dit.training.lora import add_adapters, trainable_parameters
 from dit.utils.hardware import has_fast_bf16
 
+WARM_UP_SHARE = 10  # a warm-up is at most one tenth of the steps, so that a short run reaches the learning rate that is set
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
@@ -45,6 +52,22 @@ def choose_precision(wanted: str, log: Callable[[str], None], resumed_from: str 
     return wanted
 
 
+def make_accelerator(train: Train, runtime: Runtime, logger: MetricLogger, resume: Checkpoint | None) -> Accelerator:
+    """Prepare the processes and the precision, that of `resume` if there is one, and on a GPU what makes it fast or exact."""
+    resumed_from = resume.record.get("precision") if resume else None
+    (precision,) = broadcast_object_list([choose_precision(train.mixed_precision, logger.log_line, resumed_from)])
+    keep_buffers = DistributedDataParallelKwargs(broadcast_buffers=False)  # the text's statistics never change
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[keep_buffers])
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+        return accelerator
+    torch.set_float32_matmul_precision("high")  # TF32 where bf16 is not asked for
+    if runtime.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return accelerator
+
+
 def build_model(cache: LatentCache, model: Model, seed: int) -> DiT:
     """Initialise a transformer that fits the cache; the same seed gives the same weights."""
     torch.manual_seed(seed)
@@ -61,10 +84,25 @@ def build_model(cache: LatentCache, model: Model, seed: int) -> DiT:
     return transformer
 
 
+def build_trainable(cache: LatentCache, model: Model, train: Train, init: InitModel | None) -> DiT:
+    """Initialise the transformer that is trained: at random or with the weights of `init`; with adapters, if they are trained.
+
+    Raises:
+        UserError: `init` does not fit, or the transformer has no layers of the names that adapters are wanted for.
+    """
+    transformer = build_model(cache, model, train.seed)
+    if init:
+        init.load_into(transformer)
+    if train.method == "lora":
+        add_adapters(transformer, train.lora, train.seed)
+    return transformer
+
+
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Split the parameters: matrices decay; biases and norms do not."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    """Split the parameters that are trained: matrices decay; biases and norms do not."""
+    parameters = trainable_parameters(model).values()
+    matrices = [p for p in parameters if p.ndim > 1]
+    others = [p for p in parameters if p.ndim <= 1]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
@@ -81,6 +119,11 @@ def compile_network(
         log("no C++ compiler was found, so the transformer is not compiled")
         return network
     return torch.compile(network, dynamic=False)
+
+
+def warmup_steps(train: Train, total_steps: int) -> int:
+    """Return for how many steps of a training the learning rate rises."""
+    return min(train.warmup_steps, total_steps // WARM_UP_SHARE)
 
 
 def learning_rate_factor(kind: str, step: int, warmup_steps: int, total_steps: int) -> float:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm import tqdm
@@ -32,17 +30,19 @@ from dit.training.data import (
     sample_step_noise,
 )
 from dit.training.export import describe_model
-from dit.training.logging import MetricLogger, RunningMetrics, duration
+from dit.training.init_model import InitModel
+from dit.training.logging import MetricLogger, RunningMetrics, duration, log_step
+from dit.training.lora import count_parameters, trainable_parameters
 from dit.training.setup import (
     DTYPES,
-    build_model,
-    choose_precision,
+    build_trainable,
     compile_network,
-    keep_freed_memory,
     largest_batch_that_fits,
     learning_rate_factor,
+    make_accelerator,
     oom_message,
     parameter_groups,
+    warmup_steps,
 )
 from dit.training.stop import Stopped, StopRequest
 from dit.training.validation import sample_preview, validation_loss
@@ -51,13 +51,12 @@ from dit.utils.hardware import matmul_peak
 ADAM_BETAS = (0.9, 0.99)  # a shorter memory than 0.999 suits runs of some thousand steps
 PREVIEW_IMAGES = 16
 VALIDATION_IMAGES = 512  # at most, while training; the evaluate stage takes all
-WARM_UP_SHARE = 10  # a warm-up is at most one tenth of the steps, so that a short run reaches the learning rate that is set
 MAX_LOSS = 100.0  # mean loss of a batch; a network that predicts 0 has about 2
 SMALLER_BATCH = "a smaller train.batch_size may fit, with more train.gradient_accumulation_steps a step is of as many images"
 
 
 class Trainer:
-    """Trains a transformer on a latent cache, from scratch or from a checkpoint.
+    """Trains a transformer on a latent cache: from scratch, from another model or from a checkpoint.
 
     Args:
         cache: latents and text embeddings.
@@ -66,6 +65,7 @@ class Trainer:
         decode: turns latents (N, C, H, W) as the diffusion model sees them into RGB images, for previews; None for none.
         checkpoints: where to save.
         resume: the checkpoint to resume from.
+        init: the model that `train.init_from` names; also where a checkpoint is resumed, which has no weights that are frozen.
 
     Raises:
         UserError: the settings cannot work on this machine or with this cache.
@@ -82,14 +82,15 @@ class Trainer:
         decode: Callable[[torch.Tensor], list[Image.Image]] | None,
         checkpoints: Checkpoints,
         resume: Checkpoint | None = None,
+        init: InitModel | None = None,
     ):
         self.cache, self.model, self.optim, self.settings, self.runtime = cache, model, optim, train, runtime
         self.logger, self.decode, self.checkpoints = logger, decode, checkpoints
-        self.accelerator = _make_accelerator(train, runtime, logger, resume)
+        self.accelerator = make_accelerator(train, runtime, logger, resume)
         self.device = self.accelerator.device
         self.batch_size = train.batch_size * train.gradient_accumulation_steps
         self.total_steps = max(1, optim.num_epochs * len(cache.train) // self.batch_size)
-        self.warmup_steps = min(train.warmup_steps, self.total_steps // WARM_UP_SHARE)
+        self.warmup_steps = warmup_steps(train, self.total_steps)
         if train.batch_size < self.accelerator.num_processes:
             processes = self.accelerator.num_processes
             raise UserError(f"train.batch_size: {train.batch_size} cannot be split over {processes} processes")
@@ -103,10 +104,11 @@ class Trainer:
         self.objective = make_objective(train.objective, train.prediction_type, train.snr_gamma, optim.logit_mean)
         self.val_objective = make_objective(train.objective, train.prediction_type, train.snr_gamma)
 
-        self.transformer = build_model(cache, model, train.seed)
+        self.transformer = build_trainable(cache, model, train, init)
+        self.trainable = trainable_parameters(self.transformer)
         if train.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        ema = EMAModel(self.transformer.parameters(), decay=train.ema_decay, foreach=True)
+        ema = EMAModel(self.trainable.values(), decay=train.ema_decay, foreach=True)
         groups = parameter_groups(self.transformer, train.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=ADAM_BETAS, fused=True)
         network, self.optimizer = self.accelerator.prepare(self.transformer, optimizer)
@@ -114,6 +116,7 @@ class Trainer:
         self.uncompiled = network
         self.network = compile_network(network, optim.compile_model, self.device, logger.log_line)
         self.state = TrainingState(self.accelerator, self.transformer, ema, self.optimizer.optimizer, RunningMetrics(self.device))
+        self.base = {"init": {"path": str(init.path.resolve()), "name": init.name}} if init else {}
         self.empty = cache.read_empty(1).to(self.device)
         self.val_loss, self.seconds_before = float("nan"), 0.0
         self.measured_from: tuple[int, float] | None = None  # a step, and when it was done
@@ -125,7 +128,7 @@ class Trainer:
         if resume:
             self._resume(resume)
         else:
-            self._log_start(flops)
+            self._log_start(flops, init)
 
     def train(self) -> tuple[DiT, dict[str, float]]:
         """Train to the last step; return the transformer with its EMA weights, on the CPU, and a summary.
@@ -182,12 +185,12 @@ class Trainer:
             batch, noise = next(self.batches), self.sample_noise(step)[rows]
             losses.append(self.forward_backward(batch, noise, sync_grads=rows is self.slices[-1]))
             timesteps.append(noise.timesteps)
-        norm = self.accelerator.clip_grad_norm_(self.transformer.parameters(), self.settings.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.trainable.values(), self.settings.max_grad_norm)
         # Fused AdamW skips the update if `found_inf` is set.
         vars(self.state.optimizer)["found_inf"] = (~torch.isfinite(norm)).float()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.state.ema.step(self.transformer.parameters())
+        self.state.ema.step(self.trainable.values())
         self.state.metrics.add(torch.cat(losses), torch.cat(timesteps), norm)
 
     def forward_backward(self, batch: Batch, noise: StepNoise, sync_grads: bool = True) -> torch.Tensor:
@@ -242,7 +245,7 @@ class Trainer:
                 raise  # else: what the step holds is free only when this clause is left
         self.optimizer.zero_grad()
         # The optimiser's moments need memory, too: before the first step they are not there yet.
-        moments = [torch.empty_like(p) for p in self.transformer.parameters() for _ in range(2)] if not self.state.step else []
+        moments = [torch.empty_like(p) for p in self.trainable.values() for _ in range(2)] if not self.state.step else []
         fits = largest_batch_that_fits(lambda count: self.redo(step, slice(0, count)), self.settings.batch_size)
         del moments
         raise UserError(oom_message(self.settings, fits))
@@ -258,7 +261,7 @@ class Trainer:
         metrics = self.state.metrics.compute_and_reset(self.accelerator, self.batch_size, self.seconds_per_image_at_peak)
         self.last_metrics = metrics | {"learning_rate": self.learning_rate}
         with self.state.metrics.paused():
-            _log_metrics(self.last_metrics, done, self.total_steps, self.logger, self.progress)
+            log_step(self.last_metrics, done, self.total_steps, self.logger, self.progress)
             skipped = self.state.metrics.nonfinite_in_a_row
             if skipped >= self.settings.max_nonfinite_steps:
                 self.save_checkpoint(wait=True)
@@ -317,7 +320,7 @@ class Trainer:
                 "seconds": self.seconds_before + time.perf_counter() - self.started,
                 "logger": self.logger.state(),
                 "precision": self.accelerator.mixed_precision,
-                "model": describe_model(self.transformer, self.cache, self.model, self.optim, self.settings),
+                "model": describe_model(self.transformer, self.cache, self.model, self.optim, self.settings) | self.base,
             }
             self.checkpoints.save(self.state.step, tensors, self.state.record() | about)
         if wait:
@@ -338,9 +341,13 @@ class Trainer:
         seconds = self.seconds_before + time.perf_counter() - self.started
         self.checkpoints.wait()
         self.accelerator.wait_for_everyone()
+        if self.runtime.keep_state:
+            self.save_checkpoint(wait=True)
         best = self.state.early_stopping
-        result = build_model(self.cache, self.model, self.settings.seed)
-        for parameter, value in zip(result.parameters(), best.weights or self.state.ema.shadow_params, strict=True):
+        result = build_trainable(self.cache, self.model, self.settings, None)
+        result.load_state_dict(self.transformer.state_dict())
+        weights = best.weights or self.state.ema.shadow_params
+        for parameter, value in zip(trainable_parameters(result).values(), weights, strict=True):
             parameter.data.copy_(value)
         return result, {
             "steps": self.state.step,
@@ -349,7 +356,7 @@ class Trainer:
             "images_per_second": self.state.step * self.batch_size / seconds,
             "mfu": self.last_metrics["mfu"],
             "seconds": seconds,
-            "parameters": result.num_parameters(),
+            "parameters": count_parameters(result),
         }
 
     def _resume(self, checkpoint: Checkpoint) -> None:
@@ -362,7 +369,7 @@ class Trainer:
         self.logger.restore(checkpoint.record["logger"], checkpoint.step)
         self.logger.echo(f"resuming after step {checkpoint.step} of {self.total_steps}")
 
-    def _log_start(self, flops: int) -> None:
+    def _log_start(self, flops: int, init: InitModel | None) -> None:
         processes, precision = self.accelerator.num_processes, self.accelerator.mixed_precision
         share = f", {processes} processes" if processes > 1 else ""
         self.logger.log_line(
@@ -374,38 +381,14 @@ class Trainer:
                 f"train.warmup_steps: {self.settings.warmup_steps} is more than a tenth of this run; "
                 f"the learning rate rises for {self.warmup_steps} steps"
             )
-        parameters = self.transformer.num_parameters() / 1e6
+        parameters = count_parameters(self.transformer) / 1e6
         self.logger.log_line(f"{parameters:.1f} M parameters, {flops / 1e9:.2f} GFLOP per image and step")
-
-
-def _make_accelerator(train: Train, runtime: Runtime, logger: MetricLogger, resume: Checkpoint | None) -> Accelerator:
-    resumed_from = resume.record.get("precision") if resume else None
-    (precision,) = broadcast_object_list([choose_precision(train.mixed_precision, logger.log_line, resumed_from)])
-    keep_buffers = DistributedDataParallelKwargs(broadcast_buffers=False)  # the text's statistics never change
-    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[keep_buffers])
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
-        return accelerator
-    torch.set_float32_matmul_precision("high")  # TF32 where bf16 is not asked for
-    if runtime.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    return accelerator
-
-
-def _log_metrics(metrics: dict[str, float], done: int, total_steps: int, logger: MetricLogger, progress: tqdm) -> None:
-    rate = metrics["images_per_second"]
-    speed = f"{rate:.{0 if rate >= 10 else 2}f} images/s"
-    progress.set_postfix_str(f"loss {metrics['train_loss']:.3f}, {speed}, MFU {metrics['mfu']:.0%}")
-    logger.log_metrics(done, metrics)
-    memory = f" {metrics['gpu_memory_gb']:.1f} GB" if "gpu_memory_gb" in metrics else ""
-    logger.log_line(
-        f"step {done}/{total_steps} loss {metrics['train_loss']:.4f} grad {metrics['grad_norm']:.2f} "
-        f"lr {metrics['learning_rate']:.2e} {speed} MFU {metrics['mfu']:.1%}{memory}",
-        echo=False,
-    )
-    if metrics["skipped_steps"]:
-        logger.log_line(f"{metrics['skipped_steps']:.0f} steps up to step {done} were skipped: loss or gradients not finite")
+        if init:
+            moments = init.load_moments(self.state.optimizer, self.trainable)
+            init.describe(self.logger.log_line, self.objective.prediction_type, self.cache.index["clip"], moments)
+        trained = sum(parameter.numel() for parameter in self.trainable.values())
+        if self.settings.method == "lora":
+            self.logger.log_line(f"adapters of rank {self.settings.lora.rank}: {trained / 1e6:.2f} M parameters are trained")
 
 
 def _explain_nonfinite(transformer: DiT, first: int, done: int, checkpoints: Checkpoints) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from dit.config import Model
+from dit.config import Lora, Model
 from dit.encoders.loading import EncoderSource
 from dit.model.transformer import OLD_BLOCK_MODULES, OLD_CONFIG, OLD_MODULES, DiT
 from dit.training.export import save_model
+from dit.training.lora import add_adapters, save_adapters, trainable_parameters
 from helpers.cache import write_cache
 from helpers.training import OPTIM, TRAIN
 
@@ -48,3 +49,12 @@ def _old_name(name: str) -> str:
         if f".{new}." in f".{name}" and (name.startswith("blocks") == (new in OLD_BLOCK_MODULES.values())):
             return f".{name}".replace(f".{new}.", f".{old_names[new]}.", 1)[1:]
     return name
+
+
+def save_lora(folder: Path, seed: int, transformer: DiT | None = None) -> None:
+    """Write random adapters of `random_transformer`, of rank 4 and alpha 8, or of another one."""
+    transformer = transformer or random_transformer()
+    add_adapters(transformer, Lora(rank=4, alpha=8, target_modules=("attn.qkv", "cross_attn.kv", "mlp.2")), seed)
+    for parameter in trainable_parameters(transformer).values():
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_adapters(transformer, folder)

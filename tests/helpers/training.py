@@ -11,14 +11,18 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from dit.config import Model, Optim, Runtime, Train
+from dit.config import Lora, Model, Optim, Runtime, Train
 from dit.latents.cache import LatentCache
 from dit.model.transformer import DiT
 from dit.training.checkpoint import Checkpoint, Checkpoints
+from dit.training.init_model import InitModel
 from dit.training.logging import NullLogger
 from dit.training.trainer import Trainer
 
 TRAIN = Train(
+    method="scratch",
+    init_from=None,
+    lora=Lora(rank=4, alpha=4, target_modules=("attn.qkv", "cross_attn.kv", "mlp.0")),
     batch_size=6,
     mixed_precision="no",
     objective="flow",
@@ -50,6 +54,7 @@ RUNTIME = Runtime(
     download_connections=1,
     data_on_device="auto",
     register_model=False,
+    keep_state=False,
 )
 OPTIM = Optim(num_epochs=3, learning_rate=1e-3, logit_mean=0.0, compile_model=False)
 MODEL = Model(patch_size=2, hidden_size=64, num_layers=2, num_heads=4)
@@ -94,6 +99,7 @@ def run(
     runtime: dict | None = None,
     logger: MemoryLogger | None = None,
     resume: Checkpoint | None = None,
+    init: InitModel | None = None,
     **optim,
 ) -> tuple[DiT, dict[str, float]]:
     """Train with checkpoints in `folder`."""
@@ -104,7 +110,7 @@ def run(
         return [Image.new("RGB", (64, 64))] * len(latents)
 
     blocks = (MODEL, *settings(train, runtime, **optim))
-    return Trainer(cache, *blocks, logger or MemoryLogger(), decode, checkpoints, resume).train()
+    return Trainer(cache, *blocks, logger or MemoryLogger(), decode, checkpoints, resume, init).train()
 
 
 def same(first: DiT, second: DiT) -> bool:

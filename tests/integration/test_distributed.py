@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from dit.training.data import rank_slices
+from dit.training.export import save_model
 from helpers import REPO
 from helpers.cache import write_cache
+from helpers.training import MODEL, OPTIM, TRAIN, run
 
 SCRIPT = """
 import sys
@@ -28,6 +30,7 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 from dit.latents.cache import LatentCache
 from dit.training.checkpoint import Checkpoints
+from dit.training.init_model import load_init
 from dit.training.logging import NullLogger
 from helpers.training import MemoryLogger, run
 state = PartialState(cpu=True)
@@ -37,7 +40,8 @@ resume = Checkpoints(folder, 2).newest(print)
 state.wait_for_everyone()
 if {resumes!r}:
     assert resume
-model, summary = run(LatentCache({cache!r}), folder, {train!r}, logger=logger, resume=resume, num_epochs={epochs})
+init = load_init(Path({base!r}), "base") if {base!r} else None
+model, summary = run(LatentCache({cache!r}), folder, {train!r}, logger=logger, resume=resume, init=init, num_epochs={epochs})
 save_file(model.state_dict(), Path({out!r}) / f"rank{{state.process_index}}.safetensors")
 losses = [values["train_loss"] for values in logger.curves.values() if "train_loss" in values]
 (Path({out!r}) / f"curve{{state.process_index}}.txt").write_text(" ".join(map(str, losses)))
@@ -53,6 +57,7 @@ def train_with(processes: int, cache, out, train: dict, epochs: int, resumes: bo
         cache=str(cache.folder),
         out=str(out),
         train=train,
+        base=str(cache.folder.parent / "base") if "init_from" in train else "",
         epochs=epochs,
         resumes=resumes,
     )
@@ -68,10 +73,13 @@ def train_with(processes: int, cache, out, train: dict, epochs: int, resumes: bo
     [
         {"batch_size": 5, "caption_dropout": 0.3},  # 3 and 2 images
         {"batch_size": 3, "gradient_accumulation_steps": 2, "objective": "ddpm"},
+        {"batch_size": 5, "method": "lora", "init_from": "base"},
     ],
 )
 def test_two_processes_train_as_one(tmp_path, train):
     cache = write_cache(tmp_path / "cache")
+    if "init_from" in train:
+        save_model(tmp_path / "base", run(cache, tmp_path / "state")[0], cache, MODEL, OPTIM, TRAIN)
     epochs = -(-50 * train["batch_size"] * train.get("gradient_accumulation_steps", 1) // len(cache.train))  # 50 steps
     one = train_with(1, cache, tmp_path / "one", train, epochs)
     two = train_with(2, cache, tmp_path / "two", train, epochs)

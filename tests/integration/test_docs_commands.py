@@ -27,6 +27,8 @@ ELSEWHERE = {
     r"recipe=(coco|folder|hub)": "needs the Hub; test_docs.py checks the settings, test_coco_source.py runs a recipe",
     r"examples/first_hour.py": "the last test of this file",
     r"^dit push (?!.*--dry-run)|--model anna/": "the Hub: tests/integration/test_push.py and test_hub_models.py",
+    r"examples/new_colour.py": "tests/integration/test_new_colour.py",
+    r"init_from=models|--lora": "another model to begin with, adapters: test_going_on.py, test_lora_commands.py",
     r"^docker": "needs Docker",
     r"^mlflow (ui|server)|MLFLOW_TRACKING": "a server: tests/integration/test_tracking.py and test_sweep.py",
     r"^dit demo": "a server: tests/integration/test_demo.py",

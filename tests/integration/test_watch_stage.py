@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import datasets
 import pytest
 import yaml
 
-from dit.config import RECIPES
+from dit.config import RECIPES, Train
 from helpers import REPO
 from helpers.clones import Clone, Project
 from helpers.hub_server import commit_of, serve_hub
@@ -152,7 +153,10 @@ def test_watch_asks_the_hub_for_the_commit(tmp_path, monkeypatch):
 
 def test_watch_file_names_all_recipes():
     text = (REPO / "stages" / "watch.yaml").read_text(encoding="utf-8")
-    assert list(yaml.safe_load(text)) == list(RECIPES)
+    values = yaml.safe_load(text)
+    methods = values.pop("init")
+    assert list(values) == list(RECIPES) and tuple(methods) == get_args(get_type_hints(Train)["method"])
+    assert methods.pop("scratch") == {} and all(value != value for value in methods.values())
 
 
 def test_watch_writes_no_names_of_a_machine(fetched):

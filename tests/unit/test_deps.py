@@ -23,6 +23,7 @@ PACKAGES = ("dit", "stages")
 NEUTRAL = {
     "stages/__init__.py": "reads params.yaml, starts the processes and words failures",
     "stages/dvc_files.py": "reads dvc.lock and what the watch stage has written, and brings metrics back after a failure",
+    "stages/init_model.py": "finds the model to begin with; which weights it has is data/watch/init.json, a dep",
     "dit/config.py": "reads and checks the settings; those that a stage uses are its params",
     "dit/errors.py": "the class of errors",
     "dit/hub.py": "downloads from the Hub; which files, and of which commit, say those that call it",
