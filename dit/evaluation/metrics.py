@@ -97,8 +97,8 @@ def evaluate_samples(
         model_features = ImageFeatures(settings.features, fastest_device())
         sets = (open_images(raw, held_out[:compared], cache.sizes, runtime), iter(images[:compared]))
         labels = (f"{model_features.name}: {what}" for what in ("held-out images", "samples"))
-        found = [model_features.embed_images(each, compared, label) for each, label in zip(sets, labels, strict=True)]
-        metrics |= compare_sets(*found, settings, model_features.name)
+        of_real, of_fake = (model_features.embed_images(each, compared, text) for each, text in zip(sets, labels, strict=True))
+        metrics |= compare_sets(of_real, of_fake, settings, model_features.name)
     repeated = groups["diversity"]
     diverse = clip.embed_images((_open(samples, prompt) for prompt in repeated), len(repeated), "CLIP: several of a prompt")
     metrics |= measure_diversity(diverse, [prompt["text"] for prompt in repeated], settings)

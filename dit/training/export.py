@@ -24,6 +24,8 @@ from dit.utils.files import write_json
 
 # How a card words what `train.method` began with.
 ORIGINS = {"full": "from `{}` on", "lora": "as adapters to `{}`, merged into it here and by themselves in `lora/`,"}
+# Of the cache's index; the last two are there where they are not as usual.
+ENCODERS = ("vae", "clip", "image_size", "sizes", "long_captions")
 FACTS = "training.json"  # what the card is rendered from
 METADATA = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "license": "apache-2.0"}
 CARD = """\
@@ -91,10 +93,9 @@ def describe_model(transformer: DiT, cache: LatentCache, model: Model, optim: Op
         "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "prediction_type": objective.prediction_type,
-        "encoders": {"vae": cache.index["vae"], "clip": cache.index["clip"], "image_size": cache.index["image_size"]},
+        "encoders": {name: value for name, value in cache.index.items() if name in ENCODERS},
     }
-    index["encoders"] |= {name: cache.index[name] for name in ("sizes", "long_captions") if name in cache.index}
-    facts = {
+    facts: dict[str, Any] = {
         "parameters": count_parameters(transformer) / 1e6,
         "objective": "rectified flow" if train.objective == "flow" else f"DDPM ({train.prediction_type})",
         "images": len(cache.train),

@@ -385,7 +385,7 @@ class Trainer:
         self.logger.log_line(f"{parameters:.1f} M parameters, {flops / 1e9:.2f} GFLOP per image and step")
         if init:
             moments = init.load_moments(self.state.optimizer, self.trainable)
-            init.describe(self.logger.log_line, self.objective.prediction_type, self.cache.index["clip"], moments)
+            init.describe(self.logger.log_line, self.objective.prediction_type, dict(self.cache.index["clip"]), moments)
         trained = sum(parameter.numel() for parameter in self.trainable.values())
         if self.settings.method == "lora":
             self.logger.log_line(f"adapters of rank {self.settings.lora.rank}: {trained / 1e6:.2f} M parameters are trained")

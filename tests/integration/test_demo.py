@@ -57,7 +57,9 @@ class Demo:
             command += ["--checkpoint", str(model)]
         environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "tmp")}
         self.log = (folder / "log").open("w")
-        self.process = subprocess.Popen(command, cwd=folder / "project", env=environment, stdout=self.log, stderr=self.log)
+        background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]  # as a script starts it with &
+        places = {"cwd": folder / "project", "stdout": self.log, "stderr": self.log}
+        self.process = subprocess.Popen([*background, *command], env=environment, **places)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             try:

@@ -90,7 +90,8 @@ def demo(arguments: argparse.Namespace) -> None:
         print(
             f"dit: everybody who reaches {arguments.host} can generate images here, and sees the models' names", file=sys.stderr
         )
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # both end it as Ctrl-C does
+    # It ends it as Ctrl-C does, also where that is ignored, as in the background of a script.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         launch(Page(Models(models), output, cache, nearest), arguments.host, arguments.port, arguments.browser)
     finally:
