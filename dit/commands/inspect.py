@@ -157,7 +157,8 @@ def _originals(raw: Path, names: list[str], image_size: int) -> list[Image.Image
     from dit.dataset.storage import StoredImages
 
     try:
-        stored = {entry.image: entry.stored for entry in read_metadata(raw)}
+        wanted = set(names)
+        stored = {entry.image: entry.stored for entry in read_metadata(raw) if entry.image in wanted}
         images = StoredImages(raw)
         return [center_crop(open_named(images.read(stored[name]), name), image_size) for name in names]
     except (UserError, KeyError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +39,13 @@ def random_crop(image: Image.Image, image_size: int, name: str, number: int) -> 
 
 
 def load_crops(
-    raw: Path, batches: list[list[tuple[str, str]]], image_size: int, crops: int = 0, workers: int = 0, prefetch: int = 2
+    raw: Path, batches: Sequence[list[tuple[str, str]]], image_size: int, crops: int = 0, workers: int = 0, prefetch: int = 2
 ) -> Iterator[tuple[torch.Tensor, list[str], list[int]]]:
     """Load batches of images, decoded by up to `workers` processes (no more than there are cores), each `prefetch` ahead.
 
     Args:
         raw: the data set's folder.
-        batches: of each image of each batch, its name and where in `raw` it is stored.
+        batches: of each image of each batch, its name and where in `raw` it is stored; the first is as large as any.
         image_size: side of the squares.
         crops: how many random crops there are of each image, beside the central one.
         workers: most processes; 0 decodes in this one.
@@ -59,7 +59,7 @@ def load_crops(
     """
     workers = max(0, min(workers, os.cpu_count() or 1, len(batches) - 1))
     if workers:
-        largest = max(map(len, batches)) * (1 + crops) * image_size**2 * 3  # bytes
+        largest = len(batches[0]) * (1 + crops) * image_size**2 * 3  # bytes; only the last of a shard is smaller
         workers, prefetch = limit_workers(workers, prefetch, largest)
     for item in DataLoader(
         CropBatches(raw, batches, image_size, crops),
@@ -80,7 +80,7 @@ class CropBatches(Dataset):
     stack trace in it.
     """
 
-    def __init__(self, raw: Path, batches: list[list[tuple[str, str]]], image_size: int, crops: int):
+    def __init__(self, raw: Path, batches: Sequence[list[tuple[str, str]]], image_size: int, crops: int):
         self.images, self.batches, self.image_size, self.crops = StoredImages(raw), batches, image_size, crops
 
     def __len__(self) -> int:

@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 import shutil
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from dit.config import VAE_FACTOR, Encode, Runtime
 from dit.dataset.filters import forbids_flip
 from dit.dataset.image_io import load_crops
-from dit.dataset.reader import Entry, by_image, read_metadata
+from dit.dataset.reader import Entry, read_images
 from dit.dataset.storage import StoredImages
 from dit.encode.cache_writer import ShardBuffer, assemble_cache, read_record
 from dit.encode.moments import encode_moments
@@ -44,7 +45,7 @@ class Plan:
     """The content of shard `number`: the captions of each image, and the number of tokens of every caption."""
 
     number: int
-    images: list[list[Entry]]
+    images: Sequence[list[Entry]]
     lengths: list[int]
 
     @property
@@ -81,7 +82,7 @@ def encode_dataset(
     if settings.vae_tiling:
         vae.enable_tiling()
     text = TextEncoder(EncoderSource(settings.clip, settings.clip_revision), dtype, state.device)
-    images = by_image(read_metadata(raw))
+    images = read_images(raw)
     about = {
         "image_size": settings.image_size,
         "precision": settings.precision,
@@ -152,15 +153,14 @@ def _warnings(counts: dict[str, int], words: Counter[str], settings: Encode, lon
         )
 
 
-def plan_shards(images: list[list[Entry]], encoder: Encoder) -> Iterator[Plan]:
+def plan_shards(images: Sequence[list[Entry]], encoder: Encoder) -> Iterator[Plan]:
     """Divide the images into shards of whole batches, each of at most `SHARD_BYTES` if one batch allows it.
 
     What the text encoder does not read of the captions is counted in `encoder.unread`.
     """
     size = encoder.settings.batch_size
-    chosen: list[list[Entry]] = []
     lengths: list[int] = []
-    number = shard_bytes = 0
+    number = first = shard_bytes = 0
     progress = tqdm(range(0, len(images), size), desc="plan", unit="batch", delay=2)
     for start in progress:
         batch = images[start : start + size]
@@ -173,11 +173,11 @@ def plan_shards(images: list[list[Entry]], encoder: Encoder) -> Iterator[Plan]:
             encoder.unread.unknown += bool(words)
             encoder.unread.words.update(words)
         needed = encoder.bytes_of(len(batch), counted)
-        if chosen and shard_bytes + needed > SHARD_BYTES:
-            yield Plan(number, chosen, lengths)
-            chosen, lengths, shard_bytes, number = [], [], 0, number + 1
-        chosen, lengths, shard_bytes = chosen + batch, lengths + counted, shard_bytes + needed
-    yield Plan(number, chosen, lengths)
+        if first < start and shard_bytes + needed > SHARD_BYTES:
+            yield Plan(number, images[first:start], lengths)
+            first, lengths, shard_bytes, number = start, [], 0, number + 1
+        lengths, shard_bytes = lengths + counted, shard_bytes + needed
+    yield Plan(number, images[first:], lengths)
 
 
 class Encoder:
@@ -236,11 +236,7 @@ class Encoder:
     def _load(self, plans: list[Plan]) -> Iterator[tuple[torch.Tensor, list[str], list[int]]]:
         """Load all batches of these shards, one after the other, as `load_crops` does."""
         size = self.settings.batch_size
-        batches = [
-            [(entries[0].image, entries[0].stored) for entries in plan.images[start : start + size]]
-            for plan in plans
-            for start in range(0, len(plan.images), size)
-        ]
+        batches = Batches([plan.images for plan in plans], size)
         settings, runtime = self.settings, self.runtime
         return load_crops(self.raw, batches, settings.image_size, settings.crops, runtime.num_workers, runtime.prefetch_factor)
 
@@ -251,6 +247,22 @@ class Encoder:
         images = StoredImages(self.raw)
         digests = [hashlib.sha256(images.read(entries[0].stored)).hexdigest() for entries in plan.images]
         return record["inputs"] == _inputs(plan, digests)
+
+
+class Batches(Sequence[list[tuple[str, str]]]):
+    """The images of several shards in batches of `size`, none across two shards: of each its name and where it is stored."""
+
+    def __init__(self, shards: list[Sequence[list[Entry]]], size: int):
+        self.shards, self.size = shards, size
+        self.ends = list(accumulate(-(-len(shard) // size) for shard in shards))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, k: int) -> list[tuple[str, str]]:  # type: ignore[override]
+        number = bisect_right(self.ends, k)
+        start = (k - (self.ends[number - 1] if number else 0)) * self.size
+        return [(entries[0].image, entries[0].stored) for entries in self.shards[number][start : start + self.size]]
 
 
 def unfinished_folder(fingerprint: str, batch_size: int, device: torch.device) -> Path:
