@@ -116,6 +116,25 @@ class HubData:
 
 
 @dataclass(frozen=True, config=STRICT)
+class WebdatasetData:
+    """Tar shards of a WebDataset, as img2dataset writes them."""
+
+    source: Literal["webdataset"]
+    shards: Annotated[Several[Text], Field(min_length=1)]
+    image_keys: Annotated[Several[Text], Field(min_length=1)]
+    caption_keys: Annotated[Several[Text], Field(min_length=1)]
+    min_side: NonNegativeInt
+    max_aspect_ratio: Annotated[Float, Field(ge=1)] | None
+    min_caption_length: NonNegativeInt
+    max_caption_length: PositiveInt | None
+    num_samples: Annotated[int, Field(strict=True, ge=2)] | None
+    val_fraction: Annotated[Float, Field(gt=0, lt=1)]
+    storage: Storage
+    max_bad_fraction: Fraction
+    seed: NonNegativeInt
+
+
+@dataclass(frozen=True, config=STRICT)
 class Encode:
     """The encoders, and what they encode."""
 
@@ -200,6 +219,13 @@ class Lora:
 
 
 @dataclass(frozen=True, config=STRICT)
+class WebdatasetRecipe(Recipe):
+    """The recipe `webdataset`."""
+
+    data: WebdatasetData
+
+
+@dataclass(frozen=True, config=STRICT)
 class Train:
     """The training, of every recipe."""
 
@@ -269,25 +295,26 @@ class Runtime:
     keep_state: Flag
 
 
-RECIPES = ("shapes", "coco", "folder", "hub")
+RECIPES = ("shapes", "coco", "folder", "hub", "webdataset")
 
 
 @dataclass(frozen=True, config=STRICT)
 class Params:
     """The whole of params.yaml."""
 
-    recipe: Literal["shapes", "coco", "folder", "hub"]
+    recipe: Literal["shapes", "coco", "folder", "hub", "webdataset"]
     shapes: ShapesRecipe
     coco: CocoRecipe
     folder: FolderRecipe
     hub: HubRecipe
+    webdataset: WebdatasetRecipe
     train: Train
     sample: Sample
     evaluate: Evaluate
     runtime: Runtime
 
     @property
-    def active(self) -> ShapesRecipe | CocoRecipe | FolderRecipe | HubRecipe:
+    def active(self) -> ShapesRecipe | CocoRecipe | FolderRecipe | HubRecipe | WebdatasetRecipe:
         """Return the block that `recipe` names."""
         return getattr(self, self.recipe)
 

@@ -37,7 +37,13 @@ def without_password(address: str) -> str:
 
 def without_passwords(settings: dict[str, Any]) -> dict[str, Any]:
     """Return `settings` with every address in it as `without_password` has it: what is written may be shared."""
-    return {key: without_password(value) if isinstance(value, str) else value for key, value in settings.items()}
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(clean, value))
+        return without_password(value) if isinstance(value, str) else value
+
+    return {key: clean(value) for key, value in settings.items()}
 
 
 def one_line(error: BaseException, with_type: bool = False) -> str:

@@ -21,7 +21,7 @@ from dit.benchmark.baselines import untrained_encoders
 from dit.benchmark.results import default_device, device_name, markdown_table
 from dit.config import Params
 from dit.dataset.image_io import load_crops
-from dit.dataset.reader import by_image, read_metadata
+from dit.dataset.reader import read_images
 from dit.encode.encode import Encoder, group_by_size, plan_shards
 from dit.encode.moments import encode_moments
 from dit.encoders.loading import BUILTIN, PRECISIONS, EncoderSource, load_vae
@@ -103,7 +103,7 @@ def benchmark_encode(folder: Path, count: int, params: Params) -> dict[str, Any]
     device, dtype = default_device(), PRECISIONS[settings.precision]
     vae, _ = load_vae(EncoderSource(settings.vae), dtype, device)
     encoder = Encoder(vae, TextEncoder(EncoderSource(settings.clip), dtype, device), settings, "benchmark", raw, params.runtime)
-    images = by_image(read_metadata(raw))
+    images = read_images(raw)
     stored = [(rows[0].image, rows[0].stored) for rows in images]
     batches = [stored[start : start + ENCODED] for start in range(0, count, ENCODED)]
     decoded = [pixels for pixels, *_ in load_crops(raw, batches, [(settings.image_size, settings.image_size)])]

@@ -15,7 +15,7 @@ from dit.config import VAE_FACTOR, CocoData, Encode, Params, load_config
 from dit.errors import UserError, without_passwords
 
 # Bytes on disk per image, generously: raw data, latent cache (moments of two augmentations, text rows), and DVC's copy of both.
-RAW_BYTES = {"shapes": 4_000, "coco": 200_000, "folder": 0, "hub": 200_000}
+RAW_BYTES = {"shapes": 4_000, "coco": 200_000, "folder": 0, "hub": 200_000, "webdataset": 60_000}
 MODEL_BYTES = 16  # per parameter: weights, DVC's copy, and as much again
 
 
@@ -42,7 +42,7 @@ def run_check(arguments: argparse.Namespace) -> None:
 def check_disk(params: Params) -> None:
     """Check that what the pipeline writes will fit."""
     recipe = params.active
-    count = getattr(recipe.data, "num_samples", 0)
+    count = getattr(recipe.data, "num_samples", 0) or 0  # of all that there are, the number is not known
     augmentations = 2 * (1 + recipe.encode.crops)
     latents = (recipe.encode.image_size // VAE_FACTOR) ** 2 * 4 * 2 * augmentations * 2 + 60_000
     parameters = recipe.model.num_layers * 24 * recipe.model.hidden_size**2
@@ -70,6 +70,10 @@ def check_data(params: Params) -> None:
         from dit.sources.hub import open_stream
 
         open_stream(data)
+    elif data.source == "webdataset":
+        from dit.sources.webdataset import check_shards
+
+        check_shards(data)
 
 
 def check_weights(encode: Encode) -> None:

@@ -169,7 +169,8 @@ def _originals(raw: Path, names: list[str], sizes: list[tuple[int, int]]) -> lis
     from dit.dataset.storage import StoredImages
 
     try:
-        stored = {entry.image: entry.stored for entry in read_metadata(raw)}
+        wanted = set(names)
+        stored = {entry.image: entry.stored for entry in read_metadata(raw) if entry.image in wanted}
         images = StoredImages(raw)
         opened = [open_named(images.read(stored[name]), name) for name in names]
         return [center_crop(image, size) for image, size in zip(opened, sizes, strict=True)]

@@ -43,11 +43,17 @@ def cut_share(image: Size, size: Size) -> float:
 
 def nearest_size(image: Size, sizes: Sequence[Size]) -> int:
     """Return the number of that one of `sizes` that least is cut off for; of several, the narrowest, whatever their order."""
-    order = sorted(range(len(sizes)), key=sizes.__getitem__)
-    return order[int(_cuts(np.array([image]), np.array([sizes[k] for k in order]))[0].argmin())]
+    return int(nearest_sizes(np.array([image]), sizes)[0])
 
 
-def choose_sizes(images: Sequence[Size], image_size: int) -> list[Size]:
+def nearest_sizes(images: np.ndarray, sizes: Sequence[Size]) -> np.ndarray:
+    """Return `nearest_size` of each of `images` (N, 2): (N,)."""
+    order = np.array(sorted(range(len(sizes)), key=sizes.__getitem__))
+    kinds, which = np.unique(images, axis=0, return_inverse=True)
+    return order[_cuts(kinds, np.array(sizes)[order]).argmin(axis=1)][which]
+
+
+def choose_sizes(images: Sequence[Size] | np.ndarray, image_size: int) -> list[Size]:
     """Choose at most `MAX_SIZES` sizes for a set of images.
 
     Each next one is that which reduces what is cut off the most, as long as it is by `MIN_GAIN`.

@@ -122,6 +122,19 @@ def image_format(content: bytes) -> str:
     return "jpg" if kind in ("jpeg", "mpo") else kind
 
 
+def image_size(content: bytes) -> tuple[int, int]:
+    """Return width and height in pixels as an image file's header has them; nothing is decoded.
+
+    Raises:
+        ImageError: the header is not readable.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=_formats()) as image:
+            return image.size
+    except Exception as error:  # as in `open_rgb`
+        raise ImageError(_explain(content, error) if content else "empty file") from None
+
+
 def _check_header(image: Image.Image) -> None:
     width, height = image.size
     if min(width, height) < MIN_SIDE:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,13 +42,13 @@ def random_crop(image: Image.Image, size: Size, name: str, number: int) -> Image
 
 
 def load_crops(
-    raw: Path, batches: list[list[tuple[str, str]]], sizes: list[Size], crops: int = 0, workers: int = 0, prefetch: int = 2
+    raw: Path, batches: Sequence[list[tuple[str, str]]], sizes: list[Size], crops: int = 0, workers: int = 0, prefetch: int = 2
 ) -> Iterator[tuple[torch.Tensor, list[str], list[Size]]]:
     """Load batches of images, decoded by up to `workers` processes (no more than there are cores), each `prefetch` ahead.
 
     Args:
         raw: the data set's folder.
-        batches: of each image of each batch, its name and where in `raw` it is stored.
+        batches: of each image of each batch, its name and where in `raw` it is stored; the first is as large as any.
         sizes: what images are cropped and resized to: each to the one that least is cut off for, which all of a batch share.
         crops: how many random crops there are of each image, beside the central one.
         workers: most processes; 0 decodes in this one.
@@ -62,7 +62,8 @@ def load_crops(
     """
     workers = max(0, min(workers, os.cpu_count() or 1, len(batches) - 1))
     if workers:
-        largest = max(map(len, batches)) * (1 + crops) * max(width * height for width, height in sizes) * 3  # bytes
+        area = max(width * height for width, height in sizes)
+        largest = len(batches[0]) * (1 + crops) * area * 3  # bytes; only the last batch of a shard is smaller
         workers, prefetch = limit_workers(workers, prefetch, largest)
     for item in DataLoader(
         CropBatches(raw, batches, sizes, crops),
@@ -83,7 +84,7 @@ class CropBatches(Dataset):
     stack trace in it.
     """
 
-    def __init__(self, raw: Path, batches: list[list[tuple[str, str]]], sizes: list[Size], crops: int):
+    def __init__(self, raw: Path, batches: Sequence[list[tuple[str, str]]], sizes: list[Size], crops: int):
         self.images, self.batches, self.sizes, self.crops = StoredImages(raw), batches, sizes, crops
 
     def __len__(self) -> int:

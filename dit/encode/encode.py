@@ -11,23 +11,25 @@ import hashlib
 import json
 import os
 import shutil
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from dit.config import VAE_FACTOR, Encode, Runtime
-from dit.dataset.aspect_ratios import Size, choose_sizes, cut_share, nearest_size
+from dit.dataset.aspect_ratios import Size, choose_sizes, cut_share, nearest_sizes
 from dit.dataset.decode import read_named_size
 from dit.dataset.filters import forbids_flip
 from dit.dataset.image_io import load_crops
-from dit.dataset.reader import Entry, by_image, read_metadata
+from dit.dataset.reader import Entry, read_images, select_images
 from dit.dataset.storage import StoredImages
 from dit.encode.cache_writer import ShardBuffer, assemble_cache, read_record
 from dit.encode.moments import encode_moments
@@ -47,7 +49,7 @@ class Plan:
 
     number: int
     size: Size
-    images: list[list[Entry]]
+    images: Sequence[list[Entry]]
     lengths: list[int]
 
     @property
@@ -85,7 +87,7 @@ def encode_dataset(
     if settings.vae_tiling:
         vae.enable_tiling()
     text = TextEncoder(EncoderSource(settings.clip, settings.clip_revision), dtype, state.device, settings.long_captions)
-    images = by_image(read_metadata(raw))
+    images = read_images(raw)
     groups = group_by_size(raw, images, settings)
     about = {
         "image_size": settings.image_size,
@@ -168,23 +170,22 @@ def _warnings(counts: dict[str, int], words: Counter[str], settings: Encode, lon
         )
 
 
-def group_by_size(raw: Path, images: list[list[Entry]], settings: Encode) -> dict[Size, list[list[Entry]]]:
+def group_by_size(raw: Path, images: Sequence[list[Entry]], settings: Encode) -> dict[Size, Sequence[list[Entry]]]:
     """Return the images of each size that they are encoded at, the most frequent size first: squares, or those of the buckets."""
     if settings.aspect_ratios == "square":
         return {(settings.image_size, settings.image_size): images}
     stored = StoredImages(raw)
-    found = [
-        read_named_size(stored.read(entries[0].stored), raw / entries[0].stored)
-        for entries in tqdm(images, desc="read sizes", unit="image", delay=2)
-    ]
-    groups: dict[Size, list[list[Entry]]] = {size: [] for size in choose_sizes(found, settings.image_size)}
-    sizes = list(groups)
-    for entries, size in zip(images, found, strict=True):
-        groups[sizes[nearest_size(size, sizes)]].append(entries)
-    return {size: groups[size] for size in sorted(sizes, key=lambda size: -len(groups[size])) if groups[size]}
+    found = np.empty((len(images), 2), dtype=np.int32)
+    for k, entries in enumerate(tqdm(images, desc="read sizes", unit="image", delay=2)):
+        found[k] = read_named_size(stored.read(entries[0].stored), raw / entries[0].stored)
+    sizes = choose_sizes(found, settings.image_size)
+    nearest = nearest_sizes(found, sizes)
+    numbers = {size: np.flatnonzero(nearest == k) for k, size in enumerate(sizes)}
+    order = sorted(sizes, key=lambda size: -len(numbers[size]))
+    return {size: select_images(images, numbers[size]) for size in order if len(numbers[size])}
 
 
-def plan_shards(groups: dict[Size, list[list[Entry]]], encoder: Encoder) -> Iterator[Plan]:
+def plan_shards(groups: dict[Size, Sequence[list[Entry]]], encoder: Encoder) -> Iterator[Plan]:
     """Divide the images of each size into shards of whole batches, each of at most `SHARD_BYTES` if one batch allows it.
 
     What the text encoder does not read of the captions is counted in `encoder.unread`.
@@ -198,10 +199,10 @@ def plan_shards(groups: dict[Size, list[list[Entry]]], encoder: Encoder) -> Iter
                 number += 1
 
 
-def _plan_group(size: Size, images: list[list[Entry]], number: int, encoder: Encoder, progress: tqdm) -> Iterator[Plan]:
-    chosen: list[list[Entry]] = []
+def _plan_group(size: Size, images: Sequence[list[Entry]], number: int, encoder: Encoder, progress: tqdm) -> Iterator[Plan]:
     lengths: list[int] = []
-    shard_bytes, batch_size = 0, encoder.settings.batch_size
+    first = shard_bytes = 0
+    batch_size = encoder.settings.batch_size
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         texts = [entry.text for entry in chain.from_iterable(batch)]
@@ -212,12 +213,12 @@ def _plan_group(size: Size, images: list[list[Entry]], number: int, encoder: Enc
             encoder.unread.unknown += bool(words)
             encoder.unread.words.update(words)
         needed = encoder.bytes_of(size, len(batch), counted)
-        if chosen and shard_bytes + needed > SHARD_BYTES:
-            yield Plan(number, size, chosen, lengths)
-            chosen, lengths, shard_bytes, number = [], [], 0, number + 1
-        chosen, lengths, shard_bytes = chosen + batch, lengths + counted, shard_bytes + needed
+        if first < start and shard_bytes + needed > SHARD_BYTES:
+            yield Plan(number, size, images[first:start], lengths)
+            first, lengths, shard_bytes, number = start, [], 0, number + 1
+        lengths, shard_bytes = lengths + counted, shard_bytes + needed
         progress.update()
-    yield Plan(number, size, chosen, lengths)
+    yield Plan(number, size, images[first:], lengths)
 
 
 class Encoder:
@@ -275,11 +276,7 @@ class Encoder:
     def _load(self, plans: list[Plan]) -> Iterator[tuple[torch.Tensor, list[str], list[Size]]]:
         """Load all batches of these shards, one after the other, as `load_crops` does."""
         size = self.settings.batch_size
-        batches = [
-            [(entries[0].image, entries[0].stored) for entries in plan.images[start : start + size]]
-            for plan in plans
-            for start in range(0, len(plan.images), size)
-        ]
+        batches = Batches([plan.images for plan in plans], size)
         sizes, runtime = list(dict.fromkeys(plan.size for plan in plans)), self.runtime
         return load_crops(self.raw, batches, sizes, self.settings.crops, runtime.num_workers, runtime.prefetch_factor)
 
@@ -290,6 +287,22 @@ class Encoder:
         images = StoredImages(self.raw)
         digests = [hashlib.sha256(images.read(entries[0].stored)).hexdigest() for entries in plan.images]
         return record["inputs"] == _inputs(plan, digests)
+
+
+class Batches(Sequence[list[tuple[str, str]]]):
+    """The images of several shards in batches of `size`, none across two shards: of each its name and where it is stored."""
+
+    def __init__(self, shards: list[Sequence[list[Entry]]], size: int):
+        self.shards, self.size = shards, size
+        self.ends = list(accumulate(-(-len(shard) // size) for shard in shards))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, k: int) -> list[tuple[str, str]]:  # type: ignore[override]
+        number = bisect_right(self.ends, k)
+        start = (k - (self.ends[number - 1] if number else 0)) * self.size
+        return [(entries[0].image, entries[0].stored) for entries in self.shards[number][start : start + self.size]]
 
 
 def unfinished_folder(fingerprint: str, batch_size: int, device: torch.device) -> Path:

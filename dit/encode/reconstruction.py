@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ SAMPLED = 256  # images that the reconstruction error is measured on
 
 
 def measure_reconstruction(
-    vae: AutoencoderKL, raw: Path, images: list[list[Entry]], image_size: int, batch_size: int, path: Path
+    vae: AutoencoderKL, raw: Path, images: Sequence[list[Entry]], image_size: int, batch_size: int, path: Path
 ) -> float:
     """Measure the PSNR in dB of the central squares of up to `SAMPLED` images; plot originals above reconstructions to `path`."""
     chosen = np.random.default_rng(0).permutation(len(images))[:SAMPLED]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dit.config import Runtime
 from dit.dataset.aspect_ratios import Size
 from dit.dataset.image_io import load_crops
-from dit.dataset.reader import Entry, by_image, read_metadata
+from dit.dataset.reader import Entry, read_images
 from dit.encoders.loading import EncoderSource, load_clip
 
 BATCH_SIZE = 32  # as fast as any on one core with the bundled CLIP: 1.6 ms an image, at 100 it was 1.8 to 2.3
@@ -75,7 +75,7 @@ def _unit(output) -> torch.Tensor:
 
 def read_split(raw: Path, split: str) -> list[Entry]:
     """Return the images of `split` in the data set's folder `raw`, each once, with its first caption."""
-    return [captions[0] for captions in by_image(read_metadata(raw)) if captions[0].split == split]
+    return [captions[0] for captions in read_images(raw) if captions[0].split == split]
 
 
 def open_images(raw: Path, images: list[Entry], sizes: list[Size], runtime: Runtime) -> Iterator[Image.Image]:

@@ -60,19 +60,37 @@ class Downloader:
 
     def check(self, url: str) -> None:
         """Raise a `UserError` unless `url` answers."""
+        self._head(url)
+
+    def version(self, url: str) -> tuple[int, str] | None:
+        """Return the bytes at `url` and their ETag, or when they were changed last; None if the server does not have them.
+
+        Raises:
+            UserError: the server cannot be reached, or refuses.
+        """
+        answer = self._head(url, but=GONE)
+        if answer.status_code in GONE:
+            return None
+        headers = answer.headers
+        return int(headers.get("Content-Length", 0)), headers.get("ETag") or headers.get("Last-Modified", "")
+
+    def _head(self, url: str, but: tuple[int, ...] = ()) -> requests.Response:
+        """Ask for the headers of `url`; raise a `UserError` unless it answers, or refuses with one of the statuses `but`."""
         try:
-            answer = self._session().head(url, timeout=TIMEOUT, allow_redirects=True)
+            answer = self._session().head(url, timeout=TIMEOUT, allow_redirects=True, headers={"Accept-Encoding": "identity"})
         except requests.RequestException as error:
             raise self._unreachable(url, error) from None
-        if answer.status_code >= 400:
+        if answer.status_code >= 400 and answer.status_code not in but:
             raise self._refused(url, answer)
+        return answer
 
     def cached(
-        self, url: str, check: Callable[[Path], str | None] = lambda path: None, progress: bool = False
+        self, url: str, check: Callable[[Path], str | None] = lambda path: None, progress: bool = False, version: str = ""
     ) -> tuple[Path, str | None]:
         """Download `url` once, into a folder that is kept between runs and that DVC does not own.
 
-        A file with which something is wrong, as `check` returns it, is downloaded once more: the way may have damaged it.
+        A file with which something is wrong, as `check` returns it, is downloaded once more: the way may have damaged it. So is
+        one that was downloaded as another `version`.
 
         Returns:
             where the file is, and why it cannot be had or used, if so.
@@ -80,8 +98,9 @@ class Downloader:
         Raises:
             UserError: the server cannot be reached, refuses, or breaks off again and again.
         """
-        folder, name = url.rsplit("/", 1)
-        place = hashlib.sha256(folder.encode()).hexdigest()[:12]
+        address, _, query = url.partition("?")
+        folder, name = address.rsplit("/", 1)
+        place = hashlib.sha256((folder + query + version).encode()).hexdigest()[:12]
         target = Path(os.environ.get("DVC_ROOT", ".")) / ".state" / "downloads" / place / name
         problem = None
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""What can change while the settings stay the same: the files in a folder, and the commit that a branch of the Hub stands for."""
+"""What can change while the settings stay the same: the files in a folder, tar shards, and the commit of a branch of the Hub."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dit.config import FolderData, HubData
-from dit.errors import UserError, one_line
+from dit.config import FolderData, HubData, WebdatasetData
+from dit.errors import UserError, one_line, without_password
 from dit.sources.folder import list_files, project_path
 from dit.sources.hub import LOGIN, local_folder
+from dit.sources.tar_shards import KEY, expand, find_versions
 
 HUB_TIMEOUT = 30.0  # seconds; for one answer of a few kB
 
@@ -27,7 +28,8 @@ def identify(data: Any, known: dict[str, Any]) -> tuple[dict[str, Any], list[str
 
     Returns:
         The version, {} where the settings alone decide: `folders`, of each one the number and bytes of its files and a SHA-256 of
-        their names, sizes and times; or the `dataset`, `asked` (a branch, tag or commit, or None) and `revision`, its commit.
+        their names, sizes and times; `shards`, of each pattern the same, with ETags where there are such; or the `dataset`,
+        `asked` (a branch, tag or commit, or None) and `revision`, its commit.
         And lines for the terminal.
 
     Raises:
@@ -39,6 +41,8 @@ def identify(data: Any, known: dict[str, Any]) -> tuple[dict[str, Any], list[str
         if local_folder(data.dataset) or data.dataset in known.get("folders", {}):
             return _identify_folders((data.dataset,), known, "hub.data.dataset")
         return _identify_commit(data, known)
+    if isinstance(data, WebdatasetData):
+        return _identify_shards(data.shards, known)
     return {}, []
 
 
@@ -67,6 +71,38 @@ def describe_folder(root: Path) -> dict[str, Any]:
         size += about.st_size
         digest.update(os.fsencode(path.as_posix()) + f"\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
     return {"files": len(files), "bytes": size, "sha256": digest.hexdigest()}
+
+
+def _identify_shards(patterns: tuple[str, ...], known: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    shards, lines = {}, []
+    for pattern in patterns:
+        name = without_password(pattern)
+        try:
+            shards[name] = describe_shards(pattern)
+            lines.append(f"{name}: {shards[name]['files']:,} shards, {shards[name]['bytes'] / 1e6:,.1f} MB")
+        except UserError as error:
+            if name not in known.get("shards", {}):
+                raise
+            shards[name] = known["shards"][name]
+            lines.append(f"{error}; {name} is taken for unchanged")
+    return {"shards": shards}, lines
+
+
+def describe_shards(pattern: str) -> dict[str, Any]:
+    """Return the number and bytes of the shards that `pattern` names, and a SHA-256 of their names, sizes and times or ETags.
+
+    Raises:
+        UserError: none of them is there, or one cannot be reached.
+    """
+    shards = expand(pattern)
+    versions = find_versions(shards)
+    found = [version for version in versions if version]
+    if not found:
+        raise UserError(f"{KEY}: {pattern}: there is no such shard; set it to where your tar files are")
+    digest = hashlib.sha256()
+    for shard, version in zip(shards, versions, strict=True):
+        digest.update(f"{shard.shown}\0{version}\0".encode(errors="surrogateescape"))
+    return {"files": len(found), "bytes": sum(size for size, _ in found), "sha256": digest.hexdigest()}
 
 
 def _identify_commit(data: HubData, known: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from dit.dataset.filters import printable
 from dit.dataset.storage import LooseFiles, TarShards, choose_storage
 from dit.errors import UserError, without_passwords
+from dit.sources.table import ImageRow, ImageTable
 from dit.utils.files import write_json
 
 
@@ -27,6 +27,7 @@ class FetchResult:
         rejected: names of the images that cannot be used, and why.
         unpaired: images without a caption, and .txt files without an image.
         other_files: of each kind of file that is not read, by the end of the name, how many there are, and one of them.
+        filtered: of each of the source's filters, how many images it has left out, and one of them.
     """
 
     images: int = 0
@@ -37,6 +38,7 @@ class FetchResult:
     rejected: list[dict[str, str]] = field(default_factory=list)
     unpaired: list[str] = field(default_factory=list)
     other_files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    filtered: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def reject(self, image: str, reason: str) -> None:
         """Note that `image` cannot be used, and why."""
@@ -48,15 +50,18 @@ class FetchResult:
 
     def leave_out(self, file: Path, kind: str = "") -> None:
         """Note that a file is of a kind that is not read; by default, the end of its name says which."""
-        counted = self.other_files.setdefault(kind or printable(file.suffix.lower() or file.name), {"count": 0, "example": ""})
-        counted["count"] += 1
-        counted["example"] = counted["example"] or printable(str(file))
+        _count_one(self.other_files, kind or printable(file.suffix.lower() or file.name), printable(str(file)))
+
+    def filter_out(self, image: str, reason: str) -> None:
+        """Note that the settings leave out `image`, which could be used, and why."""
+        _count_one(self.filtered, reason, printable(image))
 
     def metrics(self) -> dict[str, Any]:
         """Return the content of metrics/download.json."""
         counts = {key: getattr(self, key) for key in ("images", "captions", "train_images", "val_images", "double_images")}
         lists = {"bad": self.rejected, "unpaired": self.unpaired, "other_files": self.other_files}
-        return counts | lists | {"bad_images": len(self.rejected)}
+        filtered = {"filtered": self.filtered} if self.filtered else {}  # of the one source that has filters
+        return counts | lists | {"bad_images": len(self.rejected)} | filtered
 
     def summary(self) -> Iterator[str]:
         """Yield lines for the terminal: what was written, and what was left out, with an example each."""
@@ -86,41 +91,20 @@ class FetchResult:
             listed = ", ".join(f"{kind} {about['count']} ({about['example']})" for kind, about in kinds[:SHOWN])
             more = f" and {len(kinds) - SHOWN} more kinds" if len(kinds) > SHOWN else ""
             yield f"files of kinds that are not read: {listed}{more}"
+        for reason, about in self.filtered.items():
+            yield f"{about['count']} left out by the settings: {reason}, such as {about['example']}"
 
     def _unpaired_images(self) -> list[str]:
         return [name for name in self.unpaired if not name.lower().endswith(".txt")]
 
 
+def _count_one(kinds: dict[str, dict[str, Any]], kind: str, example: str) -> None:
+    """Count one more of `kind`; the first stays the example."""
+    kinds.setdefault(kind, {"count": 0, "example": example})["count"] += 1
+
+
 SHOWN = 5  # kinds of files in one line
-
-
-def split_by_image(digests: dict[str, bytes], val_fraction: float, seed: int) -> dict[str, str]:
-    """Assign "train" or "val" to each image, the same on every machine, at least one to each split.
-
-    Images of the same digest are on the same side: otherwise the validation would measure what was learned by heart.
-
-    Args:
-        digests: of each image's bytes, by name.
-        val_fraction: share of the images that are for validation.
-        seed: chooses them.
-
-    Raises:
-        UserError: there are fewer than two different images.
-    """
-    groups: dict[bytes, list[str]] = {}
-    for name in sorted(digests):
-        groups.setdefault(digests[name], []).append(name)
-    if len(groups) < 2:
-        found = f"{len(digests)} usable images, all of the same bytes" if len(digests) > 1 else f"{len(digests)} usable image"
-        raise UserError(f"data: {found}; at least 2 are needed, one of them for validation")
-    count = min(max(1, round(val_fraction * len(digests))), len(digests) - 1)
-    by_first = {names[0]: names for names in groups.values()}
-    val: list[str] = []
-    for first in np.random.default_rng(seed).permutation(list(by_first)).tolist():
-        if len(val) + len(by_first[first]) <= count:
-            val += by_first[first]
-    val = val or min(groups.values(), key=len)  # where there are more doubles of each image than are wanted
-    return dict.fromkeys(digests, "train") | dict.fromkeys(val, "val")
+METADATA = "metadata.json"
 
 
 class DatasetWriter:
@@ -134,9 +118,14 @@ class DatasetWriter:
 
     def __init__(self, folder: Path, data: Any, count: int):
         self.folder, self.data = folder, data
-        self._images = (TarShards if choose_storage(data.storage, count) == "shards" else LooseFiles)(folder)
-        self._rows: dict[str, tuple[str, list[str], str]] = {}
-        self._digests: dict[str, bytes] = {}
+        self.storage = choose_storage(data.storage, count)
+        self._files = (TarShards if self.storage == "shards" else LooseFiles)(folder)
+        self._table = ImageTable(folder / "images.sqlite.part")
+
+    @property
+    def images(self) -> int:
+        """Return how many images there are so far."""
+        return self._table.images
 
     def add(self, name: str, content: bytes, captions: list[str], licence: str = "", cached: Path | None = None) -> None:
         """Store one image.
@@ -149,8 +138,8 @@ class DatasetWriter:
             cached: a file with these bytes that need not be copied.
         """
         about = {"captions": captions} | ({"licence": licence} if licence else {})
-        self._digests[name] = hashlib.sha256(content).digest()
-        self._rows[name] = (self._images.add(name, content, about, cached), captions, licence)
+        stored = self._files.add(name, content, about, cached)
+        self._table.add(name, hashlib.sha256(content).digest(), stored, captions, licence)
 
     def close(self, result: FetchResult) -> FetchResult:
         """Write metadata.json and source.json; complete and return `result`.
@@ -158,33 +147,62 @@ class DatasetWriter:
         Raises:
             UserError: of all images, more than `data.max_bad_fraction` were rejected, or fewer than two are left.
         """
-        if result.rejected:
-            self._check_rejected(result.rejected)
-        self._images.close()
+        self.check_rejected(result)
+        self._files.close()
         try:
-            splits = split_by_image(self._digests, self.data.val_fraction, self.data.seed)
+            val, result.double_images = self._table.split(self.data.val_fraction, self.data.seed)
         except UserError as error:
             raise UserError("; ".join([str(error), *result.left_out()])) from None
-        rows = []
-        for image, (stored, captions, licence) in self._rows.items():
-            more = ({"stored": stored} if stored != image else {}) | ({"licence": licence} if licence else {})
-            rows += [{"image": image, "text": text, "split": splits[image]} | more for text in captions]
-        write_json(self.folder / "metadata.json", rows)
+        rows = _count(self._table.rows(val), result)
+        if self.storage == "shards":
+            files = write_lines(rows, self.folder)
+            write_json(self.folder / METADATA, {"files": files, "images": result.images, "captions": result.captions})
+        else:
+            write_json(self.folder / METADATA, [line for row in rows for line in _lines(row)])
         write_json(self.folder / "source.json", without_passwords(asdict(self.data)))
-        result.images, result.captions = len(self._rows), len(rows)
-        result.val_images = sum(split == "val" for split in splits.values())
-        result.train_images = result.images - result.val_images
-        result.double_images = sum(count for count in Counter(self._digests.values()).values() if count > 1)
+        self._table.close()
         return result
 
-    def _check_rejected(self, rejected: list[dict[str, str]]) -> None:
-        total, limit = len(self._rows) + len(rejected), self.data.max_bad_fraction
-        if len(rejected) <= limit * total:
+    def check_rejected(self, result: FetchResult, expected: int = 0) -> None:
+        """Check how many images were rejected, where there are, or will be, up to `expected` that are not.
+
+        Raises:
+            UserError: more than `data.max_bad_fraction` of them all.
+        """
+        rejected, total = result.rejected, self.images + len(result.rejected)
+        if not rejected or len(rejected) <= self.data.max_bad_fraction * (max(self.images, expected) + len(rejected)):
             return
         examples: dict[str, str] = {}  # of each kind of reason, the first image
         for row in rejected:
             examples.setdefault(row["reason"].split(":")[0], f"{row['image']}: {row['reason']}")
         raise UserError(
-            f"{self.data.source}.data.max_bad_fraction: {len(rejected)} of {total} images are unusable, more than {limit:.1%}; "
-            f"mend or remove them, or raise the limit. {'; '.join(list(examples.values())[:SHOWN])}"
+            f"{self.data.source}.data.max_bad_fraction: {len(rejected)} of {total} images are unusable, more than "
+            f"{self.data.max_bad_fraction:.1%}; mend or remove them, or raise the limit. "
+            f"{'; '.join(list(examples.values())[:SHOWN])}"
         )
+
+
+def _count(rows: Iterator[ImageRow], result: FetchResult) -> Iterator[ImageRow]:
+    """Yield `rows`, and count them in `result`."""
+    for row in rows:
+        result.images += 1
+        result.captions += len(row.captions)
+        result.val_images += row.split == "val"
+        result.train_images += row.split == "train"
+        yield row
+
+
+def _lines(row: ImageRow) -> list[dict[str, str]]:
+    """Return what metadata has of an image, for each of its captions."""
+    more = ({"stored": row.stored} if row.stored != row.name else {}) | ({"licence": row.licence} if row.licence else {})
+    return [{"image": row.name, "text": text, "split": row.split} | more for text in row.captions]
+
+
+def write_lines(rows: Iterator[ImageRow], folder: Path) -> list[str]:
+    """Write the rows of the images in shards/00000.tar as lines of JSON into shards/00000.jsonl …; return the files' names."""
+    files = []
+    for shard, group in groupby(rows, key=lambda row: row.stored.rpartition(".tar/")[0]):
+        files.append(f"{shard}.jsonl")
+        with (folder / files[-1]).open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for row in group for line in _lines(row))
+    return files

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from dit.config import CocoData, FolderData, HubData, load_config
+from dit.config import CocoData, FolderData, HubData, WebdatasetData, load_config
 from dit.dataset.reader import read_metadata
 from helpers import REPO
 
@@ -52,3 +54,49 @@ def hub_data(dataset: Path | str, /, **changes) -> HubData:
     columns = {"image_column": "image", "caption_columns": ("text",)}
     plain = {"config": None, "revision": None, "split": "train", "storage": "files", "num_samples": 6, "max_bad_fraction": 0.0}
     return HubData(**{"source": "hub", "dataset": str(dataset), "val_fraction": 0.3, "seed": 0} | columns | plain | changes)
+
+
+def webdataset_data(*shards: Path | str, **changes) -> WebdatasetData:
+    plain = {"min_side": 0, "max_aspect_ratio": None, "min_caption_length": 1, "max_caption_length": None, "storage": "files"}
+    keys = {"image_keys": ("jpg", "jpeg", "png", "webp"), "caption_keys": ("txt",), "num_samples": None, "max_bad_fraction": 0.0}
+    return WebdatasetData(
+        **{"source": "webdataset", "shards": tuple(map(str, shards)), "val_fraction": 0.3, "seed": 0} | plain | keys | changes
+    )
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    """A tar file of these members, in their order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", encoding="utf-8") as archive:
+        for name, content in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            archive.addfile(header, io.BytesIO(content))
+    return path
+
+
+def shard_members(numbers: range) -> dict[str, bytes]:
+    """What img2dataset writes of the images of these numbers: image, caption and what is known, under one name."""
+    members = {}
+    for k in numbers:
+        about = {
+            "caption": f"caption {k}",
+            "meta": {"text": f"text {k}", "all": [f"one {k}", None, f"two {k}"]},
+            "status": "success",
+        }
+        members |= {
+            f"{k:09d}.jpg": noise_file(k),
+            f"{k:09d}.txt": f"caption {k}".encode(),
+            f"{k:09d}.json": json.dumps(about).encode(),
+        }
+    return members
+
+
+def write_shards(folder: Path, count: int = 3, images: int = 4) -> list[Path]:
+    """`count` tar shards of `images` each, with the table that img2dataset leaves beside them."""
+    paths = []
+    for number in range(count):
+        members = shard_members(range(number * images, (number + 1) * images))
+        paths.append(write_tar(folder / f"{number:05d}.tar", members))
+        paths[-1].with_suffix(".parquet").write_bytes(b"PAR1")
+    return paths

@@ -15,7 +15,7 @@ from dit.config import RECIPES, Train
 from helpers import REPO
 from helpers.clones import Clone, Project
 from helpers.hub_server import commit_of, serve_hub
-from helpers.sources import add_pair, noise_file
+from helpers.sources import add_pair, noise_file, write_shards
 from helpers.team import clone_of
 
 NEW = "f" * 40  # a commit
@@ -78,6 +78,16 @@ def test_watch_removed_image_stays_removed(project):
     set_recipe(project, "folder")
     assert ran(project) == ["watch"]  # the run cache has what belongs to the folder as it is now
     assert images(project) == ["1.jpg", "2.jpg", "3.jpg", "4.jpg"]
+
+
+def test_watch_sees_another_shard(project):
+    write_shards(project.root / "custom_shards", count=2)
+    set_recipe(project, "webdataset", num_samples=None, val_fraction=0.3, storage="shards")
+    assert ran(project) == ["watch", "download"]
+    assert ran(project) == ["watch"]
+    write_shards(project.root / "custom_shards", count=3)
+    assert ran(project) == ["watch", "download"]
+    assert project.json("data/raw/metadata.json")["images"] == project.json("metrics/download.json")["images"] == 12
 
 
 def test_watch_unchanged_folder_is_not_fetched_again(project):

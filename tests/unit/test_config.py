@@ -71,7 +71,7 @@ def test_config_is_frozen():
         ("train.seed", 1e5, "train.seed: 100000.0: must be a valid integer; 100000 would be right"),
         ("train.horizontal_flip", "no", "train.horizontal_flip: 'no': must be true or false"),
         ("shapes.optim.compile_model", "yes", "compile_model: 'yes': must be auto, True or False"),
-        ("recipe", "circles", "recipe: 'circles': must be shapes, coco, folder or hub"),
+        ("recipe", "circles", "recipe: 'circles': must be shapes, coco, folder, hub or webdataset"),
         ("coco.data.split", "test2017", "coco.data.split: 'test2017': must be train2017, val2017 or both"),
         ("folder.data.paths", None, "folder.data.paths: None: must be a list: [one, another]"),
         ("sample.prompts", "", "sample.prompts: '': must not be empty"),

@@ -76,7 +76,7 @@ def test_encode_makes_shards_of_whole_batches(raw, tmp_path):
 @pytest.mark.usefixtures("small_shards")
 def test_encode_keeps_order_and_splits(raw, tmp_path):
     metrics = encode(raw, tmp_path / "latents")
-    cache, entries = LatentCache(tmp_path / "latents"), read_metadata(raw)
+    cache, entries = LatentCache(tmp_path / "latents"), list(read_metadata(raw))
     cache.verify()
     rows = [row for each in cache.captions(np.arange(COUNT)) for row in each]
     assert [(row["image"], row["text"], row["split"]) for row in rows] == [(e.image, e.text, e.split) for e in entries]

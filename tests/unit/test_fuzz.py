@@ -97,7 +97,7 @@ ROWS.append(ROWS[0] | {"stored": "shards/00000.tar/00000000.jpg"})
 @given(content=content_of(ROWS))
 def test_read_metadata_any_input(tmp_path, content):
     (tmp_path / "metadata.json").write_bytes(content)
-    for entry in only_user_errors(lambda: read_metadata(tmp_path)) or []:
+    for entry in only_user_errors(lambda: list(read_metadata(tmp_path))) or []:
         assert isinstance(entry, Entry) and entry.split in ("train", "val")
         assert check_name(entry.image) is None and check_name(entry.stored) is None
 

@@ -45,14 +45,14 @@ def test_stored_images_read_bytes(stored, layout):
 
 
 def test_shards_are_limited_in_size_and_complete(stored):
-    shards = [path for path in (stored / "shards").rglob("*") if path.is_file() and path.suffix != ".json"]
+    shards = [path for path in (stored / "shards").rglob("*") if path.is_file() and path.suffix not in (".json", ".jsonl")]
     assert len(shards) > 1 and {path.suffix for path in shards} == {".tar"}
     assert all(path.stat().st_size < 6 * len(noise_file(0)) + 4 * tarfile.RECORDSIZE for path in shards)
 
 
 def test_stored_images_are_pickled(stored):
     images = StoredImages(stored / "shards")
-    where = read_metadata(stored / "shards")[0].stored
+    where = next(read_metadata(stored / "shards")).stored
     first = images.read(where)
     assert pickle.loads(pickle.dumps(images)).read(where) == first
 
