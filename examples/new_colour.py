@@ -54,7 +54,7 @@ from dit.utils.images import grid, reconstruct  # noqa: E402
 
 FOLDER = Path("new_colour")
 TRAIN_STREAM, NEW_STREAM, OLD_STREAM = 101, 102, 103  # no scene is in two of them, nor in those of dit/shapes/prompts.py
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 2e-3  # not tuned
 
 
 def scenes(params: Params, stream: int, count: int, share: float) -> Iterator[tuple[Description, Scene, str]]:
