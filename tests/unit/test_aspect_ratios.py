@@ -6,6 +6,7 @@ import io
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,12 +51,16 @@ def bucket_cache(tmp_path_factory):
 def raw(tmp_path, monkeypatch):
     """24 images: 10 twice as wide as high, 8 twice as high as wide, 6 squares."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    return write_images(tmp_path / "raw", "files")
+
+
+def write_images(folder: Path, storage: str) -> Path:
     shapes = [(96, 56)] * 10 + [(70, 120)] * 8 + [(80, 80)] * 6
-    writer = DatasetWriter(tmp_path / "raw", replace(folder_data(tmp_path), val_fraction=0.25), len(shapes))
+    writer = DatasetWriter(folder, replace(folder_data(folder, storage=storage), val_fraction=0.25), len(shapes))
     for k, shape in enumerate(np.random.default_rng(0).permutation(shapes).tolist()):
         writer.add(f"images/{k}.png", noise_file(k, tuple(shape)), [f"a red circle number {k}"])
     writer.close(FetchResult())
-    return tmp_path / "raw"
+    return folder
 
 
 @pytest.mark.parametrize("image_size", [64, 128, 256, 384, 512, 768, 1024])
@@ -157,6 +162,12 @@ def test_encode_buckets_resumes_to_the_same_bytes(raw, tmp_path, monkeypatch):
     monkeypatch.setattr(encode_module.ShardBuffer, "write", write)
     encode(raw, tmp_path / "parts", aspect_ratios="buckets")
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_encode_buckets_of_tar_shards_are_those_of_files(raw, tmp_path):
+    encode(raw, tmp_path / "of_files", aspect_ratios="buckets")
+    encode(write_images(tmp_path / "shards", "shards"), tmp_path / "of_shards", aspect_ratios="buckets")
+    assert contents(tmp_path / "of_files") == contents(tmp_path / "of_shards")
 
 
 def test_encode_buckets_makes_random_crops_of_their_shape(raw, tmp_path):
