@@ -97,13 +97,11 @@ def open_named(content: bytes, name: Path | str) -> Image.Image:
 
 
 def read_named_size(content: bytes, name: Path | str) -> tuple[int, int]:
-    """Return width and height of an image file as `open_named` returns it, from its header alone where that is readable."""
+    """Return the `image_size` of an image file; an error begins with `name`."""
     try:
-        with Image.open(io.BytesIO(content), formats=_formats()) as image:
-            (width, height), turned = image.size, image.getexif().get(ORIENTATION) in SIDEWAYS
-    except Exception:  # whatever plugins raise: decoding finds a way round it, or says what is wrong
-        return open_named(content, name).size
-    return (height, width) if turned else (width, height)
+        return image_size(content)
+    except ImageError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def check_image(content: bytes) -> str | None:
@@ -123,16 +121,17 @@ def image_format(content: bytes) -> str:
 
 
 def image_size(content: bytes) -> tuple[int, int]:
-    """Return width and height in pixels as an image file's header has them; nothing is decoded.
+    """Return width and height of an image file as `open_rgb` returns it, from its header alone where that is readable.
 
     Raises:
-        ImageError: the header is not readable.
+        ImageError: it cannot be used.
     """
     try:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
-            return image.size
-    except Exception as error:  # as in `open_rgb`
-        raise ImageError(_explain(content, error) if content else "empty file") from None
+            (width, height), turned = image.size, image.getexif().get(ORIENTATION) in SIDEWAYS
+    except Exception:  # whatever plugins raise: decoding finds a way round it, or says what is wrong
+        return open_rgb(content).size
+    return (height, width) if turned else (width, height)
 
 
 def _check_header(image: Image.Image) -> None:
