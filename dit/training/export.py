@@ -82,7 +82,7 @@ def export_checkpoint(path: Path, folder: Path) -> None:
 
 def describe_model(transformer: DiT, cache: LatentCache, model: Model, optim: Optim, train: Train) -> dict[str, Any]:
     """Return what a model folder holds beside its weights, as JSON: `transformer` (its arguments), `index` and `facts`."""
-    objective = make_objective(train.objective, train.prediction_type)
+    objective, cached = make_objective(train.objective, train.prediction_type), dict(cache.index)
     scheduler = euler_scheduler(objective.prediction_type)
     index = {
         "_class_name": "DiTTextToImagePipeline",
@@ -93,7 +93,7 @@ def describe_model(transformer: DiT, cache: LatentCache, model: Model, optim: Op
         "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "prediction_type": objective.prediction_type,
-        "encoders": {name: value for name, value in cache.index.items() if name in ENCODERS},
+        "encoders": {name: cached[name] for name in ENCODERS if name in cached},
     }
     facts: dict[str, Any] = {
         "parameters": count_parameters(transformer) / 1e6,
