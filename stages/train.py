@@ -27,7 +27,7 @@ from dit.tracking.runs import begin_run, log_result
 from dit.training.checkpoint import Checkpoint, Checkpoints, check_ranks_agree, check_shapes, open_named, run_fingerprint
 from dit.training.export import save_model
 from dit.training.init_model import InitModel
-from dit.training.kept_state import explain_difference, find_kept, keep_last, trained_epochs
+from dit.training.kept_state import explain_difference, find_kept, trained_epochs
 from dit.training.logging import MetricLogger, NullLogger
 from dit.training.setup import build_trainable
 from dit.training.stop import Stopped
@@ -63,7 +63,8 @@ def main(params: Params) -> None:
 
     def train(logger: MetricLogger) -> tuple[DiT, dict[str, float]]:
         blocks = (params.active.model, params.active.optim, params.train, params.runtime)
-        return Trainer(cache, *blocks, logger, decode, checkpoints, resume, init).train()
+        keep = Checkpoints(kept_state, keep=1) if params.runtime.keep_state else None
+        return Trainer(cache, *blocks, logger, decode, checkpoints, resume, init, keep).train()
 
     if not process.is_main_process:
         train(NullLogger())
@@ -72,7 +73,7 @@ def main(params: Params) -> None:
     epochs = finished_epochs(params)
     if epochs and not resume:
         print(
-            f"train: num_epochs was {epochs}, and its training is finished; no state of it was kept (runtime.keep_state): "
+            f"train: num_epochs was {epochs}, and its training is finished, without a state to go on from (runtime.keep_state): "
             f"all {params.active.optim.num_epochs} epochs are trained, from the first on",
             flush=True,
         )
@@ -97,8 +98,6 @@ def main(params: Params) -> None:
                 if not any(state.glob("step-*")):
                     shutil.rmtree(state)  # there is nothing to resume from
                 raise
-        if params.runtime.keep_state:
-            keep_last(checkpoints, int(summary["steps"]), params.train.early_stopping_patience, kept_state, print)
         save_model(MODEL, transformer, cache, params.active.model, params.active.optim, params.train)
         log_result(tracker, params, summary)
         status = "FINISHED"

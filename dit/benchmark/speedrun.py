@@ -54,6 +54,7 @@ def speedrun(params: Params, latents: Path, raw: Path, first_share: float = 0.0)
         UserError: the captions are not about coloured shapes, so that nothing can be scored.
     """
     cache, points = LatentCache(latents), []
+    params = replace(params, train=replace(params.train, method="scratch", init_from=None))
     prompts = [prompt for prompt in choose_prompts(raw, params.recipe, params.sample) if prompt.group == "val"]
     if score_image(Image.new("RGB", (64, 64)), prompts[0].text) is None:
         raise UserError("speedrun: only images of the recipe shapes can be scored; set recipe to shapes")

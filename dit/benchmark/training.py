@@ -202,6 +202,7 @@ def time_trainer(
         images = (WARM_UP + steps) * batch
         write_synthetic(Path(folder) / "cache", -(-images * 20 // 19), longest=tokens)
         changes: dict[str, Any] = {"batch_size": batch, "gradient_accumulation_steps": 1, "mixed_precision": precision}
+        changes |= {"method": "scratch", "init_from": None}
         train = replace(params.train, **changes, validate_every=10**9)
         optim = replace(params.active.optim, num_epochs=1, compile_model=compiled)
         runtime = replace(params.runtime, log_every=1, checkpoint_every=WARM_UP, deterministic=deterministic)

@@ -36,6 +36,7 @@ def run_check(arguments: argparse.Namespace) -> None:
     if read_json(Path("data/raw/source.json")) != json.loads(json.dumps(without_passwords(asdict(params.active.data)))):
         check_data(params)
     check_weights(params.active.encode)
+    check_features(params.evaluate.features)
     print("settings, disk space, data and weights: nothing is missing")
 
 
@@ -87,6 +88,14 @@ def check_weights(encode: Encode) -> None:
         from dit.encoders.loading import EncoderSource, find_encoder
 
         find_encoder(kind, EncoderSource(name, revision), weights=False)
+
+
+def check_features(features: str) -> None:
+    """Check that the image model of the evaluation can be had, before anything is trained."""
+    from dit.encoders.loading import EncoderSource, find_encoder
+
+    if features != "clip":
+        find_encoder("features", EncoderSource(features), weights=False)
 
 
 def read_json(path: Path) -> dict | None:

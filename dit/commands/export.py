@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, get_args
 
 from dit.commands.find_metrics import find_evaluation
-from dit.commands.inputs import read_lora
+from dit.commands.inputs import parse_lora
 from dit.config import DEFAULTS, Scheduler
 from dit.errors import UserError, one_line
 from dit.pipeline.model_folder import read_index
@@ -72,7 +72,7 @@ def export(arguments: argparse.Namespace) -> None:
     """Write the export beside its place, put it there when it is whole, and say what there is and how to load it."""
     checkpoint, output = arguments.checkpoint, arguments.output
     read_index(checkpoint)
-    loras = [read_lora(text) for text in arguments.lora]
+    loras = [parse_lora(text) for text in arguments.lora]
     check_place(output, checkpoint)
 
     from safetensors import SafetensorError

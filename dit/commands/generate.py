@@ -18,8 +18,8 @@ from dit.commands.inputs import (
     check_output,
     check_text,
     find_checkpoints,
+    parse_lora,
     read_images,
-    read_lora,
     read_prompts,
 )
 from dit.config import DEFAULTS, STRENGTH, Scheduler
@@ -157,7 +157,7 @@ def generate(arguments: argparse.Namespace) -> None:
     if not checkpoints:
         read_index(arguments.checkpoint)
     check_output(arguments.output)
-    loras = [read_lora(text) for text in arguments.lora]
+    loras = [parse_lora(text) for text in arguments.lora]
 
     from tqdm import tqdm
     from transformers.utils.logging import disable_progress_bar

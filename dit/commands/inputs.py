@@ -80,7 +80,7 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     return [*prompts, *found]
 
 
-def read_lora(text: str) -> tuple[Path, float]:
+def parse_lora(text: str) -> tuple[Path, float]:
     """Return the file of adapters and the scale that `--lora PATH[:scale]` asks for; the scale is 1 where none is given.
 
     Raises:

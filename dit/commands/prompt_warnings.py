@@ -14,7 +14,8 @@ END = "</w>"  # of a token that ends a word
 
 def prompt_warnings(tokenizer: CLIPTokenizer, prompt: str, long_captions: LongCaptions = "cut") -> list[str]:
     """Return a line for each part of `prompt` that the image will not show."""
-    rest, unknown = truncated_text(tokenizer, prompt) if long_captions == "cut" else "", unknown_words(tokenizer, prompt)
+    rest = truncated_text(tokenizer, prompt) if long_captions == "cut" else ""
+    unknown = unknown_words(tokenizer, prompt, long_captions)
     lines = []
     if rest:
         lines.append(f"the prompt is longer than {tokenizer.model_max_length} tokens; not read: {rest!r}")

@@ -128,7 +128,13 @@ def image_size(content: bytes) -> tuple[int, int]:
     """
     try:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
-            (width, height), turned = image.size, image.getexif().get(ORIENTATION) in SIDEWAYS
+            _check_header(image)
+            width, height = image.size
+            if image.format == "TIFF":  # turned already
+                return width, height
+            if image.format == "PNG" and "exif" not in image.info and b"eXIf" not in content:
+                return width, height  # to look for what is not there would decode the image
+            turned = image.getexif().get(ORIENTATION) in SIDEWAYS
     except Exception:  # whatever plugins raise: decoding finds a way round it, or says what is wrong
         return open_rgb(content).size
     return (height, width) if turned else (width, height)

@@ -42,17 +42,24 @@ def random_crop(image: Image.Image, size: Size, name: str, number: int) -> Image
 
 
 def load_crops(
-    raw: Path, batches: Sequence[list[tuple[str, str]]], sizes: list[Size], crops: int = 0, workers: int = 0, prefetch: int = 2
+    raw: Path,
+    batches: Sequence[list[tuple[str, str]]],
+    sizes: list[Size],
+    crops: int = 0,
+    workers: int = 0,
+    prefetch: int = 2,
+    batch_size: int = 1,
 ) -> Iterator[tuple[torch.Tensor, list[str], list[Size]]]:
     """Load batches of images, decoded by up to `workers` processes (no more than there are cores), each `prefetch` ahead.
 
     Args:
         raw: the data set's folder.
-        batches: of each image of each batch, its name and where in `raw` it is stored; the first is as large as any.
+        batches: of each image of each batch, its name and where in `raw` it is stored.
         sizes: what images are cropped and resized to: each to the one that least is cut off for, which all of a batch share.
         crops: how many random crops there are of each image, beside the central one.
         workers: most processes; 0 decodes in this one.
         prefetch: batches that each process decodes ahead.
+        batch_size: images in the largest batch, where that is not the first.
 
     Yields:
         pixels (B, 1 + crops, H, W, 3) uint8, the SHA-256 of each image file, and the size of each image in it.
@@ -63,7 +70,7 @@ def load_crops(
     workers = max(0, min(workers, os.cpu_count() or 1, len(batches) - 1))
     if workers:
         area = max(width * height for width, height in sizes)
-        largest = len(batches[0]) * (1 + crops) * area * 3  # bytes; only the last batch of a shard is smaller
+        largest = max(batch_size, len(batches[0])) * (1 + crops) * area * 3  # bytes
         workers, prefetch = limit_workers(workers, prefetch, largest)
     for item in DataLoader(
         CropBatches(raw, batches, sizes, crops),

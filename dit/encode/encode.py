@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
@@ -37,6 +38,8 @@ from dit.encode.reconstruction import measure_reconstruction
 from dit.encoders.loading import PRECISIONS, EncoderSource, load_vae
 from dit.encoders.text import TextEncoder
 from dit.encoders.vocabulary import unknown_words
+from dit.errors import UserError
+from dit.latents.index import LONGEST_CAPTION
 from dit.utils.files import warn_stale_state
 
 SHARD_BYTES = 256 * 2**20
@@ -174,10 +177,12 @@ def group_by_size(raw: Path, images: Sequence[list[Entry]], settings: Encode) ->
     """Return the images of each size that they are encoded at, the most frequent size first: squares, or those of the buckets."""
     if settings.aspect_ratios == "square":
         return {(settings.image_size, settings.image_size): images}
-    stored = StoredImages(raw)
     found = np.empty((len(images), 2), dtype=np.int32)
-    for k, entries in enumerate(tqdm(images, desc="read sizes", unit="image", delay=2)):
-        found[k] = read_named_size(stored.read(entries[0].stored), raw / entries[0].stored)
+    if PartialState().is_main_process:
+        stored = StoredImages(raw)
+        for k, entries in enumerate(tqdm(images, desc="read sizes", unit="image", delay=2)):
+            found[k] = read_named_size(stored.read(entries[0].stored), raw / entries[0].stored)
+    (found,) = broadcast_object_list([found])
     sizes = choose_sizes(found, settings.image_size)
     nearest = nearest_sizes(found, sizes)
     numbers = {size: np.flatnonzero(nearest == k) for k, size in enumerate(sizes)}
@@ -207,9 +212,15 @@ def _plan_group(size: Size, images: Sequence[list[Entry]], number: int, encoder:
         batch = images[start : start + batch_size]
         texts = [entry.text for entry in chain.from_iterable(batch)]
         whole, counted = encoder.text.count_tokens(texts)
+        if max(counted) > LONGEST_CAPTION:
+            entry = list(chain.from_iterable(batch))[int(np.argmax(counted))]
+            raise UserError(
+                f"encode.long_captions: a caption of {entry.image} has {max(counted)} tokens, and {LONGEST_CAPTION} is the "
+                "limit; shorten it, or take cut"
+            )
         encoder.unread.truncated += sum(count < of_all for count, of_all in zip(counted, whole, strict=True))
         for text in texts:
-            words = unknown_words(encoder.text.tokenizer, text)
+            words = unknown_words(encoder.text.tokenizer, text, encoder.settings.long_captions)
             encoder.unread.unknown += bool(words)
             encoder.unread.words.update(words)
         needed = encoder.bytes_of(size, len(batch), counted)
@@ -278,7 +289,7 @@ class Encoder:
         size = self.settings.batch_size
         batches = Batches([plan.images for plan in plans], size)
         sizes, runtime = list(dict.fromkeys(plan.size for plan in plans)), self.runtime
-        return load_crops(self.raw, batches, sizes, self.settings.crops, runtime.num_workers, runtime.prefetch_factor)
+        return load_crops(self.raw, batches, sizes, self.settings.crops, runtime.num_workers, runtime.prefetch_factor, size)
 
     def _is_written(self, plan: Plan, parts: Path) -> bool:
         record = read_record(parts, plan.number)

@@ -17,14 +17,15 @@ def truncated_text(tokenizer: CLIPTokenizer, prompt: str) -> str:
     return tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]).strip()
 
 
-def unknown_words(tokenizer: CLIPTokenizer, prompt: str) -> list[str]:
+def unknown_words(tokenizer: CLIPTokenizer, prompt: str, long_captions: str = "cut") -> list[str]:
     """Return the words of `prompt` that a small text encoder has never seen; none where its vocabulary is large.
 
-    They are those that take several tokens.
+    They are those that take several tokens, among those that are read: with "cut", within the tokenizer's length.
     """
     if len(tokenizer) > LARGE_VOCABULARY:
         return []
-    encoded = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length)
+    is_cut = long_captions == "cut"
+    encoded = tokenizer(prompt, truncation=is_cut, max_length=tokenizer.model_max_length if is_cut else None, verbose=False)
     tokens_of = Counter(word for word in encoded.word_ids() if word is not None)
     spans = [encoded.word_to_chars(word) for word, tokens in tokens_of.items() if tokens > 1]
     return list(dict.fromkeys(prompt[span.start : span.end].lower() for span in spans))

@@ -33,6 +33,8 @@ class ImageFeatures:
         self.source = EncoderSource(name)
         self.model, self.processor = load_image_model(self.source, device)
         self.name = re.sub(r"[^a-z0-9]+", "_", re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower()).strip("_")
+        if self.name == "clip":
+            raise UserError(f"evaluate.features: {name!r} has the name of the recipe's CLIP; rename the folder")
 
     @torch.inference_mode()
     def embed_images(self, images: Iterable[Image.Image], total: int, label: str) -> torch.Tensor:
@@ -44,10 +46,11 @@ class ImageFeatures:
             UserError: the model makes no single vector of an image.
         """
         found = []
+        embed = getattr(self.model, "get_image_features", self.model)  # of models that also read texts, the image side alone
         with tqdm(total=total, desc=label, unit="image", delay=1, leave=None) as progress:
             for batch in in_batches(images):
                 pixels = self.processor(images=batch, return_tensors="pt")["pixel_values"]
-                pooled = getattr(self.model(pixel_values=pixels.to(self.model.device)), "pooler_output", None)
+                pooled = getattr(embed(pixel_values=pixels.to(self.model.device)), "pooler_output", None)
                 if pooled is None:
                     problem = f"is a {type(self.model).__name__}, which makes no single vector of an image"
                     raise UserError(f"evaluate.features: {self.source.name!r} {problem}")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from dit.errors import UserError, one_line
-from dit.latents.index import ShardEntry, read_index
+from dit.latents.index import ShardEntry, image_sizes, read_index
 from dit.latents.shards import Shard
 from dit.utils.files import sha256_file
 
@@ -102,8 +102,7 @@ class LatentCache:
         self.train, self.val = np.flatnonzero(~is_val), np.flatnonzero(is_val)
         shapes = [shard.latent_shape for shard in self._shards]
         self.latent_shapes = list(dict.fromkeys(shapes))
-        side = self.index["image_size"]
-        self.sizes = self.index.get("sizes", [(side, side)])
+        self.sizes = image_sizes(self.index)
         if len(self.sizes) != len(self.latent_shapes):
             raise UserError(f"{self.folder}: {INDEX} has {len(self.sizes)} sizes, the shards {len(self.latent_shapes)}; {AGAIN}")
         self._bucket = np.repeat([self.latent_shapes.index(shape) for shape in shapes], np.diff(self._first))  # of each image

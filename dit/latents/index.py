@@ -12,7 +12,8 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 FORMAT = 3  # 2 called `no_flip` and `fingerprint` otherwise
 FORMAT_OF_SIZES = 4  # shards of several sizes, which what reads 3 does not expect
 Count = Annotated[int, Field(strict=True, ge=1)]
-Length = Annotated[int, Field(strict=True, ge=1, le=4096)]  # of a caption, in tokens; a CLIP reads 77
+LONGEST_CAPTION = 4096  # tokens; every batch is padded to the longest caption
+Length = Annotated[int, Field(strict=True, ge=1, le=LONGEST_CAPTION)]
 Text = Annotated[str, Field(strict=True)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -57,6 +58,11 @@ class Index(TypedDict):
     captions_sha256: Text
     text_sha256: Text
     shards: Annotated[list[ShardEntry], Field(min_length=1)]
+
+
+def image_sizes(index: Index) -> list[tuple[int, int]]:
+    """Return width and height of the images, that of most of them first: the buckets, or the square."""
+    return index.get("sizes", [(index["image_size"], index["image_size"])])
 
 
 def read_index(path: Path) -> Index:

@@ -48,8 +48,8 @@ class DiTTextToImagePipeline(DiffusionPipeline, LoraMixin):
         tokenizer: its `CLIPTokenizer`.
         prediction_type: what the transformer predicts: "flow_prediction", "epsilon" or "v_prediction"; by default what the
             scheduler takes its output for.
-        image_size: side of the images it was trained on, in pixels: the default height and width. Without it, each call
-            needs both.
+        image_size: side in pixels of the square images it was trained on, or of squares of their area: the default height and
+            width. Without it, each call needs both.
         sizes: width and height of the images, where it was trained on several sizes, that of most images first. If the square
             is none of them, the first is the default.
         long_captions: what becomes of more than 77 tokens, as in its training: "cut" or "chunks".

@@ -68,16 +68,19 @@ def choose_prompts(raw: Path, recipe: str, settings: Sample, sizes: list[Size] |
         if entry.split == "val":
             held_out.setdefault(entry.image, entry)
     entries = list(held_out.values())
-    stored = StoredImages(raw)
-    known = [(entry.text, _size_of(entry, stored, sizes)) for entry in entries]
     unseen: list[str] = []
     if recipe == "shapes":
         source = read_source(raw)
         unseen = unseen_prompts(settings.num_samples // 2, settings.seed, Kind(source["layout"], source["level"]))
-    spread = np.unique(np.linspace(0, len(known) - 1, REPEATED).round().astype(int))
-    texts = [(*each, "val") for each in known[: settings.num_samples - len(unseen)]]
+    stored = StoredImages(raw)
+
+    def known(entry: Entry, group: str) -> tuple[str, Size | None, str]:
+        return entry.text, _size_of(entry, stored, sizes), group
+
+    spread = np.unique(np.linspace(0, len(entries) - 1, REPEATED).round().astype(int))
+    texts = [known(entry, "val") for entry in entries[: settings.num_samples - len(unseen)]]
     texts += [(text, None, "unseen") for text in unseen]
-    texts += [(*known[k], "diversity") for k in spread for _ in range(TIMES)]
+    texts += [chosen for k in spread for chosen in [known(entries[k], "diversity")] * TIMES]
     texts += [(text, None, "own") for text in settings.prompts]
     return [Prompt(f"{k:05d}.png", text, settings.seed + k, group, size) for k, (text, size, group) in enumerate(texts)]
 
@@ -154,7 +157,7 @@ def generate_prompts(
 
 
 def sampling_flops(pipeline: DiTTextToImagePipeline, steps: int, guidance_scale: float) -> int:
-    """Count the transformer's operations for one image of the default size, without the keys and values of the text."""
+    """Count the transformer's operations for one image of `image_size` squared, without the keys and values of the text."""
     side = pipeline.config.image_size // pipeline.vae_scale_factor
     return steps * (2 if guidance_scale > 1 else 1) * forward_flops(pipeline.transformer, (side, side), 0)
 

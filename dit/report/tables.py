@@ -25,10 +25,21 @@ def headlines(metrics: dict[str, float]) -> dict[str, tuple[str, str]]:
     found = {}
     for name in metrics:
         stem, _, samples = name.rpartition("_n")
-        meaning = MEANINGS.get(stem if samples.isdigit() else name)
+        meaning = _meaning(stem if samples.isdigit() else name)
         if meaning:
             found[name] = meaning
     return found
+
+
+def _meaning(stem: str) -> tuple[str, str] | None:
+    """Return what `MEANINGS` says of a metric, also of one on the features of another model than CLIP (`evaluate.features`)."""
+    if stem in MEANINGS:
+        return MEANINGS[stem]
+    for kind in ("frechet_distance", "kid", "precision", "recall"):
+        if stem.startswith(f"{kind}_"):
+            what, better = MEANINGS[f"{kind}_clip"]
+            return f"{what} ({stem.removeprefix(f'{kind}_')} in place of CLIP)", better
+    return None
 
 
 def metrics_table(metrics: dict[str, float], confidence: float) -> str:

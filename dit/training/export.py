@@ -23,7 +23,7 @@ from dit.training.lora import FOLDER, add_adapters, count_parameters, has_adapte
 from dit.utils.files import write_json
 
 # How a card words what `train.method` began with.
-ORIGINS = {"full": "from `{}` on", "lora": "as adapters to `{}`, merged into it here and by themselves in `lora/`,"}
+ORIGINS = {"scratch": "from scratch", "full": "from `{}` on", "lora": "as adapters (LoRA) to `{}`, which are merged into it,"}
 # Of the cache's index; the last two are there where they are not as usual.
 ENCODERS = ("vae", "clip", "image_size", "sizes", "long_captions")
 FACTS = "training.json"  # what the card is rendered from
@@ -31,7 +31,7 @@ METADATA = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "licen
 CARD = """\
 # A text-to-image Diffusion Transformer
 
-{parameters:.1f} M parameters, trained {origin} with {objective} on {images} images of {image_size} x {image_size} pixels for
+{parameters:.1f} M parameters, trained {origin} with {objective} on {images} images of {size} pixels for
 {num_epochs} epochs at batch size {batch_size}. These are the moving average (EMA) weights, in fp32.
 
     from dit import DiTTextToImagePipeline
@@ -107,11 +107,11 @@ def describe_model(transformer: DiT, cache: LatentCache, model: Model, optim: Op
         "clip": cache.index["clip"]["name"],
         "settings": {"model": asdict(model), "optim": asdict(optim), "train": asdict(train)},
     }
+    if "sizes" in cached:
+        facts["sizes"] = [f"{width} x {height}" for width, height in cache.sizes]
     if train.method == "scratch":
         for name in ("method", "init_from", "lora"):  # so that the card of such a model is what it was before there were others
             del facts["settings"]["train"][name]
-    else:
-        facts["origin"] = ORIGINS[train.method].format(train.init_from)
     arguments = {name: transformer.config[name] for name in inspect.signature(DiT.__init__).parameters if name != "self"}
     lora = {"lora": asdict(train.lora)} if train.method == "lora" else {}
     return {"transformer": arguments, "index": index, "facts": facts} | lora
@@ -140,5 +140,8 @@ def render_card(facts: dict[str, Any], folder: str, sections: Sequence[str] = ()
         sections: Markdown that goes before the settings.
     """
     settings = "\n".join("    " + line for line in json.dumps(facts["settings"], indent=2).splitlines())
-    facts = {"origin": "from scratch"} | facts | {"settings": settings}
+    trained = facts["settings"].get("train", {})
+    origin = ORIGINS[trained.get("method", "scratch")].format(trained.get("init_from"))
+    size = ", ".join(facts.get("sizes", [f"{facts['image_size']} x {facts['image_size']}"]))
+    facts = facts | {"settings": settings, "origin": origin, "size": size}
     return CARD.format(**facts, folder=folder, sections="".join(f"\n{text}\n" for text in sections))

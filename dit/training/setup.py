@@ -109,7 +109,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 def compile_network(
     network: torch.nn.Module, wanted: bool | str, device: torch.device, log: Callable[[str], None]
 ) -> Callable[..., torch.Tensor]:
-    """Compile the network as a whole, for the one shape that training has; with "auto" on a GPU alone.
+    """Compile the network as a whole, for each shape that training has, one by one; with "auto" on a GPU alone.
 
     On a CPU it takes minutes. Compiled code needs a C++ compiler; without one, training runs uncompiled and logs so.
     """

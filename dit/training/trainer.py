@@ -66,6 +66,7 @@ class Trainer:
         checkpoints: where to save.
         resume: the checkpoint to resume from.
         init: the model that `train.init_from` names; also where a checkpoint is resumed, which has no weights that are frozen.
+        keep: where the last state of the finished training goes; None to drop it.
 
     Raises:
         UserError: the settings cannot work on this machine or with this cache.
@@ -83,9 +84,10 @@ class Trainer:
         checkpoints: Checkpoints,
         resume: Checkpoint | None = None,
         init: InitModel | None = None,
+        keep: Checkpoints | None = None,
     ):
         self.cache, self.model, self.optim, self.settings, self.runtime = cache, model, optim, train, runtime
-        self.logger, self.decode, self.checkpoints = logger, decode, checkpoints
+        self.logger, self.decode, self.checkpoints, self.keep = logger, decode, checkpoints, keep
         self.accelerator = make_accelerator(train, runtime, logger, resume)
         self.device = self.accelerator.device
         self.batch_size = train.batch_size * train.gradient_accumulation_steps
@@ -312,8 +314,21 @@ class Trainer:
                 raise
             self.logger.log_line(f"no preview at step {done}: {out_of_memory(error, SMALLER_BATCH)}")
 
-    def save_checkpoint(self, wait: bool = False) -> None:
+    def keep_last_state(self, keep: Checkpoints) -> None:
+        """Save the state of the finished training in `keep`, from where a training of more epochs goes on.
+
+        One that has stopped early keeps none: with more epochs it would have stopped as well.
+        """
+        patience = self.settings.early_stopping_patience
+        if patience and self.state.early_stopping.num_bad_evals >= patience:
+            self.logger.log_line("stopped early, so that no state is kept: more epochs would have ended at the same step")
+            return
+        self.save_checkpoint(wait=True, place=keep)
+        self.logger.log_line(f"the last state is kept in {keep.folder}, from which a larger num_epochs goes on", echo=True)
+
+    def save_checkpoint(self, wait: bool = False, place: Checkpoints | None = None) -> None:
         """Save all that is needed to resume; with `wait`, until it is on the disk. Every process has to call this."""
+        checkpoints = place or self.checkpoints
         tensors = self.state.tensors()
         if self.accelerator.is_main_process:
             about = {
@@ -322,9 +337,9 @@ class Trainer:
                 "precision": self.accelerator.mixed_precision,
                 "model": describe_model(self.transformer, self.cache, self.model, self.optim, self.settings) | self.base,
             }
-            self.checkpoints.save(self.state.step, tensors, self.state.record() | about)
+            checkpoints.save(self.state.step, tensors, self.state.record() | about)
         if wait:
-            self.checkpoints.wait()
+            checkpoints.wait()
             self.accelerator.wait_for_everyone()
 
     def stop_requested(self, request: StopRequest, logs: bool) -> bool:
@@ -341,8 +356,8 @@ class Trainer:
         seconds = self.seconds_before + time.perf_counter() - self.started
         self.checkpoints.wait()
         self.accelerator.wait_for_everyone()
-        if self.runtime.keep_state:
-            self.save_checkpoint(wait=True)
+        if self.keep:
+            self.keep_last_state(self.keep)
         best = self.state.early_stopping
         result = build_trainable(self.cache, self.model, self.settings, None)
         result.load_state_dict(self.transformer.state_dict())

@@ -100,9 +100,10 @@ def run(
     logger: MemoryLogger | None = None,
     resume: Checkpoint | None = None,
     init: InitModel | None = None,
+    keep: Path | None = None,
     **optim,
 ) -> tuple[DiT, dict[str, float]]:
-    """Train with checkpoints in `folder`."""
+    """Train with checkpoints in `folder`, and with the last state in `keep`."""
     AcceleratorState._reset_state()  # accelerate keeps the precision of a process's first training
     checkpoints = Checkpoints(folder, keep=2)
 
@@ -110,7 +111,8 @@ def run(
         return [Image.new("RGB", (64, 64))] * len(latents)
 
     blocks = (MODEL, *settings(train, runtime, **optim))
-    return Trainer(cache, *blocks, logger or MemoryLogger(), decode, checkpoints, resume, init).train()
+    kept = keep and Checkpoints(keep, 1)
+    return Trainer(cache, *blocks, logger or MemoryLogger(), decode, checkpoints, resume, init, kept).train()
 
 
 def same(first: DiT, second: DiT) -> bool:

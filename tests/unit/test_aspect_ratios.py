@@ -15,7 +15,7 @@ from PIL import Image
 
 from dit.config import load_config, parse_config
 from dit.dataset.aspect_ratios import LONGEST, MAX_SIZES, choose_sizes, cut_share, nearest_size, possible_sizes, side_step
-from dit.dataset.decode import read_named_size
+from dit.dataset.decode import open_named, read_named_size
 from dit.dataset.reader import read_metadata
 from dit.encode import encode as encode_module
 from dit.errors import UserError
@@ -100,12 +100,21 @@ def test_nearest_size_does_not_depend_on_their_order():
     assert [(160, 96), (96, 160)][nearest_size((5, 5), [(160, 96), (96, 160)])] == (96, 160)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_read_named_size_turns_as_the_image_is_turned(orientation):
+def test_read_named_size_turns_as_the_image_is_turned(orientation, kind):
     exif, content = Image.Exif(), io.BytesIO()
     exif[0x0112] = orientation
-    Image.new("RGB", (40, 20)).save(content, "JPEG", exif=exif)
-    assert read_named_size(content.getvalue(), "x.jpg") == ((20, 40) if orientation > 4 else (40, 20))
+    Image.new("RGB", (40, 20)).save(content, kind, exif=exif)
+    size = (20, 40) if orientation > 4 else (40, 20)
+    assert read_named_size(content.getvalue(), "x") == size == open_named(content.getvalue(), "x").size
+
+
+def test_read_named_size_decodes_no_pixels():
+    content = io.BytesIO()
+    Image.new("RGB", (40, 20)).save(content, "PNG")
+    cut_off = content.getvalue().partition(b"IDAT")[0] + b"IDAT"
+    assert read_named_size(cut_off, "x.png") == (40, 20)
 
 
 def test_read_named_size_names_what_cannot_be_read():

@@ -14,7 +14,7 @@ from dit.training.checkpoint import Checkpoint, Checkpoints
 from dit.training.export import save_model
 from dit.training.init_model import InitModel, load_init
 from dit.training.init_weights import weights_digest
-from dit.training.kept_state import explain_difference, find_kept, keep_last
+from dit.training.kept_state import explain_difference, find_kept
 from dit.training.setup import build_trainable
 from dit.training.trainer import Trainer
 from helpers.cache import write_cache
@@ -111,10 +111,8 @@ def test_init_digest_is_of_the_weights(cache, tmp_path, init):
 
 
 def keep(cache: LatentCache, folder: Path, epochs: int, train: dict) -> Path:
-    """Train with `runtime.keep_state`; the folder of the kept state."""
-    _, summary = run(cache, folder / "state", train, {"keep_state": True}, num_epochs=epochs)
-    checkpoints = Checkpoints(folder / "state", 2)
-    keep_last(checkpoints, summary["steps"], train.get("early_stopping_patience"), folder / "kept", lambda line: None)
+    """Train as with `runtime.keep_state`; the folder of the kept state."""
+    run(cache, folder / "state", train, num_epochs=epochs, keep=folder / "kept")
     return folder / "kept"
 
 
@@ -137,31 +135,27 @@ def test_kept_state_after_a_cosine_goes_on_to_other_weights(cache, tmp_path):
 @pytest.mark.parametrize(("warmup", "differs"), [(0, False), (2, False), (3, True), (100, True)])
 def test_kept_state_knows_whether_the_warm_up_was_cut_short(warmup, differs):
     """Of 20 steps a warm-up may be 2, of 50 it may be 5."""
-    kept = Checkpoint(20, Path("kept"), {"model": {"facts": {"num_epochs": 4}}})
+    kept = Checkpoint(20, Path("kept"), {"model": {"facts": {"num_epochs": 4, "images": 30, "batch_size": 6}}})
     train = replace(TRAIN, lr_scheduler="constant", warmup_steps=warmup)
     says = explain_difference(kept, replace(OPTIM, num_epochs=10), train)
     assert bool(says) == differs and ("its warm-up was shorter" in says) == differs
 
 
-def test_kept_state_is_of_fewer_epochs_and_the_last(cache, tmp_path):
+def test_kept_state_is_of_fewer_epochs_and_the_longest(cache, tmp_path):
     folder = keep(cache, tmp_path, 2, EXACT)
     assert find_kept(folder, replace(OPTIM, num_epochs=2), pytest.fail) is None
     assert find_kept(tmp_path / "nothing", OPTIM, pytest.fail) is None
-    keep(cache, tmp_path, 3, EXACT)
-    assert sorted(path.name for path in folder.iterdir()) == ["step-00000009.json", "step-00000009.safetensors"]
+    for epochs in (3, 1):  # a shorter training takes nothing away
+        keep(cache, tmp_path, epochs, EXACT)
+        assert sorted(path.name for path in folder.iterdir()) == ["step-00000009.json", "step-00000009.safetensors"]
 
 
 def test_kept_state_of_an_early_stop_is_none(cache, tmp_path):
     train = EXACT | {"early_stopping_patience": 1, "validate_every": 1}
-    lines: list[str] = []
-    run(cache, tmp_path / "state", train, {"keep_state": True}, num_epochs=3)
-    checkpoints = Checkpoints(tmp_path / "state", 2)
-    last = checkpoints.newest(pytest.fail)
-    last.record["early_stopping"]["num_bad_evals"] = 1
-    checkpoints.save(last.step, last.tensors(), last.record)  # as if the last validations had been worse
-    checkpoints.wait()
-    keep_last(checkpoints, last.step, 1, tmp_path / "kept", lines.append)
-    assert not (tmp_path / "kept").exists() and "stopped early, so that no state is kept" in lines[0]
+    logger = MemoryLogger()
+    _, summary = run(cache, tmp_path / "state", train, logger=logger, keep=tmp_path / "kept", num_epochs=20, learning_rate=1.0)
+    assert summary["steps"] < 60
+    assert not list((tmp_path / "kept").glob("*")) and "stopped early, so that no state is kept" in "\n".join(logger.lines)
 
 
 def test_kept_state_gives_another_size_its_moments(cache, tmp_path):

@@ -30,8 +30,13 @@ class Loaded:
 
     @property
     def size(self) -> int:
-        """Return the side of the images that it was trained on."""
-        return self.pipeline.config.image_size
+        """Return the longest side of the images that it was trained on."""
+        return max(max(size) for size in self.pipeline.trained_sizes)
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Return width and height that a call without them has."""
+        return self.pipeline.trained_sizes[0]
 
     @property
     def cell(self) -> int:

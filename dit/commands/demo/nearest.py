@@ -11,7 +11,7 @@ from dit.config import load_config
 from dit.dataset.reader import Entry
 from dit.encoders.loading import EncoderSource
 from dit.evaluation.clip import ClipFeatures, fastest_device, open_images, read_split
-from dit.latents.index import read_index
+from dit.latents.index import image_sizes, read_index
 
 SHOWN = 5
 LATENTS, RAW = Path("data/latents"), Path("data/raw")
@@ -44,10 +44,7 @@ class NearestTrainingImages:
 
     def _read(self) -> None:
         index = read_index(self.root / LATENTS / "index.json")
-        self.runtime, self.sizes = (
-            load_config(self.root / "params.yaml").runtime,
-            index.get("sizes") or [(index["image_size"],) * 2],
-        )
+        self.runtime, self.sizes = load_config(self.root / "params.yaml").runtime, image_sizes(index)
         clip = ClipFeatures(EncoderSource(**index["clip"]), fastest_device())
         self.entries: list[Entry] = read_split(self.root / RAW, "train")
         images = open_images(self.root / RAW, self.entries, self.sizes, self.runtime)

@@ -187,8 +187,8 @@ class Page:
             )
             size, cell = self.first.size, self.first.cell
             sides = [
-                gr.Slider(cell, LARGEST * size, size, step=cell, label=text(side), elem_id=f"{place}-{side}")
-                for side in ("width", "height")
+                gr.Slider(cell, LARGEST * size, pixels, step=cell, label=text(side), elem_id=f"{place}-{side}")
+                for side, pixels in zip(("width", "height"), self.first.default_size, strict=True)
             ]
         model.input(self.fit_model, [model, scheduler], [scheduler, *sides], show_progress="minimal")
         return [model, scheduler, steps, guidance, *sides]
@@ -199,8 +199,9 @@ class Page:
             loaded = self.models.load(model)
         fitting = loaded.schedulers
         chosen = scheduler if scheduler in fitting else DEFAULTS.scheduler if DEFAULTS.scheduler in fitting else fitting[0]
-        side = gr.Slider(minimum=loaded.cell, maximum=LARGEST * loaded.size, step=loaded.cell, value=loaded.size)
-        return [gr.Dropdown(fitting, value=chosen), side, side]
+        cell, most = loaded.cell, LARGEST * loaded.size
+        sides = [gr.Slider(minimum=cell, maximum=most, step=cell, value=side) for side in loaded.default_size]
+        return [gr.Dropdown(fitting, value=chosen), *sides]
 
     def generate(self, request: gr.Request, history, prompt, negative, seed, count, *rest) -> Iterator[list]:  # noqa: D417
         """Generate what the controls say: live images and the time left, then the results, which have been saved."""
