@@ -162,9 +162,11 @@ def test_push_has_no_secret_and_no_path(hub, tmp_path):
     training = json.loads(Path("models/dit/training.json").read_text())
     training["vae"] = str(tmp_path / "secret-project" / "my-vae")
     training["settings"]["train"] |= {"from": "~/somewhere/base", "data": "https://anna:password1@example.org/set"}
+    training["settings"]["train"] |= {"method": "full", "init_from": str(tmp_path / "secret-project" / "base")}
     Path("models/dit/training.json").write_text(json.dumps(training))
     push("anna/shapes")
     pushed = files(hub)
+    assert "trained from `base` on with" in pushed["README.md"].decode()
     assert "`my-vae`" in pushed["README.md"].decode() and json.loads(pushed["training.json"])["vae"] == "my-vae"
     for name, content in pushed.items():
         for secret in (TOKEN, "password1", "secret-project", "somewhere", str(tmp_path), str(Path.home()), str(REPO)):
