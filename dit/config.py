@@ -214,7 +214,7 @@ class Lora:
     """The adapters that are trained where `train.method` is lora."""
 
     rank: PositiveInt
-    alpha: PositiveFloat
+    alpha: PositiveInt
     target_modules: Annotated[Several[Text], Field(min_length=1)]
 
 
