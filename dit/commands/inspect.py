@@ -80,6 +80,8 @@ def print_facts(path: Path) -> None:
 
 def describe_cache(cache: LatentCache) -> str:
     """Summarise a latent cache, a fact a line."""
+    import torch
+
     from dit.latents.cache import CLIP_TOKENS, bytes_per_image
 
     index = cache.index
