@@ -70,7 +70,7 @@ def test_lora_writes_the_same_bytes_again(cache, tmp_path, init):
         save_model(tmp_path / name, model, cache, MODEL, OPTIM, replace(TRAIN, **LORA))
     for path in (f"lora/{FILE}", WEIGHTS, "README.md", "training.json"):
         assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes()
-    assert "as adapters to `base`, merged into it here" in (tmp_path / "one" / "README.md").read_text()
+    assert "as adapters (LoRA) to `base`, which are merged into it," in (tmp_path / "one" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, "batch_size": 3}])
