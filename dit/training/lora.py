@@ -6,6 +6,7 @@ B is zero at first, so that a training begins with exactly the model that it was
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def count_parameters(transformer: DiT) -> int:
 
 def save_adapters(transformer: DiT, folder: Path) -> None:
     """Write `pytorch_lora_weights.safetensors` into `folder`, as diffusers' `save_lora_weights` does."""
+    from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
     from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin  # one of those with adapters in `transformer` alone
     from peft import get_peft_model_state_dict
 
@@ -64,6 +66,7 @@ def save_adapters(transformer: DiT, folder: Path) -> None:
         transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=ADAPTER),
         transformer_lora_adapter_metadata={name: _ordered(value) for name, value in about.items()},
     )
+    _sort_metadata(folder / LORA_WEIGHT_NAME_SAFE)
 
 
 def merge_adapters(transformer: DiT) -> None:
@@ -71,6 +74,22 @@ def merge_adapters(transformer: DiT) -> None:
     transformer.fuse_lora()
     transformer.unload_lora()
     transformer.requires_grad_(True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata in a safetensors file into their order: safetensors writes several in a random one.
+
+    The file is the length of its header, 8 bytes, the header, which is JSON, and the tensors.
+    """
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+    part.replace(path)
 
 
 def _ordered(value: Any) -> Any:
