@@ -26,6 +26,7 @@ def benchmark(*arguments: object, output: Path) -> tuple[str, dict]:
 
 
 @pytest.mark.parametrize(("part", "size"), [("read", ["--entries", 200]), ("download", ["--images", 1])])
+@pytest.mark.slow
 def test_data_prints_a_documented_table(tmp_path, part, size):
     (tmp_path / "temporary").mkdir()
     printed, results = benchmark("data", part, *size, "--folder", tmp_path / "temporary", output=tmp_path / "data.json")
@@ -35,6 +36,7 @@ def test_data_prints_a_documented_table(tmp_path, part, size):
     assert not list((tmp_path / "temporary").iterdir())
 
 
+@pytest.mark.slow
 def test_sampling_prints_a_documented_table(tmp_path, model):
     printed, results = benchmark("sampling", "editing", "--checkpoint", model, output=tmp_path / "sampling.json")
     assert printed.strip().splitlines()[0] in DOCUMENTED

@@ -58,7 +58,8 @@ def train(cache: Path, out: Path, compiled: bool, broken: tuple[int, ...], proce
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the broken compiler is a shell script")
-@pytest.mark.parametrize(("processes", "broken"), [(1, (0,)), pytest.param(2, (1,), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("processes", "broken"), [(1, (0,)), (2, (1,))])
+@pytest.mark.slow
 def test_broken_compiler_trains_uncompiled(tmp_path, processes, broken):
     cache = write_cache(tmp_path / "cache").folder
     plain, printed = train(cache, tmp_path / "plain", False, (), processes)

@@ -72,8 +72,8 @@ def train_with(processes: int, cache, out, train: dict, epochs: int, resumes: bo
     "train",
     [
         {"batch_size": 5, "caption_dropout": 0.3},  # 3 and 2 images
-        {"batch_size": 3, "gradient_accumulation_steps": 2, "objective": "ddpm"},
-        {"batch_size": 5, "method": "lora", "init_from": "base"},
+        pytest.param({"batch_size": 3, "gradient_accumulation_steps": 2, "objective": "ddpm"}, marks=pytest.mark.slow),
+        pytest.param({"batch_size": 5, "method": "lora", "init_from": "base"}, marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_train_as_one(tmp_path, train):

@@ -167,6 +167,7 @@ def test_load_problem_is_one_line(repositories, tmp_path):
             assert "\n" not in line and len(line) < 600
 
 
+@pytest.mark.slow
 def test_load_broken_connection_is_one_line(repositories, tmp_path):
     with serve_hub(repositories) as (address, hub):
         hub.always_cut.add("diffusion_pytorch_model.safetensors")

@@ -102,6 +102,7 @@ def test_exp_run_runs_what_it_changes_and_gets_its_rows(clone):
     clone.dvc("checkout")
 
 
+@pytest.mark.slow
 def test_pull_request_report_names_changes(clone):
     """The step of the workflow as it stands there, on a branch with another sampler."""
     clone.run("git", "update-ref", "refs/remotes/origin/main", "HEAD")
@@ -119,6 +120,7 @@ def test_pull_request_report_names_changes(clone):
     clone.dvc("checkout")
 
 
+@pytest.mark.slow
 def test_speedrun_leaves_project_unchanged(clone):
     done = clone.run(sys.executable, "-m", "dit.cli", "benchmark", "speedrun", "--output", str(clone.root.parent / "s.json"))
     assert "speedrun: 0.95 was not reached" in done.stdout  # after a dozen steps
@@ -167,6 +169,7 @@ run_stage("train", stage.main, metrics=[stage.METRICS, stage.CURVES, stage.RUN])
 """
 
 
+@pytest.mark.slow
 def test_resume_from_other_settings_is_kept_apart(clone):
     states = clone.root / ".state" / "train"
     original = (clone.root / "params.yaml").read_text()
@@ -230,6 +233,7 @@ def test_tracking_stays_in_a_folder_of_any_name(tmp_path, monkeypatch, model, na
     assert len(list((root / "mlartifacts").rglob("transformer/*.safetensors"))) == 1
 
 
+@pytest.mark.slow
 def test_rank_of_a_cluster_is_no_worker(clone):
     """Clusters set it for every program; a stage that took it for its own would wait for others, or end in a stack trace."""
     ranks = ("RANK=0", "LOCAL_RANK=0", "WORLD_SIZE=2", "PMI_SIZE=2", "OMPI_COMM_WORLD_SIZE=2")

@@ -89,6 +89,7 @@ def test_registered_model_generates_as_pipeline(project, model):
     check(project, model, run.run_id)
 
 
+@pytest.mark.slow
 def test_registered_model_has_its_local_encoders(project, model, tmp_path_factory):
     """The project with its folders of encoders may be gone, or on another machine."""
     own = tmp_path_factory.mktemp("own")
@@ -105,6 +106,7 @@ def test_registered_model_has_its_local_encoders(project, model, tmp_path_factor
     check(project, model, run.run_id)
 
 
+@pytest.mark.slow
 def test_registered_model_after_project_moved(project, model, monkeypatch):
     run = register(model)
     (project / "moved").mkdir()
@@ -115,6 +117,7 @@ def test_registered_model_after_project_moved(project, model, monkeypatch):
     check(project / "moved", model, run.run_id)
 
 
+@pytest.mark.slow
 def test_deleted_registered_model_is_made_again(project, model):
     run = register(model)
     store = MlflowClient(tracking.tracking_uri())
@@ -144,6 +147,7 @@ def test_sync_runs_registers_a_deleted_model_again(project, model, monkeypatch, 
         assert store.get_logged_model(newest.source.removeprefix("models:/")).source_run_id == run_id
 
 
+@pytest.mark.slow
 def test_sync_runs_keeps_a_run_whose_model_is_gone(project, model, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", "file:./mlruns")

@@ -248,7 +248,7 @@ def test_trainer_of_buckets_resumes_bit_identically(bucket_cache, tmp_path, trai
 
 
 def test_trainer_of_buckets_learns_all_shapes(bucket_cache, tmp_path):
-    trained, _ = run(bucket_cache, tmp_path, num_epochs=60, learning_rate=3e-3)
+    trained, _ = run(bucket_cache, tmp_path, num_epochs=30, learning_rate=3e-3)
     untrained = build_model(bucket_cache, MODEL, seed=0)
     before, after = (validation_losses(model.eval(), bucket_cache, Flow(), 4)[0] for model in (untrained, trained))
     ends = np.cumsum([len(images) for images in bucket_cache.val_buckets])

@@ -59,9 +59,11 @@ def test_score_objects_blurred_noisy_and_tinted_scenes(layout, level):
 @pytest.mark.parametrize(
     ("layout", "level"),
     [
-        ("free", 1),
+        pytest.param("free", 1, marks=pytest.mark.slow),
         pytest.param(
-            "free", 3, marks=pytest.mark.xfail(strict=True, reason="0.977: one of four small objects is blurred too much")
+            "free",
+            3,
+            marks=[pytest.mark.slow, pytest.mark.xfail(strict=True, reason="0.977: one of four small objects is blurred too much")],
         ),
         ("quarters", 2),
     ],

@@ -42,6 +42,7 @@ def test_bundled_vae_reconstructs_new_scenes(fresh):
     assert reconstruction_psnr(vae, fresh[0]) >= 36
 
 
+@pytest.mark.slow
 def test_bundled_clip_picks_the_right_caption_among_32():
     images, descriptions, _ = render_scenes(1700, 4343)
     clip, processor = load_clip(EncoderSource("builtin"))

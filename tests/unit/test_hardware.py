@@ -40,6 +40,7 @@ def test_has_fast_bf16_follows_the_instructions(monkeypatch, capabilities, fast)
     assert has_fast_bf16(torch.device("cpu")) == fast
 
 
+@pytest.mark.slow
 def test_keep_freed_memory():
     given_back = {}
     for keep in (False, True):
