@@ -63,7 +63,10 @@ def test_score_objects_blurred_noisy_and_tinted_scenes(layout, level):
         pytest.param(
             "free",
             3,
-            marks=[pytest.mark.slow, pytest.mark.xfail(strict=True, reason="0.977: one of four small objects is blurred too much")],
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.xfail(strict=True, reason="0.977: one of four small objects is blurred too much"),
+            ],
         ),
         ("quarters", 2),
     ],
