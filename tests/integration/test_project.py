@@ -143,6 +143,7 @@ print(speedrun.speedrun_line(points), len(points))
     assert "(6 steps) until prompt_accuracy was 0.000 of 8 prompts 1" in clone.run(sys.executable, "-c", code).stdout
 
 
+@pytest.mark.slow
 def test_resume_from_unusable_checkpoint_is_one_line(clone):
     log = (clone.root / "models" / "train.log").read_text()
     runs = len(clone.parents())
