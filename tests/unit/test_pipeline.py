@@ -16,17 +16,14 @@ from dit.errors import UserError
 from dit.pipeline.pipeline import DiTTextToImagePipeline
 from dit.pipeline.schedulers import make_scheduler, set_timesteps
 from dit.utils.files import sha256_file
-from helpers.small_models import save
+from helpers.small_models import euler_pipeline, save
 
 PLACES = [("a red circle", 0), ("a red circle", 1), ("a blue star", 2), ("a blue star", 3)]  # in a batch of two of each
 
 
 @pytest.fixture(scope="module")
 def pipeline(model) -> DiTTextToImagePipeline:
-    pipeline = DiTTextToImagePipeline.from_pretrained(model)
-    pipeline.scheduler = make_scheduler("euler", "flow_prediction")
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return euler_pipeline(model)
 
 
 def generate(pipeline, prompts, seeds, **settings) -> list[np.ndarray]:

@@ -18,20 +18,12 @@ from dit.pipeline.schedulers import make_scheduler
 from dit.shapes.render import render
 from dit.shapes.scene import Object, Scene
 from helpers import REPO
+from helpers.small_models import euler_pipeline, generate_latents
 
 
 @pytest.fixture(scope="module")
 def pipeline(model) -> DiTTextToImagePipeline:
-    pipeline = DiTTextToImagePipeline.from_pretrained(model)
-    pipeline.scheduler = make_scheduler("euler", "flow_prediction")
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def generate(pipeline, *args, **settings) -> torch.Tensor:
-    """Latents of three steps under strong guidance, from the same noise."""
-    settings = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent"} | settings
-    return pipeline(*args, generator=torch.Generator().manual_seed(0), **settings).images
+    return euler_pipeline(model)
 
 
 # Schedules of one's own
@@ -41,7 +33,7 @@ def levels_seen(pipeline, **settings) -> list[float]:
     seen = []
     handle = pipeline.transformer.register_forward_pre_hook(lambda _, given: seen.append(given[1][0].item()))
     try:
-        generate(pipeline, "a red circle", **settings)
+        generate_latents(pipeline, "a red circle", **settings)
     finally:
         handle.remove()
     return [round(level, 3) for level in seen]
@@ -65,8 +57,8 @@ def test_schedule_of_a_flow(pipeline, monkeypatch, scheduler, schedule, expected
 
 
 def test_schedule_equals_that_of_the_scheduler(pipeline):
-    expected = generate(pipeline, "a red circle", num_inference_steps=4)
-    assert torch.equal(generate(pipeline, "a red circle", sigmas=[1.0, 0.75, 0.5, 0.25]), expected)
+    expected = generate_latents(pipeline, "a red circle", num_inference_steps=4)
+    assert torch.equal(generate_latents(pipeline, "a red circle", sigmas=[1.0, 0.75, 0.5, 0.25]), expected)
 
 
 def test_schedule_and_strength(pipeline):
@@ -128,7 +120,7 @@ def test_sigmas_of_a_ddpm(ddpm, monkeypatch):
 def test_schedule_of_a_flow_is_refused(pipeline, monkeypatch, scheduler, schedule, message):
     monkeypatch.setattr(pipeline, "scheduler", make_scheduler(scheduler, "flow_prediction"))
     with pytest.raises(UserError, match=message) as caught:
-        generate(pipeline, "a red circle", **schedule)
+        generate_latents(pipeline, "a red circle", **schedule)
     assert "\n" not in str(caught.value)
 
 
@@ -148,7 +140,7 @@ def test_schedule_of_a_flow_is_refused(pipeline, monkeypatch, scheduler, schedul
 def test_schedule_of_a_ddpm_is_refused(ddpm, monkeypatch, scheduler, schedule, message):
     monkeypatch.setattr(ddpm, "scheduler", make_scheduler(scheduler, "epsilon"))
     with pytest.raises(UserError, match=message):
-        generate(ddpm, "a red circle", **schedule)
+        generate_latents(ddpm, "a red circle", **schedule)
 
 
 # Guidance that keeps the contrast
@@ -161,10 +153,10 @@ def test_guidance_rescale(pipeline):
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     settings = {"sigmas": [1.0], "latents": noise}  # a step from 1 to 0: the prediction is noise - latents
     plain, none, full, half = (
-        noise - generate(pipeline, "a red circle", **settings, guidance_rescale=r) for r in (0.0, 0, 1.0, 0.5)
+        noise - generate_latents(pipeline, "a red circle", **settings, guidance_rescale=r) for r in (0.0, 0, 1.0, 0.5)
     )
-    conditional = noise - generate(pipeline, "a red circle", **settings, guidance_scale=1.0)
-    empty = noise - generate(pipeline, "", **settings, guidance_scale=1.0)
+    conditional = noise - generate_latents(pipeline, "a red circle", **settings, guidance_scale=1.0)
+    empty = noise - generate_latents(pipeline, "", **settings, guidance_scale=1.0)
     assert torch.equal(plain, none) and torch.allclose(plain, apply_cfg(conditional, empty, 4.0), atol=1e-4)
     assert torch.allclose(full, plain * conditional.std() / plain.std(), atol=1e-4)
     assert torch.allclose(half, (plain + full) / 2, atol=1e-4)
@@ -182,10 +174,10 @@ def test_model_cpu_offload_generates_the_same(model):
     mask = torch.zeros(64, 64)
     mask[20:40] = 1
     calls = [{}, {"image": image, "strength": 0.7}, {"image": image, "mask_image": mask}]
-    expected = [generate(pipeline, "a red circle", output_type="pt", **settings) for settings in calls]
+    expected = [generate_latents(pipeline, "a red circle", output_type="pt", **settings) for settings in calls]
     pipeline.enable_model_cpu_offload(device="cpu")
     for settings, image in zip(calls * 2, expected * 2, strict=True):
-        assert torch.equal(generate(pipeline, "a red circle", output_type="pt", **settings), image)
+        assert torch.equal(generate_latents(pipeline, "a red circle", output_type="pt", **settings), image)
     assert all(hasattr(pipeline.components[name], "_hf_hook") for name in pipeline.model_cpu_offload_seq.split("->"))
 
 
@@ -209,7 +201,7 @@ def test_model_cpu_offload_brings_each_network_before_its_use(model, monkeypatch
     for network, parts in uses.items():
         for part in parts:
             part.register_forward_pre_hook(lambda *given, network=network: events.append(("used", network)))
-    generate(pipeline, "a red circle", image=torch.zeros(3, 64, 64), strength=1.0, output_type="pt")
+    generate_latents(pipeline, "a red circle", image=torch.zeros(3, 64, 64), strength=1.0, output_type="pt")
     for network, parts in uses.items():
         own = [event for event, module in events if module is network]
         assert own[0] == "brought" and own.count("used") >= len(parts)
@@ -225,11 +217,11 @@ def test_vae_tiling(pipeline):
         {"image": image, "height": image.height, "width": image.width, "strength": 0.0, "output_type": "pt"}
         for image in (scene, four)
     ]
-    before = [generate(pipeline, "a red circle", **each) for each in settings]
+    before = [generate_latents(pipeline, "a red circle", **each) for each in settings]
     pipeline.enable_vae_tiling()
-    tiled = [generate(pipeline, "a red circle", **each) for each in settings]
+    tiled = [generate_latents(pipeline, "a red circle", **each) for each in settings]
     pipeline.disable_vae_tiling()
-    after = [generate(pipeline, "a red circle", **each) for each in settings]
+    after = [generate_latents(pipeline, "a red circle", **each) for each in settings]
     assert torch.equal(tiled[0], before[0]) and all(map(torch.equal, before, after))
     pixels = torch.from_numpy(np.array(four)).permute(2, 0, 1) / 255
     assert 0 < (tiled[1] - before[1]).abs().mean() < 0.03 and (tiled[1] - pixels).abs().mean() < 0.03
@@ -245,7 +237,9 @@ OURS, SD, SD3, PIXART = (
 
 def test_height_is_the_second_argument(pipeline):
     assert OURS[:4] == SD[:4] == ["prompt", "height", "width", "num_inference_steps"]
-    assert torch.equal(generate(pipeline, "a red circle", 96, 64), generate(pipeline, "a red circle", height=96, width=64))
+    assert torch.equal(
+        generate_latents(pipeline, "a red circle", 96, 64), generate_latents(pipeline, "a red circle", height=96, width=64)
+    )
 
 
 @pytest.mark.parametrize("theirs", [SD, SD3])
