@@ -386,6 +386,7 @@ class Trainer:
 
     def _log_start(self, flops: int, init: InitModel | None) -> None:
         processes, precision = self.accelerator.num_processes, self.accelerator.mixed_precision
+        precision = "fp32" if precision == "no" else precision
         share = f", {processes} processes" if processes > 1 else ""
         self.logger.log_line(
             f"{len(self.cache.train)} images, {self.optim.num_epochs} epochs: {self.total_steps} steps of {self.batch_size}, "
