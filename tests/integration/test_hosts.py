@@ -74,5 +74,5 @@ def test_two_hosts_train_as_one(tmp_path, hosts):
     assert [process.returncode for process in launched] == [0, 0], "\n".join(printed)
     one, two = (load_file(folder / WEIGHTS) for folder in (clone.root, folders[0]))
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
-    assert "48 steps of 16, no on cpu, 2 processes" in printed[0]
+    assert "48 steps of 16, fp32 on cpu, 2 processes" in printed[0]
     assert not (folders[1] / "models").exists() and not (folders[1] / "mlflow.db").exists()  # the first machine writes

@@ -124,4 +124,4 @@ def test_accelerate_launch_two_processes_train_as_one(clone):
     curves, printed = finish(clone, (sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "stages.train"))
     two = load_file(clone.root / WEIGHTS)
     assert curves["step"].max() == 48 and max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
-    assert printed.count("48 steps of 16, no on cpu, 2 processes") == 1
+    assert printed.count("48 steps of 16, fp32 on cpu, 2 processes") == 1

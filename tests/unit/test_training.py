@@ -312,7 +312,7 @@ def test_trainer_warm_up_is_at_most_a_tenth_of_the_run(tmp_path, images, warmup,
     assert rates[-1] < 0.2  # the cosine has come to its end
     line = f"train.warmup_steps: {warmup} is more than a tenth of this run; the learning rate rises for {taken} steps"
     assert (line in logger.lines) == (taken < warmup)
-    assert logger.lines[0] == f"{images} images, 12 epochs: {2 * images} steps of 6, no on cpu"
+    assert logger.lines[0] == f"{images} images, 12 epochs: {2 * images} steps of 6, fp32 on cpu"
 
 
 def test_trainer_prints_once_how_long_it_takes(cache, tmp_path):
