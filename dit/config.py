@@ -20,7 +20,8 @@ from pydantic_core import ErrorDetails
 from dit.errors import UserError
 from dit.yaml_file import read_yaml
 
-VAE_FACTOR = 8  # pixels per latent, in each direction; every Stable Diffusion VAE since 2021
+# Pixels of a latent's side, of the bundled VAE and of Stable Diffusion's. Others are asked by `dit check` and the encode stage.
+VAE_FACTOR = 8
 
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
@@ -385,7 +386,7 @@ def _init_problem(train: Train) -> str:
 
 def _impossible(recipe: str, settings: Recipe) -> str | None:
     """Return what is wrong with a combination of values, each of which is fine by itself."""
-    model, size = settings.model, settings.encode.image_size
+    model = settings.model
     if isinstance(settings, ShapesRecipe) and settings.data.layout == "quarters" and settings.data.level > 2:
         return f"{recipe}.data.level: {settings.data.level} is of layout free; 1 or 2 would be right with layout quarters"
     if model.hidden_size % model.num_heads:
@@ -400,20 +401,24 @@ def _impossible(recipe: str, settings: Recipe) -> str | None:
             f"{recipe}.model.hidden_size: {model.hidden_size} with num_heads {model.num_heads} makes heads of "
             f"{model.hidden_size // model.num_heads}, which is not a multiple of 4 (2-D rotary positions); {fits} would be right"
         )
-    cell = VAE_FACTOR * model.patch_size
+    is_folder = Path(settings.encode.vae).expanduser().is_dir()
+    return None if is_folder else sides_problem(recipe, settings, VAE_FACTOR)
+
+
+def sides_problem(recipe: str, settings: Recipe, factor: int) -> str | None:
+    """Return what is wrong with the sides of the images where a latent of the VAE is `factor` pixels wide and high, or None."""
+    patch_size, size = settings.model.patch_size, settings.encode.image_size
+    cell = factor * patch_size
     if size % cell:
         return (
-            f"{recipe}.encode.image_size: {size} is not a multiple of {cell} (VAE factor {VAE_FACTOR} x patch_size "
-            f"{model.patch_size}); {_nearest(size, cell)} would be right"
+            f"{recipe}.encode.image_size: {size} is not a multiple of {cell} (VAE factor {factor} x patch_size {patch_size}); "
+            f"{_nearest(size, cell)} would be right"
         )
-    return _buckets_problem(recipe, settings) if settings.encode.aspect_ratios == "buckets" else None
-
-
-def _buckets_problem(recipe: str, settings: Recipe) -> str | None:
+    if settings.encode.aspect_ratios == "square":
+        return None
     from dit.dataset.aspect_ratios import side_step  # numpy takes a tenth of a second
 
-    patch_size, size = settings.model.patch_size, settings.encode.image_size
-    step, cell = side_step(size), VAE_FACTOR * patch_size
+    step = side_step(size)
     if step % cell or size % step:
         return (
             f"{recipe}.encode.aspect_ratios: buckets with the area of {size} x {size} pixels have sides of multiples of {step}; "

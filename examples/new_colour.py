@@ -49,8 +49,9 @@ from dit.training.init_model import load_init  # noqa: E402
 from dit.training.logging import MetricLogger  # noqa: E402
 from dit.training.lora import save_adapters  # noqa: E402
 from dit.training.trainer import Trainer  # noqa: E402
+from dit.utils.autoencoder import reconstruct  # noqa: E402
 from dit.utils.files import write_json  # noqa: E402
-from dit.utils.images import grid, reconstruct  # noqa: E402
+from dit.utils.images import grid  # noqa: E402
 
 FOLDER = Path("new_colour")
 TRAIN_STREAM, NEW_STREAM, OLD_STREAM = 101, 102, 103  # no scene is in two of them, nor in those of dit/shapes/prompts.py

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dit.config import Params
 from dit.encode.encode import encode_dataset
+from dit.encoders.loading import check_sides
 from dit.utils.files import write_json
 from stages import run_stage
 
@@ -14,6 +15,7 @@ METRICS = "metrics/encode.json"
 
 def main(params: Params) -> None:
     """Encode data/raw into data/latents; several processes share the work."""
+    check_sides(params.recipe, params.active)
     metrics = encode_dataset(
         raw=Path("data/raw"),
         folder=Path("data/latents"),

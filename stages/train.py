@@ -32,8 +32,9 @@ from dit.training.logging import MetricLogger, NullLogger
 from dit.training.setup import build_trainable
 from dit.training.stop import Stopped
 from dit.training.trainer import Trainer
+from dit.utils.autoencoder import decode_latents
 from dit.utils.files import sha256_file, warn_stale_state, write_json
-from dit.utils.images import decode_latents, to_images
+from dit.utils.images import to_images
 from stages import run_stage
 from stages.dvc_files import code_digest, locked_digest, locked_params
 from stages.init_model import open_init

@@ -11,11 +11,12 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from dit.config import VAE_FACTOR, CocoData, Encode, Params, load_config
+from dit.config import VAE_FACTOR, CocoData, Params, load_config
 from dit.errors import UserError, without_passwords
 
 # Bytes on disk per image, generously: raw data, latent cache (moments of two augmentations, text rows), and DVC's copy of both.
 RAW_BYTES = {"shapes": 4_000, "coco": 200_000, "folder": 0, "hub": 200_000, "webdataset": 60_000}
+LONGEST = 77  # tokens of a caption
 MODEL_BYTES = 16  # per parameter: weights, DVC's copy, and as much again
 
 
@@ -35,7 +36,7 @@ def run_check(arguments: argparse.Namespace) -> None:
     check_disk(params)
     if read_json(Path("data/raw/source.json")) != json.loads(json.dumps(without_passwords(asdict(params.active.data)))):
         check_data(params)
-    check_weights(params.active.encode)
+    check_weights(params)
     check_features(params.evaluate.features)
     print("settings, disk space, data and weights: nothing is missing")
 
@@ -77,17 +78,49 @@ def check_data(params: Params) -> None:
         check_shards(data)
 
 
-def check_weights(encode: Encode) -> None:
-    """Check that the encoders that the cache was not made with can be loaded."""
-    index = read_json(Path("data/latents/index.json")) or {}
+def check_weights(params: Params) -> None:
+    """Check that the encoders that the cache was not made with can be loaded and fit the images; print what they cost."""
+    index, encode = read_json(Path("data/latents/index.json")) or {}, params.active.encode
+    unknown = False
     for kind, name, revision in (("vae", encode.vae, encode.vae_revision), ("clip", encode.clip, encode.clip_revision)):
         made_with = index.get(kind) or {}
         known = made_with.get("name") == name and made_with.get("revision") == revision
+        unknown |= not known
         if known or name == "builtin":
             continue
         from dit.encoders.loading import EncoderSource, find_encoder
 
         find_encoder(kind, EncoderSource(name, revision), weights=False)
+    if unknown:
+        from dit.encoders.loading import check_sides
+
+        check_sides(params.recipe, params.active)
+        print(describe_cost(params))
+
+
+def describe_cost(params: Params) -> str:
+    """Say what the settings make of an image: latents, tokens, bytes in the cache, and operations of a training step."""
+    import torch
+
+    from dit.encoders.loading import EncoderSource, read_config
+    from dit.model.transformer import DiT, forward_flops
+    from dit.utils.autoencoder import HAS_POSTERIOR, vae_factor
+
+    encode, model = params.active.encode, params.active.model
+    vae = read_config("vae", EncoderSource(encode.vae, encode.vae_revision))
+    clip = read_config("clip", EncoderSource(encode.clip, encode.clip_revision))
+    channels, side = vae["latent_channels"], encode.image_size // vae_factor(vae)
+    widths = clip.get("text_config", clip).get("hidden_size", 512), clip.get("projection_dim", 512)  # transformers' defaults
+    with torch.device("meta"):  # its weights take no memory
+        transformer = DiT(channels, model.patch_size, model.hidden_size, model.num_layers, model.num_heads, *widths)
+    values = channels * side**2 * (2 if HAS_POSTERIOR[vae["_class_name"]] else 1)
+    images = params.train.batch_size * params.train.gradient_accumulation_steps
+    flops = 3 * images * forward_flops(transformer, (side, side), LONGEST)
+    return (
+        f"an image of {encode.image_size} x {encode.image_size} pixels is {(side // model.patch_size) ** 2} tokens, from latents "
+        f"of {channels} x {side} x {side}: {4 * values * (1 + encode.crops):,} bytes in the cache, with its mirror image; a "
+        f"training step of {images} images, with the longest captions: {flops / 1e12:.3g} TFLOP"
+    )
 
 
 def check_features(features: str) -> None:

@@ -255,7 +255,8 @@ def generation_warnings(
         arguments, prompts, image, mask: what was asked for.
     """
     from dit.commands.prompt_warnings import prompt_warnings
-    from dit.utils.images import psnr, reconstruct
+    from dit.utils.autoencoder import reconstruct
+    from dit.utils.images import psnr
 
     for prompt in dict.fromkeys([*prompts, arguments.negative_prompt]):
         yield from prompt_warnings(pipeline.tokenizer, prompt, pipeline.config.long_captions)

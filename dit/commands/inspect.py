@@ -122,12 +122,12 @@ def _mean_latents(cache: LatentCache, count: int) -> tuple[np.ndarray, list[torc
     from dit.latents.cache import sample_posterior
 
     chosen = np.random.default_rng(0).permutation(len(cache))[:count]
-    scaling = cache.index["vae_scaling"], cache.index["vae_shift"]
     latents: list[torch.Tensor] = []
     for number in chosen:
-        moments = cache.read(np.array([number]), np.zeros(1), np.zeros(1, dtype=bool)).moments
-        mean = moments.chunk(2, dim=1)[0]
-        latents += sample_posterior(moments, torch.zeros_like(mean), *scaling)
+        image = np.array([number])
+        moments = cache.read(image, np.zeros(1), np.zeros(1, dtype=bool)).moments
+        no_noise = torch.zeros(1, *cache.latent_shapes[cache.bucket_of(image)])
+        latents += sample_posterior(moments, no_noise, *cache.scaling_and_shift(moments.device))
     return chosen, latents
 
 
@@ -144,7 +144,8 @@ def decode_images(cache: LatentCache, raw: Path, count: int) -> Image.Image:
         UserError: the VAE cannot be loaded.
     """
     from dit.encoders.loading import EncoderSource, load_vae
-    from dit.utils.images import decode_latents, labelled_grid, to_images
+    from dit.utils.autoencoder import decode_latents
+    from dit.utils.images import labelled_grid, to_images
 
     chosen, latents = _mean_latents(cache, count)
     vae, _ = load_vae(EncoderSource(**cache.index["vae"], recorded_in=cache.folder))

@@ -25,9 +25,11 @@ class ShardBuffer:
         captions: of each image, the number of its captions.
         lengths: of each caption, the number of its tokens.
         no_flip: of each caption, whether it says left or right.
+        grids: what is stored of the images, "moments" or "latents".
     """
 
-    def __init__(self, val: list[bool], captions: list[int], lengths: list[int], no_flip: list[bool]):
+    def __init__(self, val: list[bool], captions: list[int], lengths: list[int], no_flip: list[bool], grids: str = "moments"):
+        self.grids = grids
         self.tensors = {
             "captions": _starts(captions),
             "offsets": _starts(lengths),
@@ -37,12 +39,12 @@ class ShardBuffer:
         self._images = self._captions = 0
 
     def add(self, moments: torch.Tensor, tokens: list[torch.Tensor], pooled: torch.Tensor) -> None:
-        """Append the next images: moments (B, V, 2C, H, W), and of their captions tokens (L, E) each and pooled (M, P)."""
-        if "moments" not in self.tensors:
+        """Append the next images: moments (B, V, 2C or C, H, W), and of their captions tokens (L, E) each and pooled (M, P)."""
+        if self.grids not in self.tensors:
             counts = (len(self.tensors["val"]), int(self.tensors["offsets"][-1]), len(self.tensors["no_flip"]))
-            for name, count, like in zip(("moments", "tokens", "pooled"), counts, (moments, tokens[0], pooled), strict=True):
+            for name, count, like in zip((self.grids, "tokens", "pooled"), counts, (moments, tokens[0], pooled), strict=True):
                 self.tensors[name] = torch.zeros(count, *like.shape[1:], dtype=torch.float16)
-        self.tensors["moments"][self._images : self._images + len(moments)] = moments
+        self.tensors[self.grids][self._images : self._images + len(moments)] = moments
         start = int(self.tensors["offsets"][self._captions])
         rows = torch.cat(tokens)
         self.tensors["tokens"][start : start + len(rows)] = rows

@@ -14,18 +14,18 @@ import shutil
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from dit.config import VAE_FACTOR, Encode, Runtime
+from dit.config import Encode, Runtime
 from dit.dataset.aspect_ratios import Size, choose_sizes, cut_share, nearest_sizes
 from dit.dataset.decode import read_named_size
 from dit.dataset.filters import forbids_flip
@@ -34,13 +34,17 @@ from dit.dataset.reader import Entry, read_images, select_images
 from dit.dataset.storage import StoredImages
 from dit.encode.cache_writer import ShardBuffer, assemble_cache, read_record
 from dit.encode.moments import encode_moments
-from dit.encode.reconstruction import measure_reconstruction
+from dit.encode.reconstruction import measure_latents, measure_reconstruction, sample_images
 from dit.encoders.loading import PRECISIONS, EncoderSource, load_vae
 from dit.encoders.text import TextEncoder
 from dit.encoders.vocabulary import unknown_words
 from dit.errors import UserError
 from dit.latents.index import LONGEST_CAPTION
+from dit.utils.autoencoder import has_posterior, has_scaling, scaling_and_shift, set_statistics, vae_factor
 from dit.utils.files import warn_stale_state
+
+if TYPE_CHECKING:
+    from dit.utils.autoencoder import Autoencoder
 
 SHARD_BYTES = 256 * 2**20
 MIN_PSNR = 30  # dB; below, the VAE's error is clearly visible
@@ -98,15 +102,26 @@ def encode_dataset(
         "crops": settings.crops,
         "vae": vae_source.to_dict(),
         "vae_tiling": settings.vae_tiling,
-        "vae_scaling": vae.config.scaling_factor,
-        "vae_shift": vae.config.shift_factor or 0.0,
+        "vae_scaling": scaling_and_shift(vae)[0],
+        "vae_shift": scaling_and_shift(vae)[1],
         "clip": text.source.to_dict(),
     }
+    if type(vae).__name__ != "AutoencoderKL":
+        about["vae_class"] = type(vae).__name__
     if settings.aspect_ratios == "buckets":
         about["sizes"] = list(groups)
     if settings.long_captions == "chunks":
         about["long_captions"] = settings.long_captions
     about = {"fingerprint": _digest(about), **about}
+
+    def samples(desc: str) -> Iterator[torch.Tensor]:
+        return sample_images(raw, images, settings.image_size, settings.batch_size, desc)
+
+    if not has_scaling(vae):
+        (measured,) = broadcast_object_list([measure_latents(vae, samples("measure")) if state.is_main_process else None])
+        set_statistics(vae, *measured)
+        vae_source = replace(vae_source, latents_mean=measured[0], latents_std=measured[1])
+        about["vae"], (about["vae_scaling"], about["vae_shift"]) = vae_source.to_dict(), scaling_and_shift(vae)
     encoder = Encoder(vae, text, settings, about["fingerprint"], raw, runtime)
     plans = list(plan_shards(groups, encoder))
     parts = unfinished_folder(about["fingerprint"], settings.batch_size, state.device)
@@ -116,7 +131,7 @@ def encode_dataset(
         if "sizes" in about:
             counts_of_sizes = ", ".join(f"{width} x {height} ({len(of)} images)" for (width, height), of in groups.items())
             print(f"encode: width and height are {counts_of_sizes}", flush=True)
-        quality = measure_reconstruction(vae, raw, images, settings.image_size, settings.batch_size, reconstructions)
+        quality = measure_reconstruction(vae, samples("reconstruct"), reconstructions)
         if quality < MIN_PSNR and settings.vae == "builtin":
             print(
                 "encode: the bundled VAE was fitted on rendered scenes and keeps little of these images "
@@ -235,7 +250,7 @@ def _plan_group(size: Size, images: Sequence[list[Entry]], number: int, encoder:
 class Encoder:
     """Encodes the images and captions of shards with both encoders."""
 
-    def __init__(self, vae: AutoencoderKL, text: TextEncoder, settings: Encode, fingerprint: str, raw: Path, runtime: Runtime):
+    def __init__(self, vae: Autoencoder, text: TextEncoder, settings: Encode, fingerprint: str, raw: Path, runtime: Runtime):
         self.vae, self.text, self.settings = vae, text, settings
         self.fingerprint, self.raw, self.runtime = fingerprint, raw, runtime
         self.unread = Unread()
@@ -243,7 +258,8 @@ class Encoder:
     def bytes_of(self, size: Size, images: int, lengths: list[int]) -> int:
         """Return the bytes in a shard of this number of images of `size`, and of captions of these lengths in tokens."""
         text, augmentations = self.text.model.config, 2 * (1 + self.settings.crops)
-        latent = 2 * self.vae.config.latent_channels * (size[0] // VAE_FACTOR) * (size[1] // VAE_FACTOR)
+        factor, values = vae_factor(self.vae.config), self.vae.config.latent_channels * (2 if has_posterior(self.vae) else 1)
+        latent = values * (size[0] // factor) * (size[1] // factor)
         return 2 * (images * augmentations * latent + sum(lengths) * text.hidden_size + len(lengths) * text.projection_dim)
 
     def write(self, plans: list[Plan], parts: Path) -> None:
@@ -268,6 +284,7 @@ class Encoder:
                 [len(entries) for entries in plan.images],
                 plan.lengths,
                 [forbids_flip(entry.text) for entry in plan.captions],
+                "moments" if has_posterior(self.vae) else "latents",
             )
             digests: list[str] = []
             enlarged, cut, (width, height) = 0, 0.0, plan.size

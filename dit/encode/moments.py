@@ -1,17 +1,22 @@
-"""The moments of a VAE's posterior of images, and errors where they do not fit into memory or into 16 bits."""
+"""What an autoencoder makes of images, for the cache, and errors where it does not fit into memory or into 16 bits."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from diffusers import AutoencoderKL
 
 from dit.config import Encode
 from dit.errors import UserError, is_out_of_memory
+from dit.utils.autoencoder import encode_grid
 from dit.utils.images import to_tensor
 
+if TYPE_CHECKING:
+    from dit.utils.autoencoder import Autoencoder
 
-def encode_moments(vae: AutoencoderKL, pixels: torch.Tensor, settings: Encode) -> torch.Tensor:
-    """Return the posterior's moments of all crops and of their mirror images.
+
+def encode_moments(vae: Autoencoder, pixels: torch.Tensor, settings: Encode) -> torch.Tensor:
+    """Return the posterior's moments of all crops and of their mirror images, or the latents where there is no posterior.
 
     Args:
         vae: on any device.
@@ -19,7 +24,7 @@ def encode_moments(vae: AutoencoderKL, pixels: torch.Tensor, settings: Encode) -
         settings: for the error messages.
 
     Returns:
-        (B, V, 2C, H / 8, W / 8) fp16 on the CPU, V = 2 (1 + crops): mean and log-variance of each crop, then of its mirror image.
+        (B, V, 2C or C, h, w) fp16 on the CPU, V = 2 (1 + crops), as `encode_grid` returns it: each crop, then its mirror image.
 
     Raises:
         UserError: the batch does not fit into memory, or the moments overflow.
@@ -38,17 +43,16 @@ def encode_moments(vae: AutoencoderKL, pixels: torch.Tensor, settings: Encode) -
 
 
 @torch.no_grad()
-def _moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+def _moments(vae: Autoencoder, pixels: torch.Tensor) -> torch.Tensor:
     moments = []
     for crop in pixels.to(vae.device, non_blocking=True).unbind(1):
         upright = to_tensor(crop).to(vae.dtype)
         for side in (upright, upright.flip(-1)):
-            posterior = vae.encode(side).latent_dist
-            moments.append(torch.cat([posterior.mean, posterior.logvar], dim=1).half())
+            moments.append(encode_grid(vae, side).half())
     return torch.stack(moments, dim=1).cpu()
 
 
-def _oom_message(vae: AutoencoderKL, pixels: torch.Tensor, settings: Encode) -> str:
+def _oom_message(vae: Autoencoder, pixels: torch.Tensor, settings: Encode) -> str:
     """Return what to do about a batch that did not fit, after trying which size does.
 
     That size is not taken silently: the last bits of a VAE's output depend on it.

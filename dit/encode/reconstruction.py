@@ -1,38 +1,56 @@
-"""The VAE's reconstruction error on a data set: no model that is trained on its latents can be better."""
+"""What the VAE makes of a data set: its reconstruction error, and the range of its latents.
+
+No model that is trained on the latents can be better than their reconstructions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from tqdm import tqdm
 
 from dit.dataset.image_io import load_crops
 from dit.dataset.reader import Entry
-from dit.utils.images import grid, psnr, reconstruct, to_images, to_tensor
+from dit.utils.autoencoder import encode_image, reconstruct
+from dit.utils.images import grid, psnr, to_images, to_tensor
+
+if TYPE_CHECKING:
+    from dit.utils.autoencoder import Autoencoder
 
 SHOWN = 8  # originals beside their reconstructions
-SAMPLED = 256  # images that the reconstruction error is measured on
+SAMPLED = 256  # images that reconstructions and latents are measured on
 
 
-def measure_reconstruction(
-    vae: AutoencoderKL, raw: Path, images: Sequence[list[Entry]], image_size: int, batch_size: int, path: Path
-) -> float:
-    """Measure the PSNR in dB of the central squares of up to `SAMPLED` images; plot originals above reconstructions to `path`."""
+def sample_images(
+    raw: Path, images: Sequence[list[Entry]], image_size: int, batch_size: int, desc: str
+) -> Iterator[torch.Tensor]:
+    """Load the central squares of up to `SAMPLED` images, always the same ones, as batches (B, 3, H, W) in [-1, 1]."""
     chosen = np.random.default_rng(0).permutation(len(images))[:SAMPLED]
     batches = [
         [(images[k][0].image, images[k][0].stored) for k in chosen[start : start + batch_size]]
         for start in range(0, len(chosen), batch_size)
     ]
+    loaded = load_crops(raw, batches, [(image_size, image_size)])
+    for pixels, *_ in tqdm(loaded, desc=desc, total=len(batches), unit="batch", delay=2):
+        yield to_tensor(pixels[:, 0])
+
+
+def measure_latents(vae: Autoencoder, samples: Iterable[torch.Tensor]) -> tuple[list[float], list[float]]:
+    """Measure mean and standard deviation of every channel of the latents of `samples`, whose scaling is 1 so far."""
+    latents = torch.cat([encode_image(vae, batch).cpu() for batch in samples]).double()
+    return latents.mean((0, 2, 3)).tolist(), latents.std((0, 2, 3)).tolist()
+
+
+def measure_reconstruction(vae: Autoencoder, samples: Iterable[torch.Tensor], path: Path) -> float:
+    """Measure the PSNR in dB of `samples`, batches (B, 3, H, W); plot originals above reconstructions to `path`."""
     every: list[tuple[torch.Tensor, torch.Tensor]] = []
     shown: list[tuple[Image.Image, Image.Image]] = []
-    loaded = load_crops(raw, batches, [(image_size, image_size)])
-    for pixels, *_ in tqdm(loaded, desc="reconstruct", total=len(batches), unit="batch", delay=2):
-        originals = to_tensor(pixels[:, 0])
+    for originals in samples:
         decoded = reconstruct(vae, originals).cpu()
         every.append((originals, decoded))
         if len(shown) < SHOWN:

@@ -8,20 +8,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
-from dit.config import VAE_FACTOR
+from dit.config import Recipe, sides_problem
 from dit.errors import UserError, one_line
 from dit.hub import DownloadError, download_files
+from dit.utils.autoencoder import HAS_POSTERIOR, set_statistics, vae_factor
 from dit.utils.files import expand_home, sha256_files
 
-if TYPE_CHECKING:  # both take seconds to import, which a look at a configuration does not need
-    from diffusers import AutoencoderKL
+if TYPE_CHECKING:  # it takes seconds to import, which a look at a configuration does not need
     from transformers import (
         BaseImageProcessor,
         CLIPModel,
@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # both take seconds to import, which a look at a configuratio
         CLIPTokenizer,
         PreTrainedModel,
     )
+
+    from dit.utils.autoencoder import Autoencoder
 
 BUILTIN = Path(__file__).parent / "builtin"
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -49,30 +51,56 @@ class EncoderSource:
         revision: branch, tag or commit asked for; None for the default or where there is none.
         resolved: commit of the Hub repository, or `sha256:…` of the weights for a local folder.
         recorded_in: the folder of the model or cache that records this encoder, which a relative folder is looked for from, too.
+        latents_mean, latents_std: of every channel of a VAE's latents, where they were measured: its configuration has none.
     """
 
     name: str
     revision: str | None = None
     resolved: str | None = None
     recorded_in: Path | None = None
+    latents_mean: list[float] | None = None
+    latents_std: list[float] | None = None
 
-    def to_dict(self) -> dict[str, str | None]:
+    def to_dict(self) -> dict[str, Any]:
         """Return what a model or a cache records, by name, for JSON."""
-        return {"name": self.name, "revision": self.revision, "resolved": self.resolved}
+        record = {"name": self.name, "revision": self.revision, "resolved": self.resolved}
+        measured = {"latents_mean": self.latents_mean, "latents_std": self.latents_std}
+        return record | measured if self.latents_mean else record
 
 
 def load_vae(
     source: EncoderSource, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> tuple[AutoencoderKL, EncoderSource]:
-    """Load an `AutoencoderKL`; return it and its `EncoderSource` with `resolved` filled in.
+) -> tuple[Autoencoder, EncoderSource]:
+    """Load an autoencoder of one of the classes `HAS_POSTERIOR`; return it and its `EncoderSource` with `resolved` filled in.
 
     Raises:
         UserError: there are no such weights, or they are of another class.
     """
-    from diffusers import AutoencoderKL
-
-    vae, resolved, _ = _load(AutoencoderKL, "vae", source, dtype, device)
+    vae, resolved, _ = _load(None, "vae", source, dtype, device)
+    if source.latents_mean and source.latents_std:
+        set_statistics(vae, source.latents_mean, source.latents_std)
     return vae, resolved
+
+
+def check_sides(recipe: str, settings: Recipe) -> None:
+    """Check that the images can be divided into the latents of the recipe's VAE, and those into patches.
+
+    Raises:
+        UserError: they cannot; or the VAE's configuration cannot be had.
+    """
+    factor = vae_factor(read_config("vae", EncoderSource(settings.encode.vae, settings.encode.vae_revision)))
+    if problem := sides_problem(recipe, settings, factor):
+        raise UserError(problem)
+
+
+def read_config(kind: str, source: EncoderSource) -> dict[str, Any]:
+    """Return the configuration of an encoder, downloaded if necessary, without its weights.
+
+    Raises:
+        UserError: there is none, or it is that of another class.
+    """
+    folder, _ = find_encoder(kind, source, weights=False)
+    return _read_config(kind, source.name, folder)
 
 
 def load_text_encoder(
@@ -204,8 +232,18 @@ def _digest(folder: Path) -> str:
 def _load(
     model_class: Any, kind: str, source: EncoderSource, dtype: torch.dtype, device: str | torch.device
 ) -> tuple[Any, EncoderSource, Path]:
-    """Return the model, its resolved source, and the folder that it was loaded from."""
+    """Return the model, its resolved source, and the folder that it was loaded from.
+
+    Args:
+        model_class: whose `from_pretrained` loads it; None for the class of diffusers that its configuration names.
+        kind, source: see `find_encoder`.
+        dtype, device: of the model.
+    """
     folder, resolved = find_encoder(kind, source)
+    if model_class is None:
+        import diffusers
+
+        model_class = getattr(diffusers, _read_config(kind, source.name, folder)["_class_name"])
     try:
         model, info = model_class.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
         if missing := sorted(info["missing_keys"]):  # both libraries initialise these at random
@@ -216,7 +254,8 @@ def _load(
             f"{SETTINGS[kind]}: {source.name!r} cannot be loaded as {model_class.__name__} ({one_line(error)}); "
             f"{'save it' if is_folder(source) else f'delete {folder} to download it'} again, {_otherwise(kind)}"
         ) from None
-    return model.requires_grad_(False).eval().to(device), EncoderSource(source.name, source.revision, resolved), folder
+    found = replace(source, resolved=resolved, recorded_in=None)
+    return model.requires_grad_(False).eval().to(device), found, folder
 
 
 def _download(kind: str, source: EncoderSource, weights: bool) -> tuple[Path, str]:
@@ -255,16 +294,16 @@ def _check_class(kind: str, name: str, folder: Path) -> None:
     if kind == "features":
         return  # any; what loads it says more
     if kind == "vae":
-        found, wanted = config.get("_class_name"), ["AutoencoderKL"]
+        found, wanted = config.get("_class_name"), list(HAS_POSTERIOR)
     else:
         found, wanted = config.get("model_type"), ["clip", "clip_text_model"]
     if found not in wanted:
         raise _unusable(kind, name, f"is of class {found!r}, and {' or '.join(wanted)} is needed; choose another")
     if kind == "vae":
-        blocks = config.get("block_out_channels")
-        factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) else None
-        if factor != VAE_FACTOR:
-            raise _unusable(kind, name, f"makes a latent of {factor} pixels a side, and {VAE_FACTOR} are needed; choose another")
+        try:
+            vae_factor(config)
+        except (KeyError, TypeError):
+            raise _unusable(kind, name, "has a config.json without block_out_channels; choose another") from None
 
 
 def _read_config(kind: str, name: str, folder: Path) -> dict[str, Any]:

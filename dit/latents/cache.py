@@ -9,6 +9,7 @@ the tokens and of the pooled vectors, float32: `tokens_mean`, `tokens_std` (E,),
 from __future__ import annotations
 
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from dit.errors import UserError, one_line
 from dit.latents.index import ShardEntry, image_sizes, read_index
 from dit.latents.shards import Shard
 from dit.utils.files import sha256_file
+from dit.utils.images import per_channel
 
 TEXT, CAPTIONS, INDEX = "text.safetensors", "captions.jsonl", "index.json"
 CLIP_TOKENS = 77
@@ -33,7 +35,8 @@ AGAIN = "run `dvc repro encode`"
 class Batch:
     """The encoders' output for B (image, caption) pairs; text is padded to the cache's longest caption.
 
-    moments (B, 2C, H, W) fp16, tokens (B, L, E) fp16, mask (B, L) bool, pooled (B, P) fp16.
+    moments (B, 2C, H, W) fp16, or latents (B, C, H, W) where the autoencoder has no posterior; tokens (B, L, E) fp16, mask (B, L)
+    bool, pooled (B, P) fp16.
     """
 
     moments: torch.Tensor
@@ -69,6 +72,7 @@ class LatentCache:
         index: the content of index.json.
         sizes: width and height in pixels of the images; the buckets, of which the one with the most images comes first.
         latent_shapes: (C, H, W) of the latents of each bucket.
+        grid_shapes: the shape of what is stored of an image of each bucket: (2C, H, W), or (C, H, W) without a posterior.
         counts: how many images each bucket has.
         train, val: numbers of the images of each split, int64 arrays.
         train_buckets, val_buckets: the same, divided into buckets; some may be empty.
@@ -102,6 +106,7 @@ class LatentCache:
         self.train, self.val = np.flatnonzero(~is_val), np.flatnonzero(is_val)
         shapes = [shard.latent_shape for shard in self._shards]
         self.latent_shapes = list(dict.fromkeys(shapes))
+        self.grid_shapes = list(dict.fromkeys(shard.shapes[shard.grids][2:] for shard in self._shards))
         self.sizes = image_sizes(self.index)
         if len(self.sizes) != len(self.latent_shapes):
             raise UserError(f"{self.folder}: {INDEX} has {len(self.sizes)} sizes, the shards {len(self.latent_shapes)}; {AGAIN}")
@@ -152,6 +157,10 @@ class LatentCache:
         """(C, H, W) of the latents of most images: of all where there is one bucket."""
         return self.latent_shapes[0]
 
+    def scaling_and_shift(self, device: torch.device) -> tuple[float | torch.Tensor, float | torch.Tensor]:
+        """Return what `sample_posterior` needs: numbers, or (C, 1, 1) on `device` where every channel has its own."""
+        return per_channel(self.index["vae_scaling"], device), per_channel(self.index["vae_shift"], device)
+
     def first_val(self, limit: int | None = None) -> list[np.ndarray]:
         """Return `val_buckets`, or where that is more than `limit` images, the first of each bucket, to equal shares."""
         if limit is None or len(self.val) <= limit:
@@ -161,7 +170,8 @@ class LatentCache:
     @property
     def augmentations(self) -> int:
         """How many moments there are of each image: of every crop and of its mirror image."""
-        return self._shards[0].shapes["moments"][1]
+        shard = self._shards[0]
+        return shard.shapes[shard.grids][1]
 
     @property
     def crops(self) -> int:
@@ -202,9 +212,8 @@ class LatentCache:
             mirrored: (B,) bool: take the mirror image, unless the chosen caption contains left or right.
             crop_choice: (B,) float in [0, 1): which of an image's crops; None for the central one.
         """
-        channels, height, width = self.latent_shapes[self.bucket_of(images)]
         rows = self.locate(images, caption_choice, mirrored, crop_choice)
-        moments = torch.empty(len(images), 2 * channels, height, width, dtype=torch.float16)
+        moments = torch.empty(len(images), *self.grid_shapes[self.bucket_of(images)], dtype=torch.float16)
         tokens = torch.zeros(len(images), self.max_tokens, self.cross_attention_dim, dtype=torch.float16)
         pooled = torch.empty(len(images), self.pooled_projection_dim, dtype=torch.float16)
         numbers = np.searchsorted(self._first, images, side="right") - 1  # of the shards
@@ -213,7 +222,7 @@ class LatentCache:
         first_tokens = rows.first_tokens - self._first_token[numbers]
         for k, number in enumerate(numbers):
             shard = self._shards[number]
-            shard.read_rows("moments", int(augmentations[k]), moments.numpy()[k])
+            shard.read_rows(shard.grids, int(augmentations[k]), moments.numpy()[k])
             shard.read_rows("tokens", int(first_tokens[k]), tokens.numpy()[k, : rows.lengths[k]])
             shard.read_rows("pooled", int(captions[k]), pooled.numpy()[k])
         mask = torch.arange(self.max_tokens)[None] < torch.from_numpy(rows.lengths)[:, None]
@@ -249,7 +258,7 @@ class LatentCache:
         """Fill `target` with all rows of a tensor, shard by shard.
 
         Args:
-            name: "moments" (N * V, 2C, H, W), "tokens" (K, E) or "pooled" (M, P).
+            name: "grids" (N * V, 2C or C, H, W), "tokens" (K, E) or "pooled" (M, P).
             target: any device, fp16.
             bucket: that of whose images alone; None for all.
         """
@@ -257,9 +266,10 @@ class LatentCache:
         for shard in self._shards:
             if bucket is not None and shard.latent_shape != self.latent_shapes[bucket]:
                 continue
-            rows = torch.empty(shard.shapes[name], dtype=torch.float16)
-            rows = rows.flatten(0, 1) if name == "moments" else rows
-            shard.read_rows(name, 0, rows.numpy())
+            tensor = shard.grids if name == "grids" else name
+            rows = torch.empty(shard.shapes[tensor], dtype=torch.float16)
+            rows = rows.flatten(0, 1) if name == "grids" else rows
+            shard.read_rows(tensor, 0, rows.numpy())
             target[start : start + len(rows)].copy_(rows)
             start += len(rows)
 
@@ -268,8 +278,7 @@ class LatentCache:
         tokens, length = torch.zeros(self.max_tokens, self.cross_attention_dim, dtype=torch.float16), len(self.empty[0])
         tokens[:length] = self.empty[0]
         mask = torch.arange(self.max_tokens) < length
-        channels, height, width = self.latent_shape
-        moments = torch.zeros(count, 2 * channels, height, width, dtype=torch.float16)
+        moments = torch.zeros(count, *self.grid_shapes[0], dtype=torch.float16)
         return Batch(moments, tokens.expand(count, -1, -1), mask.expand(count, -1), self.empty[1].expand(count, -1))
 
 
@@ -280,18 +289,22 @@ def _join(starts: list[np.ndarray], first: np.ndarray) -> np.ndarray:
 
 def bytes_per_image(cache: LatentCache) -> tuple[float, float]:
     """Return what an image takes on disk, and what it would take as float32 with every caption padded to 77 tokens."""
-    channels, height, width = cache.latent_shape
     augmentations = 2 * (1 + cache.crops)
     captions = cache.index["captions"] / len(cache)
     text = captions * (CLIP_TOKENS * cache.cross_attention_dim + cache.pooled_projection_dim)
-    naive = 4 * (augmentations * 2 * channels * height * width + text)
+    naive = 4 * (augmentations * math.prod(cache.grid_shapes[0]) + text)
     return sum(shard["bytes"] for shard in cache.index["shards"]) / len(cache), naive
 
 
-def sample_posterior(moments: torch.Tensor, noise: torch.Tensor, scaling: float, shift: float = 0.0) -> torch.Tensor:
+def sample_posterior(
+    moments: torch.Tensor, noise: torch.Tensor, scaling: float | torch.Tensor, shift: float | torch.Tensor = 0.0
+) -> torch.Tensor:
     """Sample latents (B, C, H, W) float32 from `moments` (B, 2C, H, W) and standard normal `noise` (B, C, H, W).
 
-    Scaled and shifted as the diffusion model sees them: `(mean + std * noise - shift) * scaling`.
+    Scaled and shifted as the diffusion model sees them: `(mean + std * noise - shift) * scaling`. Without a posterior `moments`
+    are the latents themselves, (B, C, H, W).
     """
+    if moments.shape == noise.shape:
+        return (moments.float() - shift) * scaling
     mean, log_variance = moments.float().chunk(2, dim=1)
     return (mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise - shift) * scaling

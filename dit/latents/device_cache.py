@@ -25,10 +25,10 @@ class DeviceLatentCache:
         cache.copy_rows("tokens", self._tokens)
         cache.copy_rows("pooled", self._pooled)
         self._moments = []  # of each bucket
-        for bucket, (channels, height, width) in enumerate(cache.latent_shapes):
+        for bucket, shape in enumerate(cache.grid_shapes):
             count = cache.counts[bucket] * cache.augmentations
-            self._moments.append(torch.empty(count, 2 * channels, height, width, dtype=torch.float16, device=device))
-            cache.copy_rows("moments", self._moments[-1], bucket)
+            self._moments.append(torch.empty(count, *shape, dtype=torch.float16, device=device))
+            cache.copy_rows("grids", self._moments[-1], bucket)
         self._place = cache.place_in_bucket(np.arange(len(cache)))
         self._places = torch.arange(cache.max_tokens, device=device)
 

@@ -16,6 +16,7 @@ LONGEST_CAPTION = 4096  # tokens; every batch is padded to the longest caption
 Length = Annotated[int, Field(strict=True, ge=1, le=LONGEST_CAPTION)]
 Text = Annotated[str, Field(strict=True)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Numbers = Annotated[list[Number], Field(min_length=1)]
 
 
 class ShardEntry(TypedDict):
@@ -36,6 +37,8 @@ class EncoderEntry(TypedDict):
     name: Text
     revision: Text | None
     resolved: Text | None
+    latents_mean: NotRequired[Numbers]  # measured, of a VAE whose configuration says nothing of them
+    latents_std: NotRequired[Numbers]
 
 
 @with_config(ConfigDict(extra="allow"))  # what a person may want to know, and no program needs
@@ -48,9 +51,10 @@ class Index(TypedDict):
     sizes: NotRequired[list[tuple[Count, Count]]]  # width and height in pixels, of format 4
     long_captions: NotRequired[Literal["chunks"]]
     vae: EncoderEntry
+    vae_class: NotRequired[Text]  # of diffusers; AutoencoderKL where it is not there
     clip: EncoderEntry
-    vae_scaling: Number
-    vae_shift: Number
+    vae_scaling: Number | Numbers
+    vae_shift: Number | Numbers
     images: Count
     captions: Count
     tokens: Count

@@ -8,12 +8,12 @@ equation 8, without its resampling).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from PIL import Image
 
@@ -21,7 +21,11 @@ from dit.dataset.rgb import is_transparent, to_8bit, to_rgb, turn_upright
 from dit.errors import UserError, one_line
 from dit.pipeline.schedulers import timesteps_to_sigmas
 from dit.pipeline.seam import hide_seam
-from dit.utils.images import encode_image, lies_over
+from dit.utils.autoencoder import encode_image, vae_factor
+from dit.utils.images import lies_over
+
+if TYPE_CHECKING:
+    from dit.utils.autoencoder import Autoencoder
 
 ROUNDING = 0.01  # what a resize with overshoot or a conversion to bf16 may leave outside [0, 1]
 
@@ -47,7 +51,7 @@ class SourceImage:
     @classmethod
     def prepare(
         cls,
-        vae: AutoencoderKL,
+        vae: Autoencoder,
         image_processor: VaeImageProcessor,
         mask_processor: VaeImageProcessor,
         image: PipelineImageInput,
@@ -61,7 +65,7 @@ class SourceImage:
         Raises:
             UserError: an argument is no image, or there are too few or too many.
         """
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        factor = vae_factor(vae.config)
         size = (noise.shape[2] * factor, noise.shape[3] * factor)
         pixels = _preprocess("image", image_processor, 3, image, size, prompts, times).to(noise.device)
         latents = encode_image(vae, pixels)
@@ -170,7 +174,8 @@ def _standardise(name: str, image: Any, channels: int, size: tuple[int, int], fa
     values: Any = np.asarray(image) if isinstance(image, Image.Image) else image
     is_tensor = isinstance(values, torch.Tensor)
     shape = tuple(values.shape)
-    is_latents = is_tensor and values.is_floating_point() and shape[-3:] == (4, size[0] // factor, size[1] // factor)
+    is_latents = is_tensor and values.is_floating_point() and len(shape) > 2 and shape[-3] >= 4
+    is_latents &= shape[-2:] == (size[0] // factor, size[1] // factor)
     if is_tensor:
         values = (values.float() if values.is_floating_point() else values).detach().cpu().numpy()
         if len(shape) > 2 + (channels == 1):

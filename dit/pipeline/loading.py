@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin
+from diffusers import SchedulerMixin
 from safetensors import SafetensorError
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -19,6 +19,7 @@ from dit.model.objectives import PredictionType
 from dit.model.transformer import DiT
 from dit.pipeline.model_folder import read_index
 from dit.pipeline.schedulers import make_scheduler
+from dit.utils.autoencoder import HAS_POSTERIOR
 
 # What the libraries raise for files that are missing, incomplete or of another kind.
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, SafetensorError)
@@ -49,7 +50,11 @@ def load_components(folder: Path, dtype: torch.dtype, transformer_dtype: torch.d
             "long_captions": trained_on.get("long_captions", "cut"),
         }
         if complete:
-            return parts | {"scheduler": _load_scheduler(folder, index["scheduler"][1])} | _load_own_encoders(folder, dtype)
+            return (
+                parts
+                | {"scheduler": _load_scheduler(folder, index["scheduler"][1])}
+                | _load_own_encoders(folder, index["vae"][1], dtype)
+            )
         sources = recorded_encoders(folder)
         parts["scheduler"] = make_scheduler(DEFAULTS.scheduler, prediction_type)
     except DAMAGE as error:
@@ -94,12 +99,14 @@ def _load_scheduler(folder: Path, name: str) -> SchedulerMixin:
     return scheduler.from_pretrained(folder, subfolder="scheduler")
 
 
-def _load_own_encoders(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+def _load_own_encoders(folder: Path, vae_class: str, dtype: torch.dtype) -> dict[str, Any]:
+    if vae_class not in HAS_POSTERIOR:
+        raise ValueError(f"model_index.json has {vae_class!r} for the VAE's class")
     for name in ("tokenizer_config.json", "tokenizer.json"):  # without them the library makes an empty tokenizer
         if not (folder / "tokenizer" / name).is_file():
             raise FileNotFoundError(f"there is no tokenizer/{name}")
     return {
-        "vae": _load_network(AutoencoderKL, folder, "vae", torch_dtype=dtype),
+        "vae": _load_network(getattr(diffusers, vae_class), folder, "vae", torch_dtype=dtype),
         "text_encoder": _load_network(CLIPTextModelWithProjection, folder, "text_encoder", dtype=dtype),
         "tokenizer": CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
     }

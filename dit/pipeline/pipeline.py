@@ -6,10 +6,10 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
@@ -30,7 +30,10 @@ from dit.pipeline.inputs import callback_tensors, check_inputs, latent_shape
 from dit.pipeline.loading import load_components
 from dit.pipeline.lora import LoraMixin
 from dit.pipeline.schedulers import fit_problem, predicts, set_timesteps, timesteps_to_sigmas
-from dit.utils.images import decode_latents
+from dit.utils.autoencoder import decode_latents, vae_factor
+
+if TYPE_CHECKING:
+    from dit.utils.autoencoder import Autoencoder
 
 logger = logging.getLogger(__name__)
 MODEL_CLASS = ("dit.model", "DiT")  # as model_index.json has named it since version 0.1
@@ -43,7 +46,7 @@ class DiTTextToImagePipeline(DiffusionPipeline, LoraMixin):
     Args:
         transformer: the trained `DiT`.
         scheduler: a diffusers scheduler for what the transformer predicts, see `make_scheduler`.
-        vae: the `AutoencoderKL` whose latents the transformer was trained on.
+        vae: the autoencoder whose latents the transformer was trained on, of a class in `HAS_POSTERIOR`.
         text_encoder: the `CLIPTextModelWithProjection` it was trained with.
         tokenizer: its `CLIPTokenizer`.
         prediction_type: what the transformer predicts: "flow_prediction", "epsilon" or "v_prediction"; by default what the
@@ -57,7 +60,7 @@ class DiTTextToImagePipeline(DiffusionPipeline, LoraMixin):
 
     transformer: DiT
     scheduler: SchedulerMixin
-    vae: AutoencoderKL
+    vae: Autoencoder
     text_encoder: CLIPTextModelWithProjection
     tokenizer: CLIPTokenizer
     vae_scale_factor: int
@@ -72,7 +75,7 @@ class DiTTextToImagePipeline(DiffusionPipeline, LoraMixin):
         self,
         transformer: DiT,
         scheduler: SchedulerMixin,
-        vae: AutoencoderKL,
+        vae: Autoencoder,
         text_encoder: CLIPTextModelWithProjection,
         tokenizer: CLIPTokenizer,
         prediction_type: str | None = None,  # a `PredictionType`; diffusers' own loader fails at a Literal
@@ -86,7 +89,7 @@ class DiTTextToImagePipeline(DiffusionPipeline, LoraMixin):
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = vae_factor(vae.config)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.mask_processor = VaeImageProcessor(
             vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
@@ -257,11 +260,12 @@ class DiTTextToImagePipeline(DiffusionPipeline, LoraMixin):
             negative_prompt: what the images should not show, one for all or one for each prompt; by default the empty caption.
             num_images_per_prompt: images of each prompt.
             generator: one for all images, or a list of N, so that an image does not depend on its neighbours.
-            latents: the noise to start from, (N, C, height / 8, width / 8), instead of noise from `generator`. The
-                stochastic scheduler replaces it by fresh noise of `generator` step by step: with it this matters little.
+            latents: the noise to start from, (N, C, height / f, width / f) where a latent is f pixels wide and high, instead of
+                noise from `generator`. The stochastic scheduler replaces it by fresh noise of `generator` step by step: with it
+                this matters little.
             prompt_embeds, pooled_prompt_embeds, prompt_attention_mask: instead of `prompt`, as `encode_prompt` returns them.
             negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_attention_mask: instead of `negative_prompt`.
-            output_type: "pil", "np" (N, H, W, 3) in [0, 1], "pt" (N, 3, H, W) in [0, 1] or "latent" (N, C, H / 8, W / 8).
+            output_type: "pil", "np" (N, H, W, 3) in [0, 1], "pt" (N, 3, H, W) in [0, 1] or "latent" (N, C, H / f, W / f).
             return_dict: an `ImagePipelineOutput` with `images`, or else a tuple of them.
             guidance_rescale: in [0, 1], how far guidance keeps the prediction's standard deviation (Lin et al. 2023,
                 arXiv:2305.08891, section 3.4), against too much contrast at a large `guidance_scale`; 0 is not at all.

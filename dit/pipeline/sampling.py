@@ -23,9 +23,10 @@ from dit.pipeline.generate import generate_images, load_pipeline
 from dit.pipeline.pipeline import DiTTextToImagePipeline
 from dit.shapes.prompts import unseen_prompts
 from dit.shapes.scene import Kind
+from dit.utils.autoencoder import decode_latents
 from dit.utils.files import write_json
 from dit.utils.hardware import matmul_peak
-from dit.utils.images import decode_latents, grid, labelled_grid, to_images
+from dit.utils.images import grid, labelled_grid, to_images
 
 SHOWN, COLUMNS = 24, 6  # images in a grid
 REPEATED, TIMES = 20, 5  # prompts with several images, and how many: how much do they differ?

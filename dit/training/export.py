@@ -89,7 +89,7 @@ def describe_model(transformer: DiT, cache: LatentCache, model: Model, optim: Op
         "_diffusers_version": diffusers.__version__,
         "transformer": ["dit.model", "DiT"],
         "scheduler": ["diffusers", type(scheduler).__name__],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["diffusers", cached.get("vae_class", "AutoencoderKL")],
         "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "prediction_type": objective.prediction_type,

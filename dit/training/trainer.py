@@ -120,6 +120,7 @@ class Trainer:
         self.state = TrainingState(self.accelerator, self.transformer, ema, self.optimizer.optimizer, RunningMetrics(self.device))
         self.base = {"init": {"path": str(init.path.resolve()), "name": init.name}} if init else {}
         self.empty = cache.read_empty(1).to(self.device)
+        self.scaling_and_shift = cache.scaling_and_shift(self.device)
         self.val_loss, self.seconds_before = float("nan"), 0.0
         self.measured_from: tuple[int, float] | None = None  # a step, and when it was done
         self.last_metrics: dict[str, float] = {}
@@ -198,8 +199,7 @@ class Trainer:
     def forward_backward(self, batch: Batch, noise: StepNoise, sync_grads: bool = True) -> torch.Tensor:
         """Add the gradients of some rows of a step's global batch; return their losses (n,), on the device."""
         batch = drop_captions(batch, noise.dropped, self.empty)
-        index = self.cache.index
-        latents = sample_posterior(batch.moments, noise.posterior_noise, index["vae_scaling"], index["vae_shift"])
+        latents = sample_posterior(batch.moments, noise.posterior_noise, *self.scaling_and_shift)
         with nullcontext() if sync_grads else self.accelerator.no_sync(self.network):
             text = (batch.tokens, batch.mask, batch.pooled)
             losses = diffusion_loss(self.network, self.objective, latents, noise.noise, noise.timesteps, *text)

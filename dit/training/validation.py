@@ -85,7 +85,7 @@ def validation_losses(
             batch = read_first(cache, images[own]).to(device)
             posterior_noise, path_noise = torch.stack([noise[k] for k in own], dim=1).to(device)
             t = timesteps[own].to(device)
-            latents = sample_posterior(batch.moments, posterior_noise, cache.index["vae_scaling"], cache.index["vae_shift"])
+            latents = sample_posterior(batch.moments, posterior_noise, *cache.scaling_and_shift(posterior_noise.device))
             loss = diffusion_loss(network, objective, latents, path_noise, t, batch.tokens, batch.mask, batch.pooled)
             losses[number, start : start + len(own)] = loss.cpu().numpy()
             start += len(own)

@@ -1,20 +1,17 @@
-"""Between images, tensors and the latents of a VAE; grids of images, and their labels."""
+"""Between images and tensors; grids of images, and their labels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-if TYPE_CHECKING:  # it takes seconds to import
-    from diffusers import AutoencoderKL
-
-AT_ONCE = 8192  # positions of latents that go through a VAE at once: 128 images of 64 x 64 pixels, 8 of 256 x 256, 2 of 512 x 512
 WIDEST = 1200  # pixels of a sheet of large images: the report shows no more, and labels in a wider one could not be read
+
+Statistic = float | list[float]  # one number, or one of each channel
 
 
 def to_tensor(pixels: torch.Tensor) -> torch.Tensor:
@@ -28,12 +25,9 @@ def to_images(tensor: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in pixels]
 
 
-def encode_image(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Encode `pixels` (N, 3, H, W) in [-1, 1] to latents (N, C, H / 8, W / 8) float32: the posterior's mean, scaled."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    parts = pixels.split(_images_at_once(pixels.shape[2] // factor, pixels.shape[3] // factor))
-    latents = torch.cat([vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode().float() for part in parts])
-    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+def per_channel(value: Statistic, device: torch.device) -> float | torch.Tensor:
+    """Return one number as it is, and one of each channel as (C, 1, 1) on `device`: what (N, C, H, W) can be multiplied by."""
+    return torch.tensor(value, device=device)[:, None, None] if isinstance(value, list) else value
 
 
 def lies_over(size: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -41,28 +35,6 @@ def lies_over(size: tuple[int, int], other: tuple[int, int]) -> bool:
     (width, height), (other_width, other_height) = size, other
     # Of the sides of one, a resize gives one exactly, or both a little off in the same direction: a pixel along its longer side.
     return abs(width * other_height - height * other_width) <= max(*size, *other)
-
-
-@torch.no_grad()
-def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Decode latents to pixels (N, 3, H, W) float32 in about [-1, 1]; the inverse of `encode_image`, but for the VAE's error.
-
-    A VAE takes far more memory than what comes out: 0.2 GB for an image of 256 x 256 pixels. So `AT_ONCE` limits it.
-    """
-    unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    parts = unscaled.to(vae.dtype).split(_images_at_once(*unscaled.shape[2:]))
-    return torch.cat([vae.decode(part).sample.float() for part in parts])
-
-
-def _images_at_once(height: int, width: int) -> int:
-    """Return how many images, whose latents are of this size, go through a VAE at once."""
-    return max(1, AT_ONCE // (height * width))
-
-
-@torch.no_grad()
-def reconstruct(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Encode and decode `pixels` (N, 3, H, W) in [-1, 1]; return the same shape, float32, clipped to [-1, 1]."""
-    return decode_latents(vae, encode_image(vae, pixels)).clamp(-1, 1)
 
 
 def psnr(first: torch.Tensor, second: torch.Tensor) -> float:

@@ -21,7 +21,8 @@ from dit.pipeline.pipeline import DiTTextToImagePipeline
 from dit.pipeline.schedulers import make_scheduler, set_timesteps, timesteps_to_sigmas
 from dit.shapes.render import render
 from dit.shapes.scene import Object, Scene
-from dit.utils.images import decode_latents, encode_image, lies_over, to_tensor
+from dit.utils.autoencoder import decode_latents, encode_image
+from dit.utils.images import lies_over, to_tensor
 
 SCENE = Scene((Object("red", "circle", "large"),), ((0.25, 0.75),), (0.2025,), "cream")
 

@@ -145,7 +145,10 @@ def test_load_vae_rejects_changed_weights(tmp_path):
     [
         ("missing", "is no folder"),
         ("empty", "has no config.json"),
-        ("other class", "is of class 'UNet2DModel', and AutoencoderKL is needed"),
+        (
+            "other class",
+            "is of class 'UNet2DModel', and AutoencoderKL or AutoencoderKLFlux2 or AutoencoderTiny or AutoencoderDC is needed",
+        ),
     ],
 )
 def test_load_vae_problem_is_one_line(tmp_path, damage, problem):

@@ -21,8 +21,8 @@ from dit.evaluation import clip as clip_features
 from dit.evaluation import losses
 from dit.model.transformer import DiT
 from dit.training.trainer import PREVIEW_IMAGES
+from dit.utils.autoencoder import decode_latents, encode_image, reconstruct
 from dit.utils.hardware import IN_USE, limit_workers
-from dit.utils.images import decode_latents, encode_image, reconstruct
 from helpers import REPO
 from helpers.memory import PeakMemory, weights
 

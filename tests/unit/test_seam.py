@@ -17,7 +17,8 @@ from dit.pipeline.seam import hide_seam
 from dit.shapes.placement import sample_scene
 from dit.shapes.render import render
 from dit.shapes.scene import Description, Object, Scene
-from dit.utils.images import decode_latents, encode_image, to_tensor
+from dit.utils.autoencoder import decode_latents, encode_image
+from dit.utils.images import to_tensor
 
 COUNT = 16  # scenes; the figures in docs/generation.md are of 60
 LEVELS = 127.5  # grey levels of a difference of 1

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from dit.utils.images import psnr, reconstruct, to_tensor
+from dit.utils.autoencoder import reconstruct
+from dit.utils.images import psnr, to_tensor
 from tools.fit_encoders.optimizers import muon_and_adamw, one_cycle
 
 IMAGE_SIZE = 64

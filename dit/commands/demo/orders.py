@@ -21,7 +21,8 @@ from dit.commands.png import write_png
 from dit.pipeline.generate import generate_images
 from dit.pipeline.pipeline import Callback, DiTTextToImagePipeline
 from dit.pipeline.schedulers import make_scheduler
-from dit.utils.images import decode_latents, grid, to_images
+from dit.utils.autoencoder import decode_latents
+from dit.utils.images import grid, to_images
 
 PREVIEWS = 12  # of an order, at most: each takes one pass of the VAE
 MOST = 16  # images at once
