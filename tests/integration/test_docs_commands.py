@@ -25,6 +25,7 @@ ELSEWHERE = {
     r"make (PYTHON=\S+ )?repro|python -m venv|^\. |pip (install|wheel)": "an environment: tests/integration/test_install.py",
     r"python -m pytest": "is this",
     r"recipe=(coco|folder|hub|webdataset)": "needs the Hub; test_docs.py checks the settings, test_coco_source.py runs a recipe",
+    r"evaluate.features=facebook": "needs the Hub: tests/unit/test_image_features.py",
     r"examples/first_hour.py": "the last test of this file",
     r"^dit push (?!.*--dry-run)|--model anna/": "the Hub: tests/integration/test_push.py and test_hub_models.py",
     r"examples/new_colour.py": "tests/integration/test_new_colour.py",
