@@ -50,14 +50,15 @@ def kill_at_random(clone: Clone, stage: str, longest: float, rng: random.Random)
     state = clone.root / ".state" / {"download": "downloads", "encode": "encode"}[stage]
     kills = with_work = 0
     while kills < KILLS:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dvc", "repro", "-f", "-s", stage],
-            cwd=clone.root,
-            env=environment(clone.root),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        with (clone.root / "output.log").open("w") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "dvc", "repro", "-f", "-s", stage],
+                cwd=clone.root,
+                env=environment(clone.root),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         time.sleep(rng.uniform(0.3, 1) * longest)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -67,7 +68,7 @@ def kill_at_random(clone: Clone, stage: str, longest: float, rng: random.Random)
             with_work += had_work
             longest *= 1 if had_work else 1.1  # something else runs here by now, and all takes longer
         else:  # it was faster: from the start again
-            assert process.returncode == 0
+            assert process.returncode == 0, (clone.root / "output.log").read_text()
             longest *= 0.9
             shutil.rmtree(state, ignore_errors=True)
     return with_work
