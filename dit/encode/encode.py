@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -96,7 +96,7 @@ def encode_dataset(
     text = TextEncoder(EncoderSource(settings.clip, settings.clip_revision), dtype, state.device, settings.long_captions)
     images = read_images(raw)
     groups = group_by_size(raw, images, settings)
-    about = {
+    about: dict[str, Any] = {
         "image_size": settings.image_size,
         "precision": settings.precision,
         "crops": settings.crops,

@@ -6,7 +6,7 @@ Shapes in comments: N images of H x W pixels, C latent channels, f pixels a late
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -15,7 +15,7 @@ from dit.utils.images import Statistic, per_channel
 if TYPE_CHECKING:  # they take seconds to import
     from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
 
-    Autoencoder = AutoencoderKL | AutoencoderKLFlux2 | AutoencoderTiny | AutoencoderDC
+    Autoencoder: TypeAlias = AutoencoderKL | AutoencoderKLFlux2 | AutoencoderTiny | AutoencoderDC
 
 # The classes that can be used, and whether they have a posterior, from which each use of an image draws its latents.
 HAS_POSTERIOR = {"AutoencoderKL": True, "AutoencoderKLFlux2": True, "AutoencoderTiny": False, "AutoencoderDC": False}
