@@ -6,10 +6,10 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
@@ -32,11 +32,9 @@ from dit.pipeline.lora import LoraMixin
 from dit.pipeline.schedulers import fit_problem, predicts, set_timesteps, timesteps_to_sigmas
 from dit.utils.autoencoder import decode_latents, vae_factor
 
-if TYPE_CHECKING:
-    from dit.utils.autoencoder import Autoencoder
-
 logger = logging.getLogger(__name__)
 MODEL_CLASS = ("dit.model", "DiT")  # as model_index.json has named it since version 0.1
+Autoencoder = AutoencoderKL | AutoencoderKLFlux2 | AutoencoderTiny | AutoencoderDC  # diffusers looks at what this is at run time
 Callback = Callable[[DiffusionPipeline, int, torch.Tensor, dict[str, Any]], dict[str, Any]]
 
 
