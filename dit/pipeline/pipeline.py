@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, DiffusionPipeline, SchedulerMixin
@@ -34,7 +34,9 @@ from dit.utils.autoencoder import decode_latents, vae_factor
 
 logger = logging.getLogger(__name__)
 MODEL_CLASS = ("dit.model", "DiT")  # as model_index.json has named it since version 0.1
-Autoencoder = AutoencoderKL | AutoencoderKLFlux2 | AutoencoderTiny | AutoencoderDC  # diffusers looks at what this is at run time
+Autoencoder: TypeAlias = (
+    AutoencoderKL | AutoencoderKLFlux2 | AutoencoderTiny | AutoencoderDC
+)  # diffusers looks at what this is at run time
 Callback = Callable[[DiffusionPipeline, int, torch.Tensor, dict[str, Any]], dict[str, Any]]
 
 
