@@ -14,7 +14,7 @@ activate = if $(PYTHON) tools/satisfies_pins.py $(1) 2> /dev/null; then bin=$$($
 	PATH="$$bin:$$PATH" && export PATH && echo "environment: $$bin" >&2
 
 # Two processes of one thread each: two threads of one process gain little in small models, and wait long for each other.
-pytest = OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+pytest = OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile
 
 .PHONY: help repro experiments lint test test-all report site clean
 
