@@ -7,6 +7,7 @@ later holds no surprise.
 from __future__ import annotations
 
 import difflib
+import os
 import reprlib
 from dataclasses import fields, is_dataclass
 from datetime import date
@@ -18,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
 from dit.errors import UserError
+from dit.utils.files import expand_home
 from dit.yaml_file import read_yaml
 
 # Pixels of a latent's side, of the bundled VAE and of Stable Diffusion's. Others are asked by `dit check` and the encode stage.
@@ -401,7 +403,7 @@ def _impossible(recipe: str, settings: Recipe) -> str | None:
             f"{recipe}.model.hidden_size: {model.hidden_size} with num_heads {model.num_heads} makes heads of "
             f"{model.hidden_size // model.num_heads}, which is not a multiple of 4 (2-D rotary positions); {fits} would be right"
         )
-    is_folder = Path(settings.encode.vae).expanduser().is_dir()
+    is_folder = os.path.isdir(expand_home(settings.encode.vae))  # noqa: PTH112 (Path raises where it is no path)
     return None if is_folder else sides_problem(recipe, settings, VAE_FACTOR)
 
 

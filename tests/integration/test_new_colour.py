@@ -23,7 +23,7 @@ def test_new_colour_trains_adapters_that_know_more_of_it(tmp_path):
     """A model this small draws nothing that the detector confirms; but the adapters lower the loss of held-out scenes."""
     clone = Clone(tmp_path / "project")
     clone.dvc("repro", "train")
-    sizes = ("--images", "200", "--steps", "200", "--prompts", "10")
+    sizes = ("--images", "200", "--steps", "600", "--prompts", "10")
     done = clone.run(sys.executable, "examples/new_colour.py", *sizes)
     assert "lavender: " in done.stdout and "old colours: " in done.stdout
     folder, report = clone.root / "new_colour", clone.json("new_colour/report.json")
@@ -38,7 +38,7 @@ def test_new_colour_trains_adapters_that_know_more_of_it(tmp_path):
     pipeline = DiTTextToImagePipeline.from_pretrained(clone.root / "models" / "dit")
     before = validation_losses(pipeline.transformer, cache, objective, 16, passes=4)
     pipeline.load_lora_weights(folder / "lora")
-    assert np.mean(validation_losses(pipeline.transformer, cache, objective, 16, passes=4)) < 0.995 * np.mean(before)
+    assert np.mean(validation_losses(pipeline.transformer, cache, objective, 16, passes=4)) < 0.98 * np.mean(before)
 
 
 def test_new_colour_without_a_model_is_one_line(tmp_path):

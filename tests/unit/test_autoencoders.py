@@ -199,6 +199,20 @@ def test_sides_that_do_not_fit_are_told_before_anything_is_encoded(encoded):
         check_sides("folder", recipe(folder, 3 * factor, 2))
 
 
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/vae", "a" * 5000, "owner/vae"])
+def test_sides_are_checked_at_once_where_the_name_is_no_folder(tmp_path, name):
+    text = (REPO / "params.yaml").read_text(encoding="utf-8")
+    folder = text.index("\nfolder:")
+    own = (
+        text[folder:]
+        .replace("vae: stabilityai/sd-vae-ft-mse", f"vae: {name!r}", 1)
+        .replace("image_size: 256", "image_size: 250", 1)
+    )
+    (tmp_path / "params.yaml").write_text(text[:folder] + own, encoding="utf-8")
+    with pytest.raises(UserError, match=r"folder.encode.image_size: 250 is not a multiple of 16 \(VAE factor 8 x patch_size 2\)"):
+        load_config(tmp_path / "params.yaml")
+
+
 def test_cost_of_a_choice(encoded):
     name, folder, cache = encoded
     params = load_config(REPO / "params.yaml")
