@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -77,8 +77,7 @@ class Inputs:
 
 def own_network(model: Model) -> DiT:
     """Make this project's transformer, for the latents and text embeddings of `Inputs`."""
-    size = {"cross_attention_dim": TEXT_SIZE, "pooled_projection_dim": TEXT_SIZE}
-    return DiT(LATENT[0], model.patch_size, model.hidden_size, model.num_layers, model.num_heads, **size)
+    return DiT(**asdict(model), in_channels=LATENT[0], cross_attention_dim=TEXT_SIZE, pooled_projection_dim=TEXT_SIZE)
 
 
 def own_step(model: Model, inputs: Inputs, dtype: torch.dtype, compiled: bool) -> TrainingStep:

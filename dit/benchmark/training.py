@@ -217,6 +217,7 @@ def training_table(results: dict[str, Any]) -> str:
     """Return the results as a line about the model, a Markdown table, and a line about attention and checkpoints."""
     model, cost = results["model"], results["checkpoint"]
     size = " x ".join(str(model[key]) for key in ("hidden_size", "num_layers", "num_heads"))
+    convolutions = f", convolutions of {model['conv_channels']}" if model["conv_channels"] else ""
     rows = [
         (
             row["name"],
@@ -229,9 +230,9 @@ def training_table(results: dict[str, Any]) -> str:
         for row in results["rows"]
     ]
     return (
-        f"{size}, patch {model['patch_size']}, {results['parameters'] / 1e6:.3g} M parameters, {results['device']}, "
-        f"{results['precision']}{', compiled' if results['compiled'] else ''}, batch {results['batch_size']}, "
-        f"{results['text_tokens']} text tokens; matmul peak {results['matmul_peak'] / 1e12:.2f} TFLOP/s, "
+        f"{size}, patch {model['patch_size']}{convolutions}, {results['parameters'] / 1e6:.3g} M parameters, "
+        f"{results['device']}, {results['precision']}{', compiled' if results['compiled'] else ''}, "
+        f"batch {results['batch_size']}, {results['text_tokens']} text tokens; matmul peak {results['matmul_peak'] / 1e12:.2f} TFLOP/s, "
         f"{results['flops_per_image_and_step'] / 1e9:.4g} GFLOP per image and step\n\n"
         f"{markdown_table(HEADER, rows)}\n\n"
         f"Attention: {', '.join(results['attention'])}. A checkpoint has {cost['gigabytes']:.2f} GB; the loop waits "

@@ -6,7 +6,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     _add_data(kinds)
     _add_sampling(kinds)
     _add_speedrun(kinds)
+    _add_race(kinds)
     _add_recipe(kinds)
 
 
@@ -69,6 +70,7 @@ def _add_training(kinds: argparse._SubParsersAction) -> None:
     add_flag(parser, "num-layers", type=int, default=16, help="default: %(default)s")
     add_flag(parser, "num-heads", type=int, default=12, help="default: %(default)s")
     add_flag(parser, "patch-size", type=int, default=2, choices=[1, 2, 4, 8], help="default: %(default)s")
+    add_flag(parser, "conv-channels", type=int, default=0, help="of the convolutions before and after; default: none")
     add_flag(parser, "precision", choices=["no", "fp16", "bf16"], default="bf16", help="default: %(default)s")
     compile_help = "torch.compile this model and its peers; default: on a GPU"
     add_flag(parser, "compile", action=argparse.BooleanOptionalAction, help=compile_help)
@@ -77,6 +79,8 @@ def _add_training(kinds: argparse._SubParsersAction) -> None:
 def run_training(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure training steps and print the table."""
     _require_positive(arguments, "batch_size", "text_tokens", "steps", "hidden_size", "num_layers", "num_heads")
+    if arguments.conv_channels < 0:
+        raise UserError(f"--conv-channels: {arguments.conv_channels} is negative; 0 would be none")
     if arguments.hidden_size % (4 * arguments.num_heads):
         raise UserError(f"--hidden-size: {arguments.hidden_size} is not a multiple of 4 x --num-heads")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch is imported: its profiler logs its starts and stops
@@ -89,7 +93,7 @@ def run_training(arguments: argparse.Namespace) -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     results = benchmark_training(
         load_config(),
-        Model(**{name: getattr(arguments, name) for name in ("patch_size", "hidden_size", "num_layers", "num_heads")}),
+        Model(**{field.name: getattr(arguments, field.name) for field in fields(Model)}),
         batch=arguments.batch_size or (96 if gpu else 16),
         tokens=arguments.text_tokens,
         rounds=arguments.steps,
@@ -197,6 +201,39 @@ def run_speedrun(arguments: argparse.Namespace) -> dict[str, Any]:
     points = speedrun(load_config(), LATENTS, RAW)
     print(speedrun_line(points))
     return {"goal": GOAL, "points": [asdict(point) for point in points]}
+
+
+def _add_race(kinds: argparse._SubParsersAction) -> None:
+    parser = _add_kind(
+        kinds,
+        "race",
+        run_race,
+        "train this model and its peers, of the same size, in the same loop, and measure after how long the images are right",
+        "  dit benchmark race                     all of them, one after the other; needs data/latents\n"
+        "  dit benchmark race this-model pixart   these two",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="this-model, pixart or sit; default: all")
+    add_flag(parser, "prompts", type=int, default=300, help="validation captions to score; default: %(default)s")
+
+
+def run_race(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train the networks, and print a row for each as soon as it is trained."""
+    _require_positive(arguments, "prompts")
+
+    from dit.benchmark.peers import PEERS
+    from dit.benchmark.race import HEADER, race, race_row
+    from dit.benchmark.results import markdown_table
+
+    unknown = [name for name in arguments.names if name not in PEERS]
+    if unknown:
+        raise UserError(f"{unknown[0]}: no such network; they are {', '.join(PEERS)}")
+    params, results = load_config(), {}
+    for number, name in enumerate(arguments.names or PEERS):
+        parameters, points = race(params, LATENTS, name, arguments.prompts)
+        results[name] = {"parameters": parameters, "points": [asdict(point) for point in points]}
+        lines = markdown_table(HEADER, [race_row(name, parameters, points)]).splitlines()
+        print("\n".join(lines[-1:] if number else lines), flush=True)
+    return results
 
 
 def _add_recipe(kinds: argparse._SubParsersAction) -> None:

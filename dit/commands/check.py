@@ -110,9 +110,12 @@ def describe_cost(params: Params) -> str:
     vae = read_config("vae", EncoderSource(encode.vae, encode.vae_revision))
     clip = read_config("clip", EncoderSource(encode.clip, encode.clip_revision))
     channels, side = vae["latent_channels"], encode.image_size // vae_factor(vae)
-    widths = clip.get("text_config", clip).get("hidden_size", 512), clip.get("projection_dim", 512)  # transformers' defaults
+    text, pooled = (
+        clip.get("text_config", clip).get("hidden_size", 512),
+        clip.get("projection_dim", 512),
+    )  # transformers' defaults
     with torch.device("meta"):  # its weights take no memory
-        transformer = DiT(channels, model.patch_size, model.hidden_size, model.num_layers, model.num_heads, *widths)
+        transformer = DiT(**asdict(model), in_channels=channels, cross_attention_dim=text, pooled_projection_dim=pooled)
     values = channels * side**2 * (2 if HAS_POSTERIOR[vae["_class_name"]] else 1)
     images = params.train.batch_size * params.train.gradient_accumulation_steps
     flops = 3 * images * forward_flops(transformer, (side, side), LONGEST)

@@ -6,7 +6,6 @@ size d, L text tokens of width E, P the width of the pooled text vector.
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch
@@ -18,7 +17,16 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-ROTARY_BASE = 100.0  # longest wavelength about 600 patches: grids have 4 to 128 a side, text models' 10,000 would be wasted
+from dit.model.convolutions import Head, Stem, stem_and_head_flops
+from dit.model.positions import (
+    NUM_FREQUENCIES,
+    TIMESTEP_FREQUENCIES,
+    apply_rotary_emb,
+    rope_freqs,
+    sincos_pos_embed,
+    timestep_embedding,
+)
+
 MLP_RATIO = 4
 # What the parameters and the settings were called up to version 0.1: exported and registered models of then still load.
 OLD_MODULES = {
@@ -30,57 +38,13 @@ OLD_MODULES = {
     "unpatch": "final_layer.linear",
 }
 OLD_BLOCK_MODULES = {"attention": "attn", "cross_attention": "cross_attn", "modulation": "adaLN_modulation"}
+SMALL_AT_FIRST = ("t_embedder.0.weight", "t_embedder.2.weight", "pooled_embedder.weight", "final_layer.linear.weight")
 OLD_CONFIG = {"text_size": "cross_attention_dim", "pooled_size": "pooled_projection_dim"}
-TIMESTEP_FREQUENCIES = 256  # sines and cosines of the timestep embedding
-NUM_FREQUENCIES = 4  # of the position embedding: wavelengths from twice the image's width down to a quarter of it
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Scale `x` (N, T, D) by 1 + `scale` and add `shift`, each (N, D)."""
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
-
-
-def sincos_pos_embed(height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
-    """Return sines and cosines of the position of each patch in a `height` x `width` grid: (T, 4 NUM_FREQUENCIES) float32.
-
-    Rotary positions tell how far apart two patches are, but not where the border is. Without this embedding the
-    validation loss after 400 steps of the default recipe was 0.31 instead of 0.29.
-    """
-    frequencies = math.pi * 2.0 ** torch.arange(NUM_FREQUENCIES, device=device)
-    sides = []
-    for count in (height, width):
-        angles = ((2 * torch.arange(count, device=device) + 1) / count - 1)[:, None] * frequencies  # centres, from -1 to 1
-        sides.append(torch.cat([angles.sin(), angles.cos()], dim=-1))  # (count, 2 NUM_FREQUENCIES)
-    rows, columns = sides[0][:, None].expand(-1, width, -1), sides[1][None].expand(height, -1, -1)
-    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
-
-
-def rope_freqs(height: int, width: int, head_size: int, device: torch.device | None = None) -> torch.Tensor:
-    """Return the angles' (cos, sin) for every patch of a `height` x `width` grid: (2, T, head_size / 2) float32.
-
-    The first half of the channel pairs turns with the row, the second with the column (Su et al. 2021, in two dimensions
-    as in Heo et al. 2024, arXiv:2403.13298). Positions are counted from the grid's centre, so that another height or
-    width at sampling time extends the image on all sides.
-    """
-    pairs = head_size // 4
-    frequencies = ROTARY_BASE ** (-torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
-    rows = torch.arange(height, device=device) - (height - 1) / 2
-    columns = torch.arange(width, device=device) - (width - 1) / 2
-    angles = torch.cat(
-        [
-            (rows[:, None] * frequencies)[:, None].expand(height, width, pairs),
-            (columns[:, None] * frequencies)[None].expand(height, width, pairs),
-        ],
-        dim=-1,
-    ).reshape(height * width, 2 * pairs)
-    return torch.stack([angles.cos(), angles.sin()])
-
-
-def apply_rotary_emb(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turn the channel pairs of `x` (N, h, T, d) by the angles in `table` (2, T, d / 2)."""
-    cos, sin = table.to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -240,6 +204,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_heads: attention heads.
         cross_attention_dim: width E of the text tokens.
         pooled_projection_dim: width P of the pooled text vector.
+        conv_channels: of the convolutions before and after the blocks, at the latents' own resolution; 0 for none.
     """
 
     _supports_gradient_checkpointing = True
@@ -256,10 +221,13 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_heads: int = 12,
         cross_attention_dim: int = 768,
         pooled_projection_dim: int = 768,
+        conv_channels: int = 0,
     ):
         super().__init__()
         self.gradient_checkpointing = False
-        self.x_embedder = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+        features = conv_channels or in_channels
+        self.stem = Stem(in_channels, conv_channels, hidden_size) if conv_channels else None
+        self.x_embedder = nn.Conv2d(features, hidden_size, patch_size, stride=patch_size)
         self.pos_embed = nn.Linear(4 * NUM_FREQUENCIES, hidden_size)
         self.t_embedder = nn.Sequential(
             nn.Linear(TIMESTEP_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
@@ -269,7 +237,8 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, cross_attention_dim) for _ in range(num_layers))
-        self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
+        self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * features)
+        self.head = Head(conv_channels, in_channels, hidden_size) if conv_channels else None
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -279,11 +248,12 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        last = "head.conv_out.weight" if self.head else "final_layer.linear.weight"
         for name, parameter in self.named_parameters():
-            if name in ("t_embedder.0.weight", "t_embedder.2.weight", "pooled_embedder.weight"):
-                nn.init.normal_(parameter, std=0.02)
-            elif name.endswith("adaLN_modulation.weight") or name == "final_layer.linear.weight":
+            if name.endswith("adaLN_modulation.weight") or name == last:
                 nn.init.zeros_(parameter)
+            elif name in SMALL_AT_FIRST:
+                nn.init.normal_(parameter, std=0.02)
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple:
@@ -348,20 +318,26 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             if text is None:
                 raise ValueError("text: needed where keys_values is not given")
             keys_values = self.text_keys_values(text)
-        x = self.x_embedder(latents.to(dtype)).flatten(2).transpose(1, 2)  # (N, T, D)
-        x = x + self.pos_embed(sincos_pos_embed(height, width, x.device).to(dtype))
         t = self.t_embedder(timestep_embedding(timesteps).to(dtype))  # (N, D)
         pooled = ((pooled - self.pooled_mean) / self.pooled_std).to(dtype)
         condition = F.silu(t + self.pooled_embedder(pooled))  # (N, D)
+        features = latents.to(dtype)
+        if self.stem:
+            features = self.stem(features, condition)  # (N, K, H, W)
+        x = self.x_embedder(features).flatten(2).transpose(1, 2)  # (N, T, D)
+        x = x + self.pos_embed(sincos_pos_embed(height, width, x.device).to(dtype))
         rotary = rope_freqs(height, width, self.config.hidden_size // self.config.num_heads, x.device)  # (2, T, d / 2)
         for block, kv in zip(self.blocks, keys_values, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, x, condition, kv, text_mask, rotary)
             else:
                 x = block(x, condition, kv, text_mask, rotary)  # (N, T, D)
-        x = self.final_layer(x, condition)  # (N, T, p * p * C)
+        x = self.final_layer(x, condition)  # (N, T, p * p * C), of K instead of C channels where there is a head
         x = x.unflatten(1, (height, width)).unflatten(-1, (p, p, -1))  # (N, H / p, W / p, p, p, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).float()  # (N, C, H, W)
+        x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (N, C, H, W)
+        if self.head:
+            x = self.head(features + x, condition)
+        return x.float()
 
 
 def current_name(name: str) -> str:
@@ -374,14 +350,6 @@ def current_name(name: str) -> str:
     return ".".join(parts)
 
 
-def timestep_embedding(timesteps: torch.Tensor) -> torch.Tensor:
-    """Return sines and cosines of 1000 `timesteps` (N,): (N, TIMESTEP_FREQUENCIES) (Vaswani et al. 2017, section 3.5)."""
-    half = TIMESTEP_FREQUENCIES // 2
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=timesteps.device) / half)
-    angles = 1000 * timesteps[:, None].float() * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
 def forward_flops(model: DiT, latent_size: tuple[int, int], text_tokens: int) -> int:
     """Count the floating-point operations of one image's forward pass, matrix products only (a multiply-add counts as two).
 
@@ -391,6 +359,7 @@ def forward_flops(model: DiT, latent_size: tuple[int, int], text_tokens: int) ->
     d, tokens = c.hidden_size, latent_size[0] * latent_size[1] // c.patch_size**2
     per_token = 4 * d * d + 2 * d * d + 2 * MLP_RATIO * d * d + 2 * tokens * d + 2 * text_tokens * d
     per_block = tokens * per_token + text_tokens * 2 * c.cross_attention_dim * d + 9 * d * d
-    patches = 2 * tokens * d * c.patch_size**2 * c.in_channels + tokens * 4 * NUM_FREQUENCIES * d
+    patches = 2 * tokens * d * c.patch_size**2 * (c.conv_channels or c.in_channels) + tokens * 4 * NUM_FREQUENCIES * d
+    convolutions = stem_and_head_flops(latent_size, c.in_channels, c.conv_channels, d) if c.conv_channels else 0
     once = TIMESTEP_FREQUENCIES * d + d * d + c.pooled_projection_dim * d + 2 * d * d
-    return 2 * (c.num_layers * per_block + patches + once)
+    return 2 * (c.num_layers * per_block + patches + convolutions + once)

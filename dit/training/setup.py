@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -72,11 +73,8 @@ def build_model(cache: LatentCache, model: Model, seed: int) -> DiT:
     """Initialise a transformer that fits the cache; the same seed gives the same weights."""
     torch.manual_seed(seed)
     transformer = DiT(
+        **asdict(model),
         in_channels=cache.latent_shape[0],
-        patch_size=model.patch_size,
-        hidden_size=model.hidden_size,
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
         cross_attention_dim=cache.cross_attention_dim,
         pooled_projection_dim=cache.pooled_projection_dim,
     )

@@ -233,7 +233,7 @@ def test_benchmark_refuses_what_it_cannot_measure(project, capsys, arguments, me
     assert error.startswith(f"dit: {message}") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("kind", ["training", "data", "sampling", "speedrun", "recipe"])
+@pytest.mark.parametrize("kind", ["training", "data", "sampling", "speedrun", "race", "recipe"])
 def test_benchmark_help_has_examples(capsys, kind):
     with pytest.raises(SystemExit):
         cli.main(["benchmark", kind, "--help"])

@@ -13,17 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit.model import transformer as model_file
-from dit.model.transformer import (
-    Block,
-    CrossAttention,
-    DiT,
-    SelfAttention,
-    apply_rotary_emb,
-    forward_flops,
-    modulate,
-    rope_freqs,
-    sincos_pos_embed,
-)
+from dit.model.positions import apply_rotary_emb, rope_freqs, sincos_pos_embed
+from dit.model.transformer import Block, CrossAttention, DiT, SelfAttention, forward_flops, modulate
 from helpers.small_models import rename_as_version_0_1
 
 
@@ -52,8 +43,9 @@ def inputs(height: int = 8, width: int = 8, count: int = 2):
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("size", [(8, 8), (16, 8)])
-def test_dit_output_has_shape_of_latents(patch_size, size):
-    assert make(patch_size)(*inputs(*size)).shape == (2, 4, *size)
+@pytest.mark.parametrize("conv_channels", [0, 8])
+def test_dit_output_has_shape_of_latents(patch_size, size, conv_channels):
+    assert make(patch_size, conv_channels=conv_channels)(*inputs(*size)).shape == (2, 4, *size)
 
 
 def test_dit_refuses_latents_that_patches_do_not_divide():
@@ -61,12 +53,19 @@ def test_dit_refuses_latents_that_patches_do_not_divide():
         make(4)(*inputs(6, 8))
 
 
-def test_dit_new_model_predicts_zero():
-    assert not make(random=False)(*inputs()).any()
+@pytest.mark.parametrize("conv_channels", [0, 8])
+def test_dit_new_model_predicts_zero_and_learns(conv_channels):
+    model = make(random=False, conv_channels=conv_channels)
+    out = model(*inputs())
+    assert not out.any()
+    (out - 1).square().mean().backward()
+    last = model.head.conv_out if conv_channels else model.final_layer.linear
+    assert last.weight.grad.any()
 
 
-def test_dit_depends_on_conditions_but_not_on_padding():
-    model, (latents, timesteps, text, mask, pooled) = make(), inputs()
+@pytest.mark.parametrize("conv_channels", [0, 8])
+def test_dit_depends_on_conditions_but_not_on_padding(conv_channels):
+    model, (latents, timesteps, text, mask, pooled) = make(conv_channels=conv_channels), inputs()
     with torch.no_grad():
         base = model(latents, timesteps, text, mask, pooled)
         assert not torch.allclose(base, model(latents, timesteps * 0.5, text, mask, pooled), atol=1e-3)
@@ -218,8 +217,9 @@ def test_rotary_depends_on_relative_positions():
     assert not torch.allclose((turned_q[0, 1] * turned_k[2, 2]).sum(), (turned_q[0, 1] * turned_k[1, 2]).sum(), atol=1e-3)
 
 
-def test_forward_flops_equals_torch_counter():
-    model = make()
+@pytest.mark.parametrize("conv_channels", [0, 8])
+def test_forward_flops_equals_torch_counter(conv_channels):
+    model = make(conv_channels=conv_channels)
     # torch's counter does not know the fused attention of CPUs, so it is shown the plain one
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(*inputs(count=1))
