@@ -232,8 +232,8 @@ def training_table(results: dict[str, Any]) -> str:
     return (
         f"{size}, patch {model['patch_size']}{convolutions}, {results['parameters'] / 1e6:.3g} M parameters, "
         f"{results['device']}, {results['precision']}{', compiled' if results['compiled'] else ''}, "
-        f"batch {results['batch_size']}, {results['text_tokens']} text tokens; matmul peak {results['matmul_peak'] / 1e12:.2f} TFLOP/s, "
-        f"{results['flops_per_image_and_step'] / 1e9:.4g} GFLOP per image and step\n\n"
+        f"batch {results['batch_size']}, {results['text_tokens']} text tokens; "
+        f"matmul peak {results['matmul_peak'] / 1e12:.2f} TFLOP/s, {results['flops_per_image_and_step'] / 1e9:.4g} GFLOP per image and step\n\n"
         f"{markdown_table(HEADER, rows)}\n\n"
         f"Attention: {', '.join(results['attention'])}. A checkpoint has {cost['gigabytes']:.2f} GB; the loop waits "
         f"{cost['seconds_held']:.2f} s for it, it is on the disk after {cost['seconds_written']:.1f} s, and checking and reading "
