@@ -163,7 +163,7 @@ class Model:
     hidden_size: PositiveInt
     num_layers: PositiveInt
     num_heads: PositiveInt
-    conv_channels: NonNegativeInt = 0  # earlier versions had none
+    conv_channels: NonNegativeInt
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +103,7 @@ def train_adapters(params: Params, model: Path, cache: LatentCache, steps: int) 
     """Train adapters to `model`, as the train stage does, and write them into lora/."""
     init = load_init(model, str(model))
     config = init.transformer.config
-    sizes = Model(config.patch_size, config.hidden_size, config.num_layers, config.num_heads)
+    sizes = Model(**{field.name: config[field.name] for field in fields(Model)})
     train = replace(params.train, method="lora", init_from=str(model), validate_every=steps, warmup_steps=10)
     epochs = -(-steps * train.batch_size // len(cache.train))
     optim = replace(params.shapes.optim, num_epochs=epochs, learning_rate=LEARNING_RATE)

@@ -30,7 +30,7 @@ def random_transformer() -> DiT:
 
 def save(folder: Path, **train) -> None:
     cache = write_cache(folder / "latents")
-    model = Model(patch_size=2, hidden_size=32, num_layers=2, num_heads=2)
+    model = Model(patch_size=2, hidden_size=32, num_layers=2, num_heads=2, conv_channels=0)
     cache.index["clip"] = cache.index["vae"] = EncoderSource("builtin").to_dict()
     save_model(folder / "dit", random_transformer(), cache, model, OPTIM, replace(TRAIN, **train))
 

@@ -53,7 +53,7 @@ def make_run(folder: Path, images: int, held_out: int, groups: dict[str, list[st
     transformer = DiT(hidden_size=32, num_layers=2, num_heads=2, cross_attention_dim=32, pooled_projection_dim=16)
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    model = Model(patch_size=2, hidden_size=32, num_layers=2, num_heads=2)
+    model = Model(patch_size=2, hidden_size=32, num_layers=2, num_heads=2, conv_channels=0)
     save_model(folder / "dit", transformer, cache, model, PARAMS.shapes.optim, replace(PARAMS.train, **train))
     prompts = [(text, group) for group, texts in groups.items() for text in texts]
     (folder / "images").mkdir()
