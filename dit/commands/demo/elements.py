@@ -10,6 +10,7 @@ CSS = """
 .pixels img { image-rendering: pixelated; }
 .large img { height: 384px; width: 100%; object-fit: contain; }
 .small .grid-container { grid-template-columns: repeat(auto-fill, minmax(80px, 1fr)) !important; }
+.small .grid-wrap { padding-top: 32px; } /* below the label */
 .gradio-container { max-width: 1400px !important; margin: auto; }
 """
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none is downloaded
