@@ -71,6 +71,7 @@ def race(params: Params, latents: Path, name: str, prompts: int) -> tuple[int, l
     images = cache.val[:prompts]
     captions = [rows[0]["text"] for rows in cache.captions(images)]
     vae, _ = load_vae(EncoderSource(**cache.index["vae"], recorded_in=cache.folder))
+    torch.manual_seed(params.train.seed)
     entrant, points = PEERS[name](cache, params), []
     for step, seconds, network in train_in_stops(entrant, cache, params):
         right = 0

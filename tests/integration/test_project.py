@@ -131,6 +131,18 @@ def test_speedrun_leaves_project_unchanged(clone):
     assert clone.run("git", "status", "--porcelain").stdout == ""
 
 
+@pytest.mark.slow
+def test_race_prints_a_row_for_each_and_leaves_project_unchanged(clone):
+    output = str(clone.root.parent / "race.json")
+    command = (sys.executable, "-m", "dit.cli", "benchmark", "race", "this-model", "sit", "--prompts", "3", "--output", output)
+    printed = clone.run(*command).stdout
+    rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
+    assert rows == ["network", "---", "this-model", "sit"] and printed.count("not reached") == 8  # after twenty steps
+    points = json.loads((clone.root.parent / "race.json").read_text())["sit"]["points"]
+    assert [point["step"] for point in points] == list(range(1, 21))
+    assert clone.run("git", "status", "--porcelain").stdout == ""
+
+
 def test_speedrun_ends_at_the_goal(clone):
     code = """
 from pathlib import Path
