@@ -20,23 +20,16 @@ from dit.training.setup import build_model
 
 
 class Peer(nn.Module):
-    """A network that standardises the text tokens, as `DiT` does: what is compared is not who knows of their mean."""
+    """What both have that standardises the text tokens, as `DiT` does: what is compared is not who knows of their mean."""
 
     def __init__(self, cache: LatentCache):
         super().__init__()
         for name in ("tokens_mean", "tokens_std"):
             self.register_buffer(name, torch.as_tensor(cache.text_statistics[name]))
 
-    def forward(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor, pooled: torch.Tensor
-    ) -> torch.Tensor:
-        """Predict as `DiT.forward` does, from arguments of the same shapes."""
-        mean, deviation = cast(torch.Tensor, self.tokens_mean), cast(torch.Tensor, self.tokens_std)
-        return self.predict(latents, timesteps, (text - mean) / deviation, text_mask)
-
-    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Predict from standardised `text`."""
-        raise NotImplementedError
+    def standardize(self, text: torch.Tensor) -> torch.Tensor:
+        """Give every channel of `text` (N, L, E) mean 0 and deviation 1 over the training set."""
+        return (text - cast(torch.Tensor, self.tokens_mean)) / cast(torch.Tensor, self.tokens_std)
 
 
 class PixArt(Peer):
@@ -59,16 +52,20 @@ class PixArt(Peer):
             use_additional_conditions=False,
         )
 
-    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Predict from standardised `text`."""
-        nothing = {"resolution": None, "aspect_ratio": None}
-        return self.network(
-            latents, text, 1000 * timesteps, nothing, encoder_attention_mask=mask.to(latents.dtype), return_dict=False
-        )[0]
+    def forward(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor, pooled: torch.Tensor
+    ) -> torch.Tensor:
+        """Predict as `DiT.forward` does, from arguments of the same shapes; `pooled` is not looked at."""
+        nothing, mask = {"resolution": None, "aspect_ratio": None}, text_mask.to(latents.dtype)
+        text = self.standardize(text)
+        return self.network(latents, text, 1000 * timesteps, nothing, encoder_attention_mask=mask, return_dict=False)[0]
 
 
 class SiT(Peer):
-    """SiT's blocks (Ma et al. 2024, arXiv:2401.08740), DiT's with adaLN-Zero, each with a cross-attention to the text."""
+    """SiT's blocks (Ma et al. 2024, arXiv:2401.08740), DiT's with adaLN-Zero, each with a cross-attention to the text.
+
+    The last layer has no adaLN of its own.
+    """
 
     def __init__(self, cache: LatentCache, params: Params):
         super().__init__(cache)
@@ -98,10 +95,13 @@ class SiT(Peer):
         self.linear = nn.Linear(width, self.patch_size**2 * channels)
         nn.init.zeros_(self.linear.weight)
 
-    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Predict from standardised `text`."""
+    def forward(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor, pooled: torch.Tensor
+    ) -> torch.Tensor:
+        """Predict as `DiT.forward` does, from arguments of the same shapes; `pooled` is not looked at."""
         height, width = (side // self.patch_size for side in latents.shape[2:])
-        bias = torch.where(mask, 0.0, -10_000.0)[:, None]  # (N, 1, L), which is added to the scores
+        text = self.standardize(text)
+        bias = torch.where(text_mask, 0.0, -10_000.0)[:, None]  # (N, 1, L), which is added to the scores
         x, label = self.x_embedder(latents), torch.zeros(len(latents), dtype=torch.long, device=latents.device)
         for block in self.blocks:
             x = block(

@@ -55,14 +55,14 @@ SEED = 40_000  # of the noise that images are sampled from
 def race(params: Params, latents: Path, name: str, prompts: int) -> tuple[int, list[Point]]:
     """Train the network `name` (of `PEERS`) and score it on its way.
 
-    Returns:
-        its number of parameters, and the points, of which the last is the end, or the first that reached the last goal.
-
     Args:
-        params: all settings of the pipeline; `train.method` and `compile_model` are not looked at.
-        latents: the cache to train on.
+        params: all settings of the pipeline; `train.method`, accumulation and `compile_model` are not looked at.
+        latents: the cache to train on, of images of one size.
         name: of a network.
         prompts: how many validation captions to score at each stop.
+
+    Returns:
+        its number of parameters, and the points, of which the last is the end, or the first that reached the last goal.
 
     Raises:
         UserError: the captions are not about coloured shapes, so that nothing can be scored.

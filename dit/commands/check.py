@@ -110,10 +110,7 @@ def describe_cost(params: Params) -> str:
     vae = read_config("vae", EncoderSource(encode.vae, encode.vae_revision))
     clip = read_config("clip", EncoderSource(encode.clip, encode.clip_revision))
     channels, side = vae["latent_channels"], encode.image_size // vae_factor(vae)
-    text, pooled = (
-        clip.get("text_config", clip).get("hidden_size", 512),
-        clip.get("projection_dim", 512),
-    )  # transformers' defaults
+    text, pooled = clip.get("text_config", clip).get("hidden_size", 512), clip.get("projection_dim", 512)  # their defaults
     with torch.device("meta"):  # its weights take no memory
         transformer = DiT(**asdict(model), in_channels=channels, cross_attention_dim=text, pooled_projection_dim=pooled)
     values = channels * side**2 * (2 if HAS_POSTERIOR[vae["_class_name"]] else 1)
