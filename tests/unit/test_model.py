@@ -226,8 +226,9 @@ def test_forward_flops_equals_torch_counter(conv_channels):
     assert forward_flops(model, (8, 8), 6) == counter.get_total_flops()
 
 
-def test_dit_save_and_load(tmp_path):
-    model = make()
+@pytest.mark.parametrize("conv_channels", [0, 8])
+def test_dit_save_and_load(tmp_path, conv_channels):
+    model = make(conv_channels=conv_channels)
     model.save_pretrained(tmp_path)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
     with torch.no_grad():
