@@ -209,7 +209,7 @@ class Page:
         try:
             with in_words(request):
                 order = make_order(request, prompt, negative, seed, count, settings, *read_editor(editor), strength)
-                for image, status, made in self.run(request, order):
+                for image, status, made in self.run(request, order, time.monotonic()):
                     yield [image, status, *self.keep(order, made, history)]
         except gr.Error:
             yield emptied(1, 6)
@@ -221,20 +221,20 @@ class Page:
             with in_words(request):
                 both = settings[: len(SETTINGS)], settings[len(SETTINGS) :]
                 orders = [make_order(request, prompt, negative, seed, count, one) for one in both]
-                images = [None, None]
+                images, began = [None, None], time.monotonic()
                 for side, order in enumerate(orders):
-                    for images[side], status, made in self.run(request, order):
+                    for images[side], status, made in self.run(request, order, began):
                         kept = self.keep(order, made, history)
                         history = kept[0] if made else history
-                        yield [*images, status, *kept]
+                        half_done = bool(made) and side == 0
+                        yield [*images, gr.skip() if half_done else status, *kept]
         except gr.Error:
             yield emptied(2, 7)
             raise
 
-    def run(self, request: gr.Request, order: Order) -> Iterator[tuple[Any, str, list[Generated]]]:
-        """Yield (live image, status, what is done and saved) while `order` is worked on."""
+    def run(self, request: gr.Request, order: Order, began: float) -> Iterator[tuple[Any, str, list[Generated]]]:
+        """Yield (live image, status, what is done and saved) while `order` is worked on; `began` is when the time started."""
         yield gr.skip(), note(answer(request, "starting")), []
-        began = time.monotonic()
         for update in generate(self.models, order):
             if isinstance(update, str):
                 gr.Warning(html.escape(update).replace("--", ""), title="dit")
