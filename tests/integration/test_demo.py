@@ -30,6 +30,14 @@ from helpers.remotes import free_port
 
 PATIENCE = 60_000  # ms
 UPLOAD = "input[data-testid$=upload-button]"
+# Keeps all that the status of Compare says, one after the other, in window.said.
+LISTEN = """() => {
+    const status = document.querySelector("#compare_status")
+    window.said = []
+    new MutationObserver(() => {
+        if (window.said.at(-1) !== status.textContent) window.said.push(status.textContent)
+    }).observe(status, {childList: true, subtree: true, characterData: true})
+}"""
 
 
 def png_of(width: int, height: int) -> bytes:
@@ -123,9 +131,15 @@ def page(browser, demo) -> Iterator[Page]:
 
 
 def fill(page: Page, name: str, value: str | int) -> None:
+    """Fill a field, again where the page takes the value back: in an accordion that has just been opened, it sets its own."""
     field = page.locator(f"#{name} textarea, #{name} input[type=text], #{name} input[type=number]").first
-    field.fill(str(value))
-    field.press("Tab")
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        field.fill(str(value))
+        field.press("Tab")
+        if field.input_value() == str(value):
+            return
+    raise AssertionError(f"{name} is {field.input_value()!r}, and not {value!r}")
 
 
 def settle(page: Page, words: str = "Done in") -> None:
@@ -284,6 +298,7 @@ def test_compares_two_settings_from_the_same_seed(page, demo):
     fill(page, "compare-prompt", "a star")
     fill(page, "a-steps", 4)
     fill(page, "b-steps", 12)
+    page.evaluate(LISTEN)
     page.click("#draw_both")
     expect(page.locator("#compare_status")).to_contain_text("Done in", timeout=PATIENCE)
     one, two = (read_facts(path) for path in sorted(demo.pictures() - before))
@@ -293,6 +308,7 @@ def test_compares_two_settings_from_the_same_seed(page, demo):
     page.get_by_role("tab", name="Generate").click()
     expect(page.locator("#gallery button img")).to_have_count(2)
     expect(page.locator("#facts textarea")).to_have_value(re.compile("num_inference_steps: 12"))  # the newest
+    assert sum("Done in" in words for words in page.evaluate("window.said")) == 1
 
 
 @pytest.mark.slow
