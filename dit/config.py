@@ -164,6 +164,7 @@ class Model:
     num_layers: PositiveInt
     num_heads: PositiveInt
     conv_channels: NonNegativeInt
+    output: Literal["velocity", "image"]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -354,6 +355,8 @@ def parse_config(values: dict[str, Any], name: str = "params.yaml") -> Params:
         raise UserError(f"{name}: sample.scheduler: ddim is for train.objective ddpm; for a flow the same thing is called euler")
     if (params.train.method == "scratch") != (params.train.init_from is None):
         raise UserError(f"{name}: {_init_problem(params.train)}")
+    if params.train.objective == "ddpm" and params.active.model.output == "image":
+        raise UserError(f"{name}: {params.recipe}.model.output: image is for train.objective flow; velocity would be right")
     for recipe in RECIPES:
         problem = _impossible(recipe, getattr(params, recipe))
         if problem:

@@ -32,6 +32,7 @@ VARIANTS: dict[str, tuple[dict[str, dict[str, Any]], float]] = {
     "width-96": ({"model": {"hidden_size": 96, "num_heads": 3}}, 0.8),
     "patch-2": ({"model": {"patch_size": 2}}, 3.0),
     "convolutions": ({"model": {"conv_channels": 64}}, 1.3),
+    "velocity-output": ({"model": {"output": "velocity"}}, 1.0),
 }
 
 

@@ -28,6 +28,8 @@ from dit.model.positions import (
 )
 
 MLP_RATIO = 4
+# Below it an error of the image would count for ever more: there, the last layer's target is partly the noise.
+SMALLEST_TIMESTEP = 0.25
 # What the parameters and the settings were called up to version 0.1: exported and registered models of then still load.
 OLD_MODULES = {
     "patch": "x_embedder",
@@ -205,6 +207,9 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         cross_attention_dim: width E of the text tokens.
         pooled_projection_dim: width P of the pooled text vector.
         conv_channels: of the convolutions before and after the blocks, at the latents' own resolution; 0 for none.
+        output: what the last layer predicts. "velocity": the objective's target. "image", of a flow alone: the image, from which
+            the velocity follows (Li and He 2025, arXiv:2511.13720). Noise need not pass through the network then, which helps
+            where a token is not much narrower than `hidden_size`.
     """
 
     _supports_gradient_checkpointing = True
@@ -222,6 +227,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         cross_attention_dim: int = 768,
         pooled_projection_dim: int = 768,
         conv_channels: int = 0,
+        output: str = "velocity",
     ):
         super().__init__()
         self.gradient_checkpointing = False
@@ -337,6 +343,8 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (N, C, H, W)
         if self.head:
             x = self.head(features + x, condition)
+        if self.config.output == "image":
+            return (latents.float() - x.float()) / timesteps.float().clamp(min=SMALLEST_TIMESTEP)[:, None, None, None]
         return x.float()
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dit.config import Lora, Model
-from dit.encoders.loading import EncoderSource
+from dit.encoders.loading import BUILTIN, EncoderSource
 from dit.model.transformer import OLD_BLOCK_MODULES, OLD_CONFIG, OLD_MODULES, DiT
 from dit.pipeline.pipeline import DiTTextToImagePipeline
 from dit.pipeline.schedulers import make_scheduler
@@ -19,18 +19,21 @@ from dit.training.lora import add_adapters, save_adapters, trainable_parameters
 from helpers.cache import write_cache
 from helpers.training import OPTIM, TRAIN
 
+CHANNELS = json.loads((BUILTIN / "vae" / "config.json").read_text())["latent_channels"]
+
 
 def random_transformer() -> DiT:
     torch.manual_seed(0)
-    transformer = DiT(hidden_size=32, num_layers=2, num_heads=2, cross_attention_dim=128, pooled_projection_dim=128)
+    size = {"hidden_size": 32, "num_layers": 2, "num_heads": 2}
+    transformer = DiT(in_channels=CHANNELS, **size, cross_attention_dim=128, pooled_projection_dim=128)
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return transformer
 
 
 def save(folder: Path, **train) -> None:
-    cache = write_cache(folder / "latents")
-    model = Model(patch_size=2, hidden_size=32, num_layers=2, num_heads=2, conv_channels=0)
+    cache = write_cache(folder / "latents", channels=CHANNELS)
+    model = Model(patch_size=2, hidden_size=32, num_layers=2, num_heads=2, conv_channels=0, output="velocity")
     cache.index["clip"] = cache.index["vae"] = EncoderSource("builtin").to_dict()
     save_model(folder / "dit", random_transformer(), cache, model, OPTIM, replace(TRAIN, **train))
 

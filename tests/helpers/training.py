@@ -57,7 +57,7 @@ RUNTIME = Runtime(
     keep_state=False,
 )
 OPTIM = Optim(num_epochs=3, learning_rate=1e-3, logit_mean=0.0, compile_model=False)
-MODEL = Model(patch_size=2, hidden_size=64, num_layers=2, num_heads=4, conv_channels=0)
+MODEL = Model(patch_size=2, hidden_size=64, num_layers=2, num_heads=4, conv_channels=0, output="velocity")
 CPU = torch.device("cpu")
 
 

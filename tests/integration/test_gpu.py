@@ -12,7 +12,7 @@ from dit.pipeline.pipeline import DiTTextToImagePipeline
 from helpers.training import run, same
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and this machine has none")
-DEFAULT = Model(patch_size=2, hidden_size=768, num_layers=16, num_heads=12, conv_channels=0)
+DEFAULT = Model(patch_size=2, hidden_size=768, num_layers=16, num_heads=12, conv_channels=0, output="velocity")
 
 
 def full_size(batch: int) -> TrainingStep:

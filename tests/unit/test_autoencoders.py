@@ -186,7 +186,7 @@ def test_image_to_image(encoded, tmp_path):
 def recipe(folder: Path, image_size: int, patch_size: int):
     settings = load_config(REPO / "params.yaml").folder
     encode = replace(settings.encode, vae=str(folder), clip="builtin", image_size=image_size)
-    return replace(settings, encode=encode, model=Model(patch_size, 64, 2, 4, 0))
+    return replace(settings, encode=encode, model=Model(patch_size, 64, 2, 4, 0, "velocity"))
 
 
 def test_sides_that_do_not_fit_are_told_before_anything_is_encoded(encoded):

@@ -47,6 +47,15 @@ def test_config_defaults_equal_sample_block():
     assert {name: VALUES["sample"][name] for name in DEFAULTS._fields} == DEFAULTS._asdict()
 
 
+def test_config_refuses_an_image_as_output_of_ddpm():
+    values = changed("train.objective", "ddpm")
+    values["shapes"]["model"]["output"] = "velocity"
+    assert parse_config(values).train.objective == "ddpm"
+    values["shapes"]["model"]["output"] = "image"
+    with pytest.raises(UserError, match=r"shapes\.model\.output: image is for train\.objective flow; velocity would be right"):
+        parse_config(values)
+
+
 def test_config_is_frozen():
     with pytest.raises(FrozenInstanceError):
         load_config(REPO / "params.yaml").train.batch_size = 1
@@ -156,7 +165,7 @@ def test_config_text_set_in_quotes(tmp_path, text):
 )
 def test_config_notations_of_a_number(tmp_path, text, number):
     path = tmp_path / "params.yaml"
-    path.write_text(TEXT.replace("learning_rate: 3.0e-3", f"learning_rate: {text}"), encoding="utf-8")
+    path.write_text(TEXT.replace("learning_rate: 6.0e-3", f"learning_rate: {text}"), encoding="utf-8")
     assert load_config(path).shapes.optim.learning_rate == number
     assert overridden(tmp_path, f"shapes.optim.learning_rate={text}").shapes.optim.learning_rate == number
 

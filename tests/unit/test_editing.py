@@ -90,7 +90,9 @@ def test_latent_mask():
 def source_pixels(pipeline, image, mask=None) -> SourceImage:
     """What a call with 16 x 16 pixels starts from."""
     processors = (pipeline.image_processor, pipeline.mask_processor)
-    return SourceImage.prepare(pipeline.vae, *processors, image, mask, torch.zeros(1, 4, 2, 2), 1, 1)
+    return SourceImage.prepare(
+        pipeline.vae, *processors, image, mask, torch.zeros(1, pipeline.vae.config.latent_channels, 2, 2), 1, 1
+    )
 
 
 @given(arrays(np.uint8, st.tuples(st.just(16), st.just(16), st.integers(1, 4))), st.sampled_from(["uint8", "int64", "float32"]))

@@ -31,6 +31,7 @@ from dit.training.export import save_model
 from helpers import REPO
 from helpers.cache import write_cache
 from helpers.scenes import captions, descriptions, rendered
+from helpers.small_models import CHANNELS
 from stages.evaluate import log_evaluation
 
 PARAMS = load_config(REPO / "params.yaml")
@@ -47,13 +48,13 @@ def make_run(folder: Path, images: int, held_out: int, groups: dict[str, list[st
         image.save(content, "PNG")
         writer.add(f"images/{k}.png", content.getvalue(), [text])
     writer.close(FetchResult())
-    cache = write_cache(folder / "latents", images=images, val=held_out)
+    cache = write_cache(folder / "latents", images=images, val=held_out, channels=CHANNELS)
     cache.index["clip"] = cache.index["vae"] = EncoderSource("builtin").to_dict()
     torch.manual_seed(0)
-    transformer = DiT(hidden_size=32, num_layers=2, num_heads=2, cross_attention_dim=32, pooled_projection_dim=16)
+    transformer = DiT(CHANNELS, hidden_size=32, num_layers=2, num_heads=2, cross_attention_dim=32, pooled_projection_dim=16)
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    model = Model(patch_size=2, hidden_size=32, num_layers=2, num_heads=2, conv_channels=0)
+    model = Model(patch_size=2, hidden_size=32, num_layers=2, num_heads=2, conv_channels=0, output="velocity")
     save_model(folder / "dit", transformer, cache, model, PARAMS.shapes.optim, replace(PARAMS.train, **train))
     prompts = [(text, group) for group, texts in groups.items() for text in texts]
     (folder / "images").mkdir()

@@ -63,6 +63,17 @@ def test_dit_new_model_predicts_zero_and_learns(conv_channels):
     assert last.weight.grad.any()
 
 
+def test_dit_whose_output_is_the_image_returns_the_velocity():
+    velocity, image = make(), make(output="image")
+    image.load_state_dict(velocity.state_dict())
+    latents, _, *text = inputs(count=2)
+    timesteps = torch.tensor([0.1, 0.8])
+    with torch.no_grad():
+        out, found = velocity(latents, timesteps, *text), image(latents, timesteps, *text)
+    assert torch.allclose(found[1], (latents[1] - out[1]) / 0.8, atol=1e-5)
+    assert torch.allclose(found[0], (latents[0] - out[0]) / 0.25, atol=1e-5)  # not by less, however little noise there is
+
+
 @pytest.mark.parametrize("conv_channels", [0, 8])
 def test_dit_depends_on_conditions_but_not_on_padding(conv_channels):
     model, (latents, timesteps, text, mask, pooled) = make(conv_channels=conv_channels), inputs()

@@ -16,7 +16,7 @@ from dit.errors import UserError
 from dit.pipeline.pipeline import DiTTextToImagePipeline
 from dit.pipeline.schedulers import make_scheduler, set_timesteps
 from dit.utils.files import sha256_file
-from helpers.small_models import euler_pipeline, save
+from helpers.small_models import CHANNELS, euler_pipeline, save
 
 PLACES = [("a red circle", 0), ("a red circle", 1), ("a blue star", 2), ("a blue star", 3)]  # in a batch of two of each
 
@@ -42,7 +42,7 @@ def test_call_image_depends_on_prompt_and_seed_alone(pipeline, scheduler, monkey
 
 
 def random_latents(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(count, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def test_call_output_types(pipeline):
     prompts = ["a red circle", "a blue star"]
     kinds = ("pil", "np", "pt", "latent")
     pil, array, tensor, latents = (pipeline(prompts, output_type=kind, **settings).images for kind in kinds)
-    assert array.shape == (2, 64, 64, 3) and tensor.shape == (2, 3, 64, 64) and latents.shape == (2, 4, 8, 8)
+    assert array.shape == (2, 64, 64, 3) and tensor.shape == (2, 3, 64, 64) and latents.shape == (2, CHANNELS, 8, 8)
     assert array.min() >= 0 and array.max() <= 1
     assert np.allclose(array, tensor.permute(0, 2, 3, 1).numpy())
     assert np.array_equal(np.asarray(pil[1]), (array[1] * 255).round().astype(np.uint8))
@@ -250,7 +250,7 @@ def test_call_refuses_misfitting_scheduler(pipeline, monkeypatch, scheduler, pre
         ({"height": 0}, "multiples of 16, not 0 x 64"),
         ({"negative_prompt": ["", ""]}, "negative_prompt: one for all, or one for each of 1 prompts"),
         ({"generator": [torch.Generator(), torch.Generator()]}, "generator: a list needs one for each of 1 images"),
-        ({"latents": torch.zeros(1, 4, 4, 4)}, r"latents: must be of shape \(1, 4, 8, 8\)"),
+        ({"latents": torch.zeros(1, 4, 4, 4)}, rf"latents: must be of shape \(1, {CHANNELS}, 8, 8\)"),
         ({"output_type": "jpeg"}, "output_type: 'jpeg'; one of pil, np, pt, latent"),
         (
             {"callback_on_step_end_tensor_inputs": ["timesteps"]},

@@ -18,7 +18,7 @@ from dit.pipeline.schedulers import make_scheduler
 from dit.shapes.render import render
 from dit.shapes.scene import Object, Scene
 from helpers import REPO
-from helpers.small_models import euler_pipeline, generate_latents
+from helpers.small_models import CHANNELS, euler_pipeline, generate_latents
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_guidance_rescale(pipeline):
     """At 1 the guided prediction has the standard deviation of the one with the caption (Lin et al. 2023, equations 15, 16)."""
     from dit.model.objectives import apply_cfg
 
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(0))
     settings = {"sigmas": [1.0], "latents": noise}  # a step from 1 to 0: the prediction is noise - latents
     plain, none, full, half = (
         noise - generate_latents(pipeline, "a red circle", **settings, guidance_rescale=r) for r in (0.0, 0, 1.0, 0.5)

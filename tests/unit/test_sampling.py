@@ -29,7 +29,7 @@ from dit.shapes.captions import parse
 from dit.shapes.scene import UNSEEN_PAIRS
 from dit.sources import fetch
 from helpers import REPO
-from helpers.small_models import save
+from helpers.small_models import CHANNELS, save
 
 PARAMS = load_config(REPO / "params.yaml")
 SETTINGS = replace(
@@ -123,7 +123,7 @@ def test_sampling_flops(pipeline):
     tokens, _, pooled, _, mask, _ = pipeline.encode_prompt(["a red circle"])
     keys_values = transformer.text_keys_values(tokens)
     with FlopCounterMode(display=False) as counter:  # with gradients, since the fused attention of CPUs is not counted
-        transformer(torch.zeros(1, 4, 8, 8), torch.ones(1), None, mask, pooled, keys_values)
+        transformer(torch.zeros(1, CHANNELS, 8, 8), torch.ones(1), None, mask, pooled, keys_values)
     text = 2 * transformer.config.num_layers * 2 * 16 * tokens.shape[1] * transformer.config.hidden_size  # attention to it
     assert sampling_flops(pipeline, 1, 1.0) + text == counter.get_total_flops()
     assert sampling_flops(pipeline, 10, 1.5) == 20 * sampling_flops(pipeline, 1, 1.0)
