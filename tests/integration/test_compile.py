@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils import has_compiled_regions, is_compiled_module
 from safetensors.torch import load_file
 
 from dit.model.transformer import DiT
@@ -94,7 +95,9 @@ def test_compiled_gradients_are_those_of_the_plain_network(tmp_path, monkeypatch
     text = torch.randn(8, 10, 32), torch.ones(8, 10, dtype=torch.bool), torch.randn(8, 32)
     inputs = torch.randn(8, 4, 8, 8), torch.rand(8), *text
     plain = gradients(network, network, inputs)
-    compiled = gradients(network, compile_network(network, True, torch.device("cpu"), print), inputs)
+    by_blocks = compile_network(network, True, torch.device("cpu"), print)
+    assert has_compiled_regions(by_blocks) and all(is_compiled_module(block) for block in by_blocks.blocks)
+    compiled = gradients(network, by_blocks, inputs)
     for name, gradient in plain.items():
         assert gradient.norm() > 0, name
         assert F.cosine_similarity(gradient.flatten(), compiled[name].flatten(), dim=0) > 0.99, name
