@@ -138,6 +138,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=300, metavar="N", help="of training; default: %(default)s")
     parser.add_argument("--prompts", type=int, default=100, metavar="N", help="of each kind, to be scored; default: %(default)s")
     arguments = parser.parse_args()
+    for name, least in (("images", 10), ("steps", 1), ("prompts", 1)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name} {getattr(arguments, name)}: at least {least}")
     if not (arguments.model / "model_index.json").is_file():
         print(f"new_colour: {arguments.model} is no trained model; `dvc repro` trains one in models/dit", file=sys.stderr)
         return 1

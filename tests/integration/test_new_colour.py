@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -48,3 +50,14 @@ def test_new_colour_without_a_model_is_one_line(tmp_path):
         failed.returncode == 1
         and failed.stderr == "new_colour: models/dit is no trained model; `dvc repro` trains one in models/dit\n"
     )
+
+
+@pytest.mark.parametrize("wrong", ["--images 9", "--steps 0", "--prompts -1"])
+def test_new_colour_refuses_a_number_that_is_too_small_and_keeps_what_is_there(tmp_path, wrong):
+    kept = tmp_path / "new_colour" / "report.json"
+    kept.parent.mkdir()
+    kept.write_text("{}")
+    command = [sys.executable, str(REPO / "examples" / "new_colour.py"), *wrong.split()]
+    failed = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True)
+    assert failed.returncode == 2 and f"error: {wrong}: at least" in failed.stderr and "Traceback" not in failed.stderr
+    assert kept.read_text() == "{}"
