@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import accumulate, islice
+import math
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from dit.encoders.loading import EncoderSource, load_text_encoder
 
 LongCaptions = Literal["cut", "chunks"]
+PADDED_TO = 16  # tokens: to a multiple of it each chunk is padded; 77, which most captions do not need, takes twice the time
 
 
 @torch.no_grad()
@@ -24,17 +26,24 @@ def embed_captions(
     Stable Diffusion: each of 75 tokens between a start and an end of its own, their states one after the other, and the pooled
     vector of the first. Shorter captions have the same numbers either way.
 
-    Every chunk is padded to 77 tokens while it is encoded, so that its numbers do not depend on its neighbours. Dtype and
-    device are the model's.
+    How far a chunk is padded while it is encoded depends on its own length alone, so that its numbers do not depend on its
+    neighbours. Dtype and device are the model's.
     """
     length = text_encoder.config.max_position_embeddings
     chunks = [_split(ids, length, long_captions) for ids in tokenizer(captions, verbose=False).input_ids]
     flat = [chunk for of_caption in chunks for chunk in of_caption]
-    inputs = tokenizer.pad({"input_ids": flat}, padding="max_length", max_length=length, return_tensors="pt")
-    out = text_encoder(input_ids=inputs.input_ids.to(text_encoder.device))
-    states = iter([row[: len(chunk)] for row, chunk in zip(out.last_hidden_state, flat, strict=True)])
-    firsts = torch.tensor([0, *accumulate(map(len, chunks))][:-1], device=out.text_embeds.device)
-    return [torch.cat(list(islice(states, len(of_caption)))) for of_caption in chunks], out.text_embeds[firsts]
+    padded_lengths = [min(math.ceil(len(chunk) / PADDED_TO) * PADDED_TO, length) for chunk in flat]
+    states, pooled = [torch.empty(0)] * len(flat), [torch.empty(0)] * len(flat)
+    for padded_length in sorted(set(padded_lengths)):
+        rows = [row for row, own in enumerate(padded_lengths) if own == padded_length]
+        group = {"input_ids": [flat[row] for row in rows]}
+        inputs = tokenizer.pad(group, padding="max_length", max_length=padded_length, return_tensors="pt")
+        out = text_encoder(input_ids=inputs.input_ids.to(text_encoder.device))
+        for row, of_row, vector in zip(rows, out.last_hidden_state, out.text_embeds, strict=True):
+            states[row], pooled[row] = of_row[: len(flat[row])], vector
+    firsts = [0, *accumulate(map(len, chunks))][:-1]
+    of_captions = [torch.cat(states[first : first + len(chunk)]) for first, chunk in zip(firsts, chunks, strict=True)]
+    return of_captions, torch.stack([pooled[first] for first in firsts])
 
 
 def _split(ids: list[int], length: int, long_captions: LongCaptions) -> list[list[int]]:

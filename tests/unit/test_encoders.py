@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 
 from dit.encode.moments import encode_moments
 from dit.encoders.loading import BUILTIN, EncoderSource, copy_folders, find_encoder, load_clip, load_text_encoder, load_vae
-from dit.encoders.text import TextEncoder
+from dit.encoders.text import TextEncoder, embed_captions
 from dit.errors import UserError
 from dit.shapes.captions import describe
 from dit.shapes.prompts import TRAIN_STREAM, UNSEEN_STREAM
@@ -88,6 +88,21 @@ def test_text_encoder_does_not_depend_on_neighbours():
     among, among_pooled = encoder.encode(longer)
     assert torch.equal(short, among[0]) and torch.equal(short_pooled[0], among_pooled[0])  # in batches of one size
     assert len(among[0]) < len(among[1]) < 77
+    (alone, _, _), alone_pooled = encoder.encode(["a red circle", "a red circle", "word " * 40])
+    assert torch.equal(short, alone) and torch.equal(short_pooled[0], alone_pooled[0])
+
+
+@pytest.mark.parametrize("words", [0, 1, 14, 15, 30, 61, 62, 63, 75])  # a multiple of 16 is where 14, 30 and 62 end
+def test_text_encoder_has_the_numbers_of_full_padding(words):
+    model, tokenizer, _ = load_text_encoder(EncoderSource("builtin"))
+    caption = " ".join(["red", "circle", "blue"][k % 3] for k in range(words))
+    inputs = tokenizer([caption], padding="max_length", max_length=77, return_tensors="pt")
+    with torch.no_grad():
+        full = model(input_ids=inputs.input_ids)
+    (tokens, *_), pooled = embed_captions(model, tokenizer, [caption, "a star", "word " * 90])
+    assert len(tokens) == words + 2
+    assert torch.allclose(tokens, full.last_hidden_state[0, : words + 2], atol=1e-5)
+    assert torch.allclose(pooled[0], full.text_embeds[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("caption", ["a red circle", "a small blue star to the left of a large green cross", "word " * 200])
