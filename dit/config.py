@@ -288,7 +288,7 @@ class Runtime:
 
     num_workers: NonNegativeInt
     prefetch_factor: PositiveInt
-    num_processes: PositiveInt
+    num_processes: PositiveInt | Literal["auto"]
     checkpoint_every: PositiveInt
     keep_checkpoints: PositiveInt
     sample_every: PositiveInt

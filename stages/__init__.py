@@ -23,8 +23,8 @@ BATCHES = ("encode", "train", "sample")  # stages whose memory is that of a batc
 def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], parallel: bool = False) -> None:
     """Run `main` on params.yaml as stage `name`; print a `UserError` in one line and exit with 1.
 
-    A `parallel` stage runs in `runtime.num_processes` processes, one per GPU. The arguments behind its name on the command
-    line are passed on.
+    A `parallel` stage runs in `runtime.num_processes` processes, one per GPU or CPU core. The arguments behind its name on the
+    command line are passed on.
 
     DVC deletes a stage's outs before it starts it. `dvc checkout --force` brings back those that it caches; `metrics`, the files
     that live in git instead, are brought back here.
@@ -37,10 +37,11 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], par
         params = load_config()
         if os.environ.get("RANK", "0") == "0":
             unlink_outs(name)
-        if parallel and params.runtime.num_processes > 1 and not is_worker:
-            from stages.processes import run_processes  # imports torch, which the download stage need not wait for
+        count = 1 if is_worker or not parallel else _process_count(name, params)
+        if count > 1:
+            from stages.processes import run_processes
 
-            run_processes([sys.executable, "-m", f"stages.{name}", *sys.argv[1:]], params.runtime.num_processes)
+            run_processes([sys.executable, "-m", f"stages.{name}", *sys.argv[1:]], count)
         elif is_worker:
             from stages.processes import end_with_launcher, leave_processes
 
@@ -60,6 +61,17 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], par
         if lost and not getattr(error, "resumes", False):
             print(f"{name}: `dvc checkout --force` brings the earlier outputs back", file=sys.stderr)
         sys.exit(1)
+
+
+def _process_count(name: str, params: Params) -> int:
+    """Return in how many processes a parallel stage runs; without being told, only the training runs in several."""
+    if params.runtime.num_processes != "auto":
+        return params.runtime.num_processes
+    if name != "train":
+        return 1
+    from stages.processes import choose_process_count  # imports torch, which the download stage need not wait for
+
+    return choose_process_count(params.train.batch_size)
 
 
 def _user_message(error: BaseException, name: str) -> str | None:

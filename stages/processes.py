@@ -1,4 +1,4 @@
-"""Run a stage in several processes, one per GPU, with torch's own launcher (what `torchrun` runs)."""
+"""Run a stage in several processes, one per GPU or CPU core, with torch's own launcher (what `torchrun` runs)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,26 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from dit.errors import UserError
 
 LAUNCHER = "DIT_LAUNCHER_PID"  # an environment variable
+IMAGES_PER_PROCESS = 16  # of a batch, at least
 PATIENCE = 3600  # seconds that processes may take to save a checkpoint after SIGTERM
+
+
+def cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(psutil.cpu_count(logical=False) or allowed, allowed)
+
+
+def choose_process_count(batch_size: int) -> int:
+    """Return how many processes share batches of `batch_size` where `runtime.num_processes` is auto: on a GPU, one.
+
+    On a CPU it is one for each core, with `IMAGES_PER_PROCESS` or more. The threads of one process wait for each other at each
+    operation, and in vain while another program has one of their cores; processes of one thread wait once a step
+    (docs/performance.md: beside a busy process 456 instead of 67 images/s). Who sets OMP_NUM_THREADS gets one process with them.
+    """
+    if torch.accelerator.is_available() or "OMP_NUM_THREADS" in os.environ:
+        return 1
+    return max(1, min(cores(), batch_size // IMAGES_PER_PROCESS))
 
 
 class ProcessFailed(UserError):
@@ -85,7 +104,7 @@ def run_processes(command: list[str], count: int) -> None:
     gpus = torch.cuda.device_count()
     if 0 < gpus < count:
         raise UserError(f"runtime.num_processes: {count}, but there are {gpus} GPUs; {gpus} would be right")
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // count)))
     inherited = {LAUNCHER: str(os.getpid()), "OMP_NUM_THREADS": threads} | ({} if gpus else {"ACCELERATE_USE_CPU": "true"})
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):

@@ -28,6 +28,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     _add_speedrun(kinds)
     _add_race(kinds)
     _add_recipe(kinds)
+    _add_busy(kinds)
 
 
 def _add_kind(
@@ -243,10 +244,10 @@ def _add_recipe(kinds: argparse._SubParsersAction) -> None:
         "recipe",
         run_recipe,
         "train variants of the recipe shapes for about the same time, and measure what each of its settings buys",
-        "  dit benchmark recipe                    all variants, a minute and a half each on 2 cores; needs data/latents\n"
+        "  dit benchmark recipe                    all variants, two to three minutes each on 2 cores; needs data/latents\n"
         "  dit benchmark recipe default batch-48   these two",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of a variant, such as default or patch-2; default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of a variant, such as default or patch-4; default: all")
 
 
 def run_recipe(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -265,6 +266,29 @@ def run_recipe(arguments: argparse.Namespace) -> dict[str, Any]:
         lines = markdown_table(HEADER, [cells]).splitlines()
         print("\n".join(lines if len(rows) == 1 else lines[-1:]), flush=True)
     return {"variants": rows}
+
+
+def _add_busy(kinds: argparse._SubParsersAction) -> None:
+    parser = _add_kind(
+        kinds,
+        "busy",
+        run_busy,
+        "measure what is left of the training's speed beside a busy process, by how the threads of a CPU wait for each other",
+        "  dit benchmark busy               5 minutes on 2 cores that are quiet; needs data/latents\n"
+        "  dit benchmark busy --steps 200   with less noise",
+    )
+    add_flag(parser, "steps", type=int, default=60, help="of training, for each measurement; default: %(default)s")
+
+
+def run_busy(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train for a while in each of the ways, and print the table."""
+    _require_positive(arguments, "steps")
+
+    from dit.benchmark.busy import benchmark_busy, busy_table
+
+    rows = benchmark_busy(arguments.steps)
+    print(busy_table(rows))
+    return {"rows": rows}
 
 
 def _require_positive(arguments: argparse.Namespace, *names: str) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
+from dit.benchmark.busy import WAYS, busy_process
 from dit.benchmark.sampling import foreground_iou
 from helpers import REPO
 
@@ -41,6 +45,30 @@ def test_sampling_prints_a_documented_table(tmp_path, model):
     printed, results = benchmark("sampling", "editing", "--checkpoint", model, output=tmp_path / "sampling.json")
     assert printed.strip().splitlines()[0] in DOCUMENTED
     assert [row["strength"] for row in results["editing"]] == [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+
+
+@pytest.mark.slow
+def test_busy_prints_a_documented_table(clone):
+    printed = clone.run(sys.executable, "-m", "dit.cli", "benchmark", "busy", "--steps", "12", "--output", "../busy.json").stdout
+    header, _, *rows, _, path = printed.strip().splitlines()
+    assert header in DOCUMENTED and path == "../busy.json"
+    results = clone.json("../busy.json")["rows"]
+    assert [row["threads"] for row in results] == list(WAYS) == [row.split("|")[1].strip() for row in rows]
+    assert all(row["quiet"] > 0 and row["busy"] > 0 for row in results)
+
+
+def test_busy_process_is_busy_until_the_end():
+    with busy_process() as process:
+        before = psutil.Process(process.pid).cpu_times().user
+        time.sleep(2)
+        assert psutil.Process(process.pid).cpu_times().user - before > 0.2
+    assert process.returncode is not None
+
+
+def test_busy_needs_latents(tmp_path):
+    shutil.copy(REPO / "params.yaml", tmp_path)
+    done = subprocess.run([sys.executable, "-m", "dit.cli", "benchmark", "busy"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "data/latents" in done.stderr
 
 
 def test_foreground_iou_compares_places():
