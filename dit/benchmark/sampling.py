@@ -151,7 +151,7 @@ def benchmark_editing(model: Path) -> list[dict[str, Any]]:
     """
     rng = np.random.default_rng(0)
     before, after = (Description((Object(colour, "circle"),)) for colour in ("red", "blue"))
-    images = [render(sample_scene(before, rng, "quarters")) for _ in range(CASES)]
+    images = [render(sample_scene(before, rng, "free")) for _ in range(CASES)]
     pipeline = load_pipeline(model, "stochastic")
     pipeline.set_progress_bar_config(disable=True)
     prompts, rows = ["a blue circle"] * CASES, []

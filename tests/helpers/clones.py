@@ -17,7 +17,7 @@ from helpers import REPO
 SMALL = {
     "data": {"num_samples": 60, "val_fraction": 0.2},
     "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 2},
-    "optim": {"num_epochs": 4},
+    "optim": {"num_epochs": 4, "compile_model": False},
 }
 RUNTIME = {"num_workers": 2, "num_processes": 1, "checkpoint_every": 500, "sample_every": 500, "log_every": 25}
 

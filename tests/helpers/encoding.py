@@ -13,7 +13,7 @@ from helpers import REPO
 from helpers.sources import folder_data, noise_file
 
 COUNT = 22  # images
-SHARD_BYTES = 2**15  # one batch of four images
+SHARD_BYTES = 2**16  # one batch of four images
 RUNTIME = replace(load_config(REPO / "params.yaml").runtime, num_workers=0, prefetch_factor=2)
 SETTINGS = Encode(
     image_size=64,

@@ -138,7 +138,7 @@ def test_encode_buckets_cut_little_and_squares_much(raw, tmp_path):
     assert buckets["cut_area"] == pytest.approx((10 * of_wide + 8 * of_high) / 24, abs=1e-4)
     cache = LatentCache(tmp_path / "buckets")
     assert cache.sizes == [WIDE, HIGH, SQUARE] and cache.counts == [10, 8, 6]
-    assert cache.latent_shapes == [(4, 6, 10), (4, 10, 6), (4, 8, 8)]
+    assert cache.latent_shapes == [(16, 6, 10), (16, 10, 6), (16, 8, 8)]
     assert "sizes" not in LatentCache(tmp_path / "square").index
 
 

@@ -147,7 +147,7 @@ def test_decode_latents_slices_large_batches():
     from dit.encoders.loading import EncoderSource, load_vae
 
     vae, _ = load_vae(EncoderSource("builtin"))
-    latents = torch.randn(130, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(130, vae.config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
     whole = vae.decode(latents[:125] / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).sample
     assert torch.equal(decode_latents(vae, latents[:125]), whole)
     decoded = decode_latents(vae, latents)

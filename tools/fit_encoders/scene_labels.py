@@ -1,6 +1,6 @@
-"""Labels of images and of captions: the extra supervision with which the bundled CLIP learns in minutes.
+"""Labels of images and of captions: the supervision with which the bundled CLIP and VAE learn in minutes.
 
-From pairs of image and caption alone, 450 steps of 96 told shapes apart in 70 % of pairs, and left from right not at all.
+CLIP: from pairs of image and caption alone, 450 steps of 96 told shapes apart in 70 % of pairs, and left from right not at all.
 """
 
 from __future__ import annotations
@@ -10,7 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dit.shapes.scene import BACKGROUNDS, BETWEEN, COLOURS, CORNERS, DIRECTIONS, RADII, SHAPES, Description, Scene
+from dit.shapes.scene import (
+    BACKGROUNDS,
+    BETWEEN,
+    COLOURS,
+    CORNERS,
+    DIRECTIONS,
+    MAX_TURN,
+    RADII,
+    RGB,
+    SHAPES,
+    Description,
+    Scene,
+)
 
 # Classes of a patch: colour, shape and size of the object on it (0 for none), and the background.
 PATCH_CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1, len(RADII) + 1, len(BACKGROUNDS))
@@ -21,6 +33,9 @@ OBJECT_CLASSES = (len(COLOURS), len(SHAPES), len(RADII) + 1, 4, len(RELATIONS))
 # Of each colour and each shape: is it there, where (x, y), is it large. The last three count where exactly one object has it.
 ROWS, FACTS = len(COLOURS) + len(SHAPES), 4
 SUMMARY = ROWS * FACTS + len(BACKGROUNDS)  # and of each background: is it this one
+# Numbers in the code of a cell: which shape covers it, in which colour, the way to its centre, its radius, its turn; background.
+CODE = len(SHAPES) + 3 + 2 + 1 + 1 + 3
+MEAN_RADIUS, RADIUS_RANGE = 0.18, 0.04
 ASIDE = 0.5  # how far from the middle an object is of which a relation is stated
 
 
@@ -45,6 +60,31 @@ def object_labels(description: Description) -> np.ndarray:
         for k, o in enumerate(description.objects)
     ]
     return np.array(rows, dtype=np.int64)
+
+
+def scene_code(scene: Scene, cells: int) -> np.ndarray:
+    """Return what each cell of the image shows: (CODE, cells, cells) float32; all 0 but the background where no object is.
+
+    A cell whose centre is in an object's bounding box tells all of that object, so that some 4 to 16 cells tell the same, each
+    from its own place. Colours run from -1 to 1; the way to the centre is in quarters of the image.
+    """
+    code = np.zeros((CODE, cells, cells), np.float32)
+    centres = (np.arange(cells) + 0.5) / cells
+    down, right = centres[:, None], centres[None]
+    for shown, (x, y), radius, turn in zip(scene.objects, scene.positions, scene.radii, scene.turns, strict=True):
+        inside = (np.abs(right - x) < radius) & (np.abs(down - y) < radius)
+        shape = np.eye(len(SHAPES))[SHAPES.index(shown.shape)]
+        same = (*shape, *_colour(COLOURS[shown.colour]), 0, 0, (radius - MEAN_RADIUS) / RADIUS_RANGE, turn / MAX_TURN, 0, 0, 0)
+        code[:, inside] = np.array(same)[:, None]
+        code[9] += 4 * (x - right) * inside
+        code[10] += 4 * (y - down) * inside
+    top, bottom = map(_colour, BACKGROUNDS[scene.background])
+    code[-3:] = (top[:, None] + (bottom - top)[:, None] * np.linspace(0, 1, cells))[:, :, None]
+    return code
+
+
+def _colour(colour: RGB) -> np.ndarray:
+    return np.array(colour) / 127.5 - 1
 
 
 def summary_labels(scene: Scene) -> np.ndarray:
