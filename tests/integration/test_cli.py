@@ -193,7 +193,7 @@ def encoded(tmp_path_factory):
 def test_inspect_summarises_a_cache(encoded, capsys):
     assert cli.main(["inspect", str(encoded / "latents")]) == 0
     printed = capsys.readouterr().out
-    for fact in ("12, 11 to train on and 1 to validate with", "64 x 64 pixels, as latents 4 x 8 x 8", "every file has the hash"):
+    for fact in ("12, 11 to train on and 1 to validate with", "64 x 64 pixels, as latents 16 x 8 x 8", "every file has the hash"):
         assert fact in printed
 
 

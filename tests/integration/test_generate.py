@@ -34,6 +34,7 @@ from dit.training.stop import Stopped
 from dit.utils.files import sha256_file
 from helpers import REPO
 from helpers.cache import write_cache
+from helpers.small_models import CHANNELS
 from helpers.training import MODEL, OPTIM, TRAIN, MemoryLogger, run
 
 QUICK = ["--num_inference_steps", "3"]
@@ -160,7 +161,7 @@ def test_generate_output_may_be_a_folder(there, capsys, name):
 def trainings(tmp_path_factory) -> Path:
     """What two trainings that were stopped have left in .state/train: steps 4 and 6 of one, then step 2 of another."""
     folder = tmp_path_factory.mktemp("trainings")
-    cache = write_cache(folder / "latents", text_sizes=(128, 128))
+    cache = write_cache(folder / "latents", text_sizes=(128, 128), channels=CHANNELS)
     for name, step in (("first", 6), ("second", 2)):
         stop = MemoryLogger(
             lambda line, step=step: line.startswith(f"step {step}/9 loss") and os.kill(os.getpid(), signal.SIGTERM)
