@@ -40,7 +40,7 @@ def test_bundled_vae_reconstructs_new_scenes(fresh):
     weights = (BUILTIN / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
     assert source.resolved == f"sha256:{hashlib.sha256(weights).hexdigest()}"
     # It was chosen by what a transformer learns from it, not by its PSNR (docs/performance.md); see test_detector.py, too.
-    assert reconstruction_psnr(vae, fresh[0]) >= 33.5
+    assert reconstruction_psnr(vae, fresh[0]) >= 34
 
 
 @pytest.mark.slow
@@ -257,4 +257,4 @@ def test_find_encoder_that_was_recorded_is_not_taken_for_another_kind(project, m
 
 
 def test_bundled_encoders_are_small():
-    assert sum(path.stat().st_size for path in BUILTIN.rglob("*") if path.is_file()) < 9e6
+    assert sum(path.stat().st_size for path in BUILTIN.rglob("*") if path.is_file()) < 8.7e6
