@@ -20,6 +20,7 @@ from dit.errors import UserError, one_line
 from dit.hub import DownloadError, download_files
 from dit.utils.autoencoder import HAS_POSTERIOR, set_statistics, vae_factor
 from dit.utils.files import expand_home, sha256_files
+from dit.utils.hardware import has_fast_bf16
 
 if TYPE_CHECKING:  # it takes seconds to import, which a look at a configuration does not need
     from transformers import (
@@ -66,6 +67,11 @@ class EncoderSource:
         record = {"name": self.name, "revision": self.revision, "resolved": self.resolved}
         measured = {"latents_mean": self.latents_mean, "latents_std": self.latents_std}
         return record | measured if self.latents_mean else record
+
+
+def choose_encode_precision(wanted: str, device: torch.device) -> str:
+    """Return `encode.precision`, or "fp32" where it is bf16 and `device` has no instructions for that."""
+    return "fp32" if wanted == "bf16" and not has_fast_bf16(device) else wanted
 
 
 def load_vae(

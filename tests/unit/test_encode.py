@@ -16,6 +16,7 @@ from dit.dataset.reader import read_metadata
 from dit.encode import encode as encode_module
 from dit.encode import moments
 from dit.encode.cache_writer import ShardBuffer
+from dit.encoders import loading
 from dit.encoders.loading import EncoderSource, load_vae
 from dit.errors import UserError
 from dit.latents.cache import LatentCache
@@ -215,6 +216,24 @@ def test_encode_overflow_is_one_line(raw, tmp_path, monkeypatch):
     monkeypatch.setattr(moments, "_moments", lambda vae, pixels: torch.full((4, 2, 8, 8, 8), float("inf")).half())
     with pytest.raises(UserError, match="encode.precision: with fp32 the output of 'builtin' overflows; bf16 or fp32"):
         encode(raw, tmp_path / "out")
+
+
+def test_encode_without_bf16_instructions_is_fp32(raw, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "has_fast_bf16", lambda device: False)
+    encode(raw, tmp_path / "bf16", precision="bf16")
+    assert capsys.readouterr().out.count("no bf16 instructions: encoding in fp32\n") == 1
+    encode(raw, tmp_path / "fp32")
+    assert contents(tmp_path / "bf16") == contents(tmp_path / "fp32")
+
+
+def test_encode_in_bf16_is_nearly_fp32(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "has_fast_bf16", lambda device: True)
+    encode(raw, tmp_path / "bf16", precision="bf16")
+    encode(raw, tmp_path / "fp32")
+    rounded, exact = (LatentCache(tmp_path / name) for name in ("bf16", "fp32"))
+    assert rounded.index["precision"] == "bf16"
+    here, there = (cache.read(np.arange(COUNT), CENTRAL, NO_MIRRORS).moments.float() for cache in (rounded, exact))
+    assert 0 < (here - there).abs().mean() < 0.02 * there.abs().mean()
 
 
 def test_encode_warns_where_the_bundled_vae_does_not_fit(raw, tmp_path, capsys):
