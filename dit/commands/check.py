@@ -96,6 +96,7 @@ def check_weights(params: Params) -> None:
 
         check_sides(params.recipe, params.active)
         print(describe_cost(params))
+        print(describe_memory(params))
 
 
 def describe_cost(params: Params) -> str:
@@ -121,6 +122,26 @@ def describe_cost(params: Params) -> str:
         f"of {channels} x {side} x {side}: {4 * values * (1 + encode.crops):,} bytes in the cache, with its mirror image; a "
         f"training step of {images} images, with the longest captions: {flops / 1e12:.3g} TFLOP"
     )
+
+
+def describe_memory(params: Params) -> str:
+    """Say how much of a GPU's memory each stage will need, and what to change where that is more than there is."""
+    import torch
+
+    from dit.benchmark.memory import CUDA_BYTES, RTX_4090, StageMemory
+    from dit.encoders.loading import EncoderSource, read_config
+
+    encode, gpu = params.active.encode, torch.cuda.is_available()
+    there = torch.cuda.get_device_properties(0).total_memory if gpu else RTX_4090
+    vae = read_config("vae", EncoderSource(encode.vae, encode.vae_revision))
+    clip = read_config("clip", EncoderSource(encode.clip, encode.clip_revision))
+    stages = StageMemory(params, vae, clip, getattr(params.active.data, "num_samples", 0) or 0, there).count()
+    needed = max(stages.values()) + CUDA_BYTES
+    each = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in stages.items())
+    line = f"memory of a GPU, counted, not compiled: {each}; with CUDA itself at most {needed / 1e9:.1f} of {there / 1e9:.0f} GB"
+    if needed <= there:
+        return line
+    return f"{line}: too much. train.gradient_checkpointing, or a smaller batch_size of that stage, would take less"
 
 
 def check_features(features: str) -> None:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dit.model.norm import layer_norm
+
 NUM_BLOCKS = 2  # on either side
 
 
@@ -20,7 +22,6 @@ class ConvBlock(nn.Module):
 
     def __init__(self, channels: int, hidden_size: int):
         super().__init__()
-        self.norm = ChannelNorm(channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.adaLN_modulation = nn.Linear(hidden_size, 3 * channels)
@@ -28,22 +29,14 @@ class ConvBlock(nn.Module):
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """Apply the block to `x` (N, K, H, W) under `condition` (N, D)."""
         shift, scale, gate = self.adaLN_modulation(condition)[:, :, None, None].chunk(3, dim=1)  # each (N, K, 1, 1)
-        y = torch.addcmul(shift, self.norm(x), 1 + scale)
+        y = torch.addcmul(shift, channel_norm(x), 1 + scale)
         y = self.conv2(F.silu(self.conv1(y)))
         return torch.addcmul(x, gate, y)  # (N, K, H, W)
 
 
-class ChannelNorm(nn.Module):
-    """Layer norm of each latent over its channels, without weights; in its input's dtype, and laid out channels last."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.channels = channels
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise `x` (N, K, H, W) over K."""
-        with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x.permute(0, 2, 3, 1), (self.channels,), eps=1e-6).permute(0, 3, 1, 2)
+def channel_norm(x: torch.Tensor) -> torch.Tensor:
+    """Layer norm of each latent of `x` (N, K, H, W) over its channels K, without weights, laid out channels last."""
+    return layer_norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Stem(nn.Module):
@@ -68,14 +61,13 @@ class Head(nn.Module):
     def __init__(self, channels: int, out_channels: int, hidden_size: int):
         super().__init__()
         self.blocks = nn.ModuleList(ConvBlock(channels, hidden_size) for _ in range(NUM_BLOCKS))
-        self.norm = ChannelNorm(channels)
         self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """Predict from `x` under `condition` (N, D)."""
         for block in self.blocks:
             x = block(x, condition)
-        return self.conv_out(F.silu(self.norm(x)))
+        return self.conv_out(F.silu(channel_norm(x)))
 
 
 def stem_and_head_flops(latent_size: tuple[int, int], in_channels: int, channels: int, hidden_size: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from dit.benchmark.baselines import Inputs, TrainingStep, attention_kernels, own_step
 from dit.config import Model
 from dit.pipeline.pipeline import DiTTextToImagePipeline
+from helpers.gpu import memory
 from helpers.training import run, same
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and this machine has none")
@@ -31,6 +32,20 @@ def test_default_training_fits_an_rtx_4090():
     step()
     ema = 4 * step.parameters  # bytes
     assert torch.cuda.max_memory_allocated() + ema < 21e9
+
+
+def test_counted_memory_is_what_is_measured():
+    """What the forward pass keeps, with the longest captions."""
+    counted = memory(images=0)
+    stays, kept, _ = counted.training_memory(DEFAULT.num_layers)
+    step = own_step(DEFAULT, Inputs.random(96, 77, torch.device("cuda")), torch.bfloat16, compiled=False)
+    step()  # the moments are there from now on
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(kept, rel=0.1)
+    assert stays > 4 * step.parameters * 4
 
 
 def test_deterministic_mode_repeats_the_same_bits(cache, tmp_path):

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit.model import transformer as model_file
+from dit.model.norm import layer_norm
 from dit.model.positions import apply_rotary_emb, rope_freqs, sincos_pos_embed
 from dit.model.transformer import Block, CrossAttention, DiT, SelfAttention, forward_flops, modulate
 from helpers.small_models import rename_as_version_0_1
@@ -212,7 +213,7 @@ def test_adaln_and_mlp_equal_diffusers():
         for theirs, ours in ((mlp.net[0].proj, block.mlp[0]), (mlp.net[2], block.mlp[2])):
             theirs.load_state_dict(ours.state_dict())
     modulated, gate1, shift3, scale3, gate3 = norm(x, emb=condition)
-    assert torch.allclose(modulate(block.norm1(x), parts[0], parts[1]), modulated, atol=1e-5)
+    assert torch.allclose(modulate(layer_norm(x), parts[0], parts[1]), modulated, atol=1e-5)
     for ours, theirs in zip((parts[2], *parts[6:]), (gate1, shift3, scale3, gate3), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
     assert torch.allclose(block.mlp(x), mlp(x), atol=1e-6)
