@@ -24,7 +24,7 @@ from dit.dataset.image_io import load_crops
 from dit.dataset.reader import read_images
 from dit.encode.encode import Encoder, group_by_size, plan_shards
 from dit.encode.moments import encode_moments
-from dit.encoders.loading import BUILTIN, PRECISIONS, EncoderSource, choose_encode_precision, load_vae
+from dit.encoders.loading import BUILTIN, PRECISIONS, EncoderSource, load_vae, with_fast_precision
 from dit.encoders.text import TextEncoder
 from dit.errors import UserError
 from dit.sources.http import Downloader
@@ -101,7 +101,8 @@ def benchmark_encode(folder: Path, count: int, params: Params) -> dict[str, Any]
     write_encoders(folder)
     settings = replace(params.coco.encode, batch_size=ENCODED, vae=str(folder / "vae"), clip=str(folder / "clip"))
     device = default_device()
-    dtype = PRECISIONS[choose_encode_precision(settings.precision, device)]
+    settings = with_fast_precision(settings, device)
+    dtype = PRECISIONS[settings.precision]
     vae, _ = load_vae(EncoderSource(settings.vae), dtype, device)
     vae.to(memory_format=torch.channels_last)  # as the stage does
     encoder = Encoder(vae, TextEncoder(EncoderSource(settings.clip), dtype, device), settings, "benchmark", raw, params.runtime)

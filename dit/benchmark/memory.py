@@ -103,10 +103,9 @@ class PretendGPU(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Call `func` as autocast and a GPU's kernels would."""
         kwargs = dict(kwargs or {})
-        if func == torch.Tensor.is_cuda.__get__:
-            return True
-        if func == torch.Tensor.device.__get__:
-            return GPU
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")  # that `func` reads, if it reads one
+        if attribute in ("is_cuda", "device"):
+            return True if attribute == "is_cuda" else GPU
         if kwargs.get("device") is not None:
             kwargs["device"] = META
         if func is torch.Tensor.to:

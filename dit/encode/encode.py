@@ -35,7 +35,7 @@ from dit.dataset.storage import StoredImages
 from dit.encode.cache_writer import ShardBuffer, assemble_cache, read_record
 from dit.encode.moments import encode_moments
 from dit.encode.reconstruction import measure_latents, measure_reconstruction, sample_images
-from dit.encoders.loading import PRECISIONS, EncoderSource, choose_encode_precision, load_vae
+from dit.encoders.loading import PRECISIONS, EncoderSource, load_vae, with_fast_precision
 from dit.encoders.text import TextEncoder
 from dit.encoders.vocabulary import unknown_words
 from dit.errors import UserError
@@ -87,7 +87,7 @@ def encode_dataset(
     # Where workers are forked, the tokenizer was used before and warns, although they use none: this keeps it quiet.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     state = PartialState(cpu=not torch.cuda.is_available())
-    wanted, settings = settings, replace(settings, precision=choose_encode_precision(settings.precision, state.device))
+    wanted, settings = settings, with_fast_precision(settings, state.device)
     if settings != wanted and state.is_main_process:
         print("encode: this processor has no bf16 instructions: encoding in fp32", flush=True)
     dtype = PRECISIONS[settings.precision]

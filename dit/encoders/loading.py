@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from dit.config import Recipe, sides_problem
+from dit.config import Encode, Recipe, sides_problem
 from dit.errors import UserError, one_line
 from dit.hub import DownloadError, download_files
 from dit.utils.autoencoder import HAS_POSTERIOR, set_statistics, vae_factor
@@ -69,9 +69,9 @@ class EncoderSource:
         return record | measured if self.latents_mean else record
 
 
-def choose_encode_precision(wanted: str, device: torch.device) -> str:
-    """Return `encode.precision`, or "fp32" where it is bf16 and `device` has no instructions for that."""
-    return "fp32" if wanted == "bf16" and not has_fast_bf16(device) else wanted
+def with_fast_precision(settings: Encode, device: torch.device) -> Encode:
+    """Return `settings`, with fp32 in the place of bf16 where `device` has no instructions for that."""
+    return replace(settings, precision="fp32") if settings.precision == "bf16" and not has_fast_bf16(device) else settings
 
 
 def load_vae(
