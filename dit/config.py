@@ -289,6 +289,7 @@ class Runtime:
     num_workers: NonNegativeInt
     prefetch_factor: PositiveInt
     num_processes: PositiveInt | Literal["auto"]
+    sharding: Literal["none", "full"]
     checkpoint_every: PositiveInt
     keep_checkpoints: PositiveInt
     sample_every: PositiveInt

@@ -13,7 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: set[int] = set()
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Call `func` and count the storages of what it returns that are new."""
@@ -64,17 +64,15 @@ class LiveBytes(TorchDispatchMode):
         return output
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._known:
+        if storage in self._known:
             return
         size = -(-storage.nbytes() // BLOCK) * BLOCK
-        self._known.add(key)
+        self._known.add(storage)
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, size)
+        weakref.finalize(storage, self._forget, size)
 
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
+    def _forget(self, size: int) -> None:
         self.now -= size
 
 
@@ -142,6 +140,21 @@ def counting(autocast: torch.dtype | None = None) -> Iterator[LiveBytes]:
         yield live
 
 
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of a training: what stays, what the forward pass adds at most, gradients, and weights, which stay, too."""
+
+    stays: int
+    forward: int
+    gradients: int
+    weights: int
+
+    @property
+    def divisible(self) -> int:
+        """Return the bytes that sharding divides: weights, moments and EMA."""
+        return self.weights + 3 * self.gradients
+
+
 class StageMemory:
     """Counts the bytes of every stage that a recipe has.
 
@@ -163,6 +176,8 @@ class StageMemory:
         self.text_size = text.get("hidden_size", 512)
         self.pooled_size = clip.get("projection_dim", text.get("projection_dim", 512))
         self.autocast = DTYPES[params.train.mixed_precision]
+        count = params.runtime.num_processes
+        self.processes = 1 if count == "auto" else count
 
     def count(self) -> dict[str, int]:
         """Return the most bytes that each stage needs at once, by its name."""
@@ -185,20 +200,25 @@ class StageMemory:
             if settings.vae_tiling:
                 vae.enable_tiling()
             images = torch.empty(settings.batch_size, *self.pixels, dtype=dtype)
-            encode_grid(
-                vae, images[:2] if settings.vae_slicing else images
-            )  # of those that go through one by one, two are enough
+            encode_grid(vae, images[:2] if settings.vae_slicing else images)  # of those that go one by one, two are enough
             text(input_ids=torch.zeros(settings.batch_size, CLIP_TOKENS, dtype=torch.long))
+            self._decode(vae, settings.batch_size)  # reconstructions
         return live.peak
 
     def train(self) -> int:
-        """Count what stays, and what the forward pass keeps; or gradients and a block, where blocks are computed again."""
+        """Count what stays, and what the forward pass keeps, or gradients and a block: its activations are the last to go.
+
+        Several processes share a batch; with `runtime.sharding` they share weights, gradients, moments and EMA, too, and two
+        blocks are whole at a time: one is computed, the next one gathered.
+        """
         checkpointing = self.params.train.gradient_checkpointing
-        stays, kept, gradients = self.training_memory(self.recipe.model.num_layers, checkpointing)
-        if not checkpointing:
-            return stays + kept
-        (_, of_two, _), (_, of_one, _) = self.training_memory(2), self.training_memory(1)
-        return stays + kept + gradients + of_two - of_one
+        whole = self.training_memory(self.recipe.model.num_layers, checkpointing)
+        two, one = self.training_memory(2), self.training_memory(1)
+        block, gradients, stays = two.forward - one.forward, whole.gradients, whole.stays
+        if self.params.runtime.sharding == "full":
+            stays -= whole.divisible - whole.divisible // self.processes - 2 * (two.weights - one.weights)
+            gradients //= self.processes
+        return stays + (whole.forward + gradients + block if checkpointing else max(whole.forward, gradients + block))
 
     def validate(self) -> int:
         """Count what stays of a training, and a batch without gradients."""
@@ -216,11 +236,11 @@ class StageMemory:
             self._decode(kept["vae"], PREVIEW_IMAGES)
         return live.peak
 
-    def sample(self) -> int:
-        """Count the pipeline, its transformer in bf16 and its encoders in float32, and a batch with and without captions."""
+    def sample(self, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Count the pipeline, its transformer in `dtype`, its encoders in float32, and a batch with and without captions."""
         count = self.params.sample.batch_size
         with counting() as live, torch.no_grad():
-            network, vae, text = _convert(self._network(self.recipe.model.num_layers), torch.bfloat16), self._vae(), self._text()
+            network, vae, text = _convert(self._network(self.recipe.model.num_layers), dtype), self._vae(), self._text()
             text(input_ids=torch.zeros(2 * count, CLIP_TOKENS, dtype=torch.long))
             self._predict(network, 2 * count)
             self._decode(vae, count)
@@ -238,16 +258,17 @@ class StageMemory:
             self._loss(self._network(self.recipe.model.num_layers), LOSSES_AT_ONCE)
         return live.peak
 
-    def training_memory(self, layers: int, checkpointing: bool = False) -> tuple[int, int, int]:
-        """Return the bytes of what stays, the most that a training step's forward pass adds, and those of the gradients."""
+    def training_memory(self, layers: int, checkpointing: bool = False) -> TrainingMemory:
+        """Count the parts of a training of so many layers, in one process, not sharded."""
         with counting(self._autocast_dtype()) as live:
             network, _kept = self._training_state(layers)
             if checkpointing:
                 network.enable_gradient_checkpointing()
             stays = live.now
-            _loss = self._loss(network, self.params.train.batch_size)
+            _loss = self._loss(network, -(-self.params.train.batch_size // self.processes))
+        weights = sum(parameter.numel() * parameter.itemsize for parameter in network.parameters())
         gradients = sum(parameter.numel() * parameter.itemsize for parameter in trainable_parameters(network).values())
-        return stays, live.peak - stays, gradients
+        return TrainingMemory(stays, live.peak - stays, gradients, weights)
 
     def _training_state(self, layers: int) -> tuple[DiT, dict[str, Any]]:
         """Make what is there all the time: weights, AdamW's moments, EMA, the previews' VAE and, if it is small, the cache."""

@@ -33,7 +33,7 @@ from dit.benchmark.synthetic import write_synthetic
 from dit.config import Model, Params
 from dit.latents.cache import LatentCache
 from dit.model.transformer import forward_flops
-from dit.training.checkpoint import Checkpoints, open_checkpoint
+from dit.training.checkpoint import Checkpoint, Checkpoints, open_checkpoint
 from dit.training.logging import NullLogger
 from dit.training.setup import DTYPES, choose_precision, keep_freed_memory
 from dit.training.trainer import Trainer
@@ -41,6 +41,7 @@ from dit.utils.hardware import matmul_peak, synchronize
 
 OWN, TUTORIAL = "this model", "this model, encoding at every step"
 PEERS = {"PixArtTransformer2DModel": pixart_step, "DiTTransformer2DModel, classes alone": class_dit_step}
+COMPILED, EAGER = ", compiled", ", not compiled"
 WARM_UP = 3  # steps of the training loop, the first of which compiles
 HEADER = ("a training step of", "images/s", "ms/step", "share of the matmul peak", "peak memory", "this model is faster by")
 
@@ -124,9 +125,11 @@ def benchmark_training(
     own = own_step(model, inputs, dtype, compiled)
     parameters = own.parameters
     steps: dict[str, Step] = {OWN: own}
+    if compiled:
+        steps[OWN + EAGER] = own_step(model, inputs, dtype, compiled=False)
     for compiles in (False, True) if compiled else (False,):
         for name, make in PEERS.items():
-            steps[name + compiles * ", compiled"] = make(model, inputs, dtype, compiles)
+            steps[name + (COMPILED if compiles else "")] = make(model, inputs, dtype, compiles)
     peaks = [matmul_peak(device, dtype)]
     seconds, memory = time_steps(steps, rounds, device)
     peaks.append(matmul_peak(device, dtype))
@@ -144,7 +147,9 @@ def benchmark_training(
         share = flops * batch / seconds_per_step / max(peaks) if flops else None
         return Row(name, batch / seconds_per_step, seconds_per_step, share, memory, seconds_per_step / seconds[OWN])
 
-    rows = [row(name, best, memory[name], flops[name.removesuffix(", compiled")]) for name, best in seconds.items()]
+    rows = [
+        row(name, best, memory[name], flops[name.removesuffix(COMPILED).removesuffix(EAGER)]) for name, best in seconds.items()
+    ]
     rows[1:1] = [row(name, best, used, flops[OWN]) for name, (best, used) in loops.items()]
     rows.append(row(TUTORIAL, tutorial[TUTORIAL], None, None))
     return {
@@ -199,18 +204,38 @@ def time_trainer(
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
-        images = (WARM_UP + steps) * batch
-        write_synthetic(Path(folder) / "cache", -(-images * 20 // 19), longest=tokens)
-        changes: dict[str, Any] = {"batch_size": batch, "gradient_accumulation_steps": 1, "mixed_precision": precision}
-        changes |= {"method": "scratch", "init_from": None}
-        train = replace(params.train, **changes, validate_every=10**9)
-        optim = replace(params.active.optim, num_epochs=1, compile_model=compiled)
-        runtime = replace(params.runtime, log_every=1, checkpoint_every=WARM_UP, deterministic=deterministic)
         checkpoints, logger = TimedCheckpoints(Path(folder) / "state", 1), CurveLogger()
-        AcceleratorState._reset_state()  # accelerate keeps the precision of a process's first training
-        Trainer(LatentCache(Path(folder) / "cache"), model, optim, train, runtime, logger, None, checkpoints).train()
+        cache = write_cache(Path(folder) / "cache", batch, WARM_UP + steps, tokens)
+        own_runtime = replace(params.runtime, checkpoint_every=WARM_UP, deterministic=deterministic)
+        make_trainer(replace(params, runtime=own_runtime), cache, model, batch, precision, compiled, checkpoints, logger).train()
     fastest = max(values.get("images_per_second", 0.0) for step, values in logger.curves.items() if step > WARM_UP)
     return (batch / fastest, torch.cuda.max_memory_allocated() / 1e9 if gpu else None), checkpoints.cost
+
+
+def write_cache(folder: Path, batch: int, steps: int, tokens: int) -> LatentCache:
+    """Write a synthetic cache with images for `steps` steps of `batch`, with captions of up to `tokens` tokens."""
+    write_synthetic(folder, -(-batch * steps * 20 // 19), longest=tokens)
+    return LatentCache(folder)
+
+
+def make_trainer(
+    params: Params,
+    cache: LatentCache,
+    model: Model,
+    batch: int,
+    precision: str,
+    compiled: bool,
+    checkpoints: Checkpoints,
+    logger: NullLogger,
+    resume: Checkpoint | None = None,
+) -> Trainer:
+    """Make a trainer of one epoch without validation, with what else `params` say."""
+    changes: dict[str, Any] = {"batch_size": batch, "gradient_accumulation_steps": 1, "mixed_precision": precision}
+    train = replace(params.train, **changes, method="scratch", init_from=None, validate_every=10**9)
+    optim = replace(params.active.optim, num_epochs=1, compile_model=compiled)
+    runtime = replace(params.runtime, log_every=1)
+    AcceleratorState._reset_state()  # accelerate keeps the precision of a process's first training
+    return Trainer(cache, model, optim, train, runtime, logger, None, checkpoints, resume)
 
 
 def training_table(results: dict[str, Any]) -> str:

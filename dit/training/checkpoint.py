@@ -27,6 +27,7 @@ from dit.errors import UserError
 from dit.model.transformer import DiT
 from dit.training.logging import RunningMetrics
 from dit.training.lora import trainable_parameters
+from dit.training.sharding import gather, like
 from dit.utils.files import sha256_file, write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch calls them
@@ -58,7 +59,7 @@ class EarlyStopping:
         """Take note of a validation of the EMA weights; keep them if they are the best."""
         if val_loss < self.loss:
             self.loss, self.step, self.num_bad_evals = val_loss, step, 0
-            self.weights = [shadow.detach().to("cpu", copy=True) for shadow in ema.shadow_params]
+            self.weights = [gather(shadow.detach()).to("cpu", copy=True) for shadow in ema.shadow_params]
         else:
             self.num_bad_evals += 1
 
@@ -86,18 +87,21 @@ class TrainingState:
             self._swap()
             self.transformer.train()
 
-    def _swap(self) -> None:
+    @torch.no_grad()
+    def _swap(self) -> None:  # by copying: sharded parameters know their storage
         for parameter, shadow in zip(trainable_parameters(self.transformer).values(), self.ema.shadow_params, strict=True):
-            parameter.data, shadow.data = shadow.data, parameter.data
+            own = parameter.clone()
+            parameter.copy_(shadow)
+            shadow.copy_(own)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return all tensors by name, without weights that are frozen; every process has to call this."""
         tensors = {"metrics": self.metrics.reduced(self.accelerator)}
         for k, (name, parameter) in enumerate(trainable_parameters(self.transformer).items()):
-            tensors[f"weights.{name}"] = parameter
-            tensors[f"ema.{name}"] = self.ema.shadow_params[k]
+            tensors[f"weights.{name}"] = gather(parameter)
+            tensors[f"ema.{name}"] = gather(self.ema.shadow_params[k])
             for moment, value in self.optimizer.state[parameter].items():  # empty before the first step
-                tensors[f"{moment}.{name}"] = value
+                tensors[f"{moment}.{name}"] = gather(value)
             if self.early_stopping.weights:
                 tensors[f"best.{name}"] = self.early_stopping.weights[k]
         # The text's statistics never change; with them, the tensors named ema are all of a trained model's.
@@ -122,10 +126,11 @@ class TrainingState:
         check_shapes(checkpoint, tensors, self.transformer)
         best: list[torch.Tensor] = []
         for k, (name, parameter) in enumerate(trainable_parameters(self.transformer).items()):
-            parameter.data.copy_(tensors[f"weights.{name}"])
-            self.ema.shadow_params[k].copy_(tensors[f"ema.{name}"])
+            with torch.no_grad():
+                parameter.copy_(like(parameter, tensors[f"weights.{name}"]))
+            self.ema.shadow_params[k].copy_(like(parameter, tensors[f"ema.{name}"]))
             kept = {m: tensors[f"{m}.{name}"] for m in ("step", *MOMENTS) if f"{m}.{name}" in tensors}
-            self.optimizer.state[parameter] = {m: value.to(parameter.device) for m, value in kept.items()}
+            self.optimizer.state[parameter] = place_moments(parameter, kept)
             best += [tensors[f"best.{name}"]] if f"best.{name}" in tensors else []
         self.ema.optimization_step = record["ema_steps"]
         self.early_stopping = EarlyStopping(**record["early_stopping"], weights=best or None)
@@ -133,6 +138,11 @@ class TrainingState:
             self.accelerator.scaler.load_state_dict(record["scaler"])
         self.metrics.restore(tensors["metrics"], self.accelerator)
         self.step = checkpoint.step
+
+
+def place_moments(parameter: torch.nn.Parameter, kept: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return AdamW's state of `parameter`, whole in `kept`, as it has to be where the parameter is."""
+    return {name: like(parameter, value) if name in MOMENTS else value.to(parameter.device) for name, value in kept.items()}
 
 
 def check_shapes(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], transformer: DiT) -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from dit.errors import UserError, one_line
 from dit.model.transformer import DiT
-from dit.training.checkpoint import MOMENTS, open_checkpoint
+from dit.training.checkpoint import MOMENTS, open_checkpoint, place_moments
 from dit.training.init_weights import NEEDED, find_weights
 
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
@@ -63,7 +63,7 @@ class InitModel:
         for name, parameter in named.items():
             moments = self.moments.get(name, {})
             if moments and all(moments[kind].shape == parameter.shape for kind in MOMENTS):
-                optimizer.state[parameter] = {kind: value.to(parameter.device) for kind, value in moments.items()}
+                optimizer.state[parameter] = place_moments(parameter, moments)
                 taken += 1
         return taken
 

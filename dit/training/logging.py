@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pandas as pd
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -175,6 +174,8 @@ class MetricLogger:
 
     def write_curves(self, path: Path) -> None:
         """Write the curves as a table with a row per step."""
+        import pandas as pd
+
         table = pd.DataFrame.from_dict(self.curves, orient="index").rename_axis("step").sort_index()
         table.to_csv(path, float_format="%.6g", lineterminator="\n")
 

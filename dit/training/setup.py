@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -22,6 +23,7 @@ from dit.training.checkpoint import Checkpoint
 from dit.training.init_model import InitModel
 from dit.training.logging import MetricLogger
 from dit.training.lora import add_adapters, trainable_parameters
+from dit.training.sharding import is_sharded, shard
 from dit.utils.hardware import has_fast_bf16
 
 WARM_UP_SHARE = 10  # a warm-up is at most one tenth of the steps, so that a short run reaches the learning rate that is set
@@ -104,6 +106,14 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
+def prepare_network(transformer: DiT, accelerator: Accelerator, sharding: str) -> torch.nn.Module:
+    """Move `transformer` to its device, with all weights in each process or divided over them, and set its precision."""
+    if sharding == "none" or accelerator.num_processes == 1:
+        return accelerator.prepare_model(transformer)
+    shard(transformer.to(accelerator.device), accelerator.device, accelerator.num_processes)
+    return accelerator.prepare_model(transformer, device_placement=False, evaluation_mode=True)  # without DDP
+
+
 def compile_network(
     network: torch.nn.Module, wanted: bool | str, device: torch.device, log: Callable[[str], None]
 ) -> Callable[..., torch.Tensor]:
@@ -116,6 +126,12 @@ def compile_network(
         return network
     if not shutil.which(os.environ.get("CXX", "g++")):
         log("no C++ compiler was found, so the transformer is not compiled")
+        return network
+    if is_sharded(next(network.parameters())):
+        # In place, since a copy gathers no weights; and without what gathers: whole blocks, compiled, learned other weights.
+        for block in cast(DiT, network).blocks:
+            for part in (block.attn, block.mlp):
+                cast(torch.nn.Module, part).compile(dynamic=False)
         return network
     return compile_regions(network, dynamic=False)
 

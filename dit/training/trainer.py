@@ -42,8 +42,10 @@ from dit.training.setup import (
     make_accelerator,
     oom_message,
     parameter_groups,
+    prepare_network,
     warmup_steps,
 )
+from dit.training.sharding import gather, is_sharded, whole
 from dit.training.stop import Stopped, StopRequest
 from dit.training.validation import sample_preview, validation_loss
 from dit.utils.hardware import matmul_peak
@@ -107,13 +109,15 @@ class Trainer:
         self.val_objective = make_objective(train.objective, train.prediction_type, train.snr_gamma)
 
         self.transformer = build_trainable(cache, model, train, init)
-        self.trainable = trainable_parameters(self.transformer)
         if train.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
+        network = prepare_network(self.transformer, self.accelerator, runtime.sharding)
+        self.trainable = trainable_parameters(self.transformer)
+        self.sharded = is_sharded(next(iter(self.trainable.values())))
         ema = EMAModel(self.trainable.values(), decay=train.ema_decay, foreach=True)
         groups = parameter_groups(self.transformer, train.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=ADAM_BETAS, fused=True)
-        network, self.optimizer = self.accelerator.prepare(self.transformer, optimizer)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         ema.to(self.device)
         self.uncompiled = network
         self.network = compile_network(network, optim.compile_model, self.device, logger.log_line)
@@ -191,6 +195,7 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.trainable.values(), self.settings.max_grad_norm)
         # Fused AdamW skips the update if `found_inf` is set.
         vars(self.state.optimizer)["found_inf"] = (~torch.isfinite(norm)).float()
+        norm = whole(norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.ema.step(self.trainable.values())
@@ -224,7 +229,7 @@ class Trainer:
         headers of Python, torch.compile raises errors of many kinds, and only when the network is first used. A fault that is not
         the compiler's is raised again by the first step.
         """
-        if self.network is self.uncompiled:
+        if self.network is self.uncompiled and not self.sharded:
             return
         problem = None
         try:
@@ -236,6 +241,8 @@ class Trainer:
         problem = next(filter(None, gather_object([problem])), None)
         if problem:
             self.network = self.uncompiled
+            for module in self.transformer.modules():  # where they were compiled in place
+                module._compiled_call_impl = None
             self.logger.log_line(f"torch.compile failed, so the transformer is not compiled: {problem}")
 
     def train_step_or_explain(self, step: int) -> None:
@@ -245,6 +252,8 @@ class Trainer:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise  # else: what the step holds is free only when this clause is left
+            if self.sharded:  # to try a smaller batch takes all processes, and not all of them have run out of memory
+                raise UserError(out_of_memory(error, SMALLER_BATCH)) from None
         self.optimizer.zero_grad()
         # The optimiser's moments need memory, too: before the first step they are not there yet.
         moments = [torch.empty_like(p) for p in self.trainable.values() for _ in range(2)] if not self.state.step else []
@@ -283,7 +292,7 @@ class Trainer:
     def validate(self, done: int) -> bool:
         """Measure and log the validation losses of the EMA weights and of the raw ones; return whether to stop early."""
         settings, patience, best = self.settings, self.settings.early_stopping_patience, self.state.early_stopping
-        arguments = (self.cache, self.val_objective, settings.batch_size, VALIDATION_IMAGES, self.accelerator)
+        arguments = (self.cache, self.val_objective, settings.batch_size, VALIDATION_IMAGES, self.accelerator, self.sharded)
         with self.state.metrics.paused(), memory_errors(SMALLER_BATCH):
             with self.state.ema_weights() as ema:
                 self.val_loss = validation_loss(ema, *arguments)
@@ -302,13 +311,13 @@ class Trainer:
 
     def preview(self, done: int) -> None:
         """Sample and log a grid of images with the EMA weights; without the memory for it, training goes on, and logs why."""
-        if not (self.accelerator.is_main_process and self.decode):
+        if not self.decode or not (self.accelerator.is_main_process or self.sharded):
             return
         try:
             with self.state.metrics.paused(), self.state.ema_weights() as ema:
                 autocast = self.accelerator.autocast
                 image = sample_preview(ema, self.cache, self.val_objective, PREVIEW_IMAGES, self.decode, autocast)
-                self.logger.log_preview(done, image)
+                self.logger.log_preview(done, image)  # a `NullLogger`'s does nothing
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -360,10 +369,10 @@ class Trainer:
             self.keep_last_state(self.keep)
         best = self.state.early_stopping
         result = build_trainable(self.cache, self.model, self.settings, None)
-        result.load_state_dict(self.transformer.state_dict())
+        result.load_state_dict({name: gather(value) for name, value in self.transformer.state_dict().items()})
         weights = best.weights or self.state.ema.shadow_params
         for parameter, value in zip(trainable_parameters(result).values(), weights, strict=True):
-            parameter.data.copy_(value)
+            parameter.data.copy_(gather(value))
         return result, {
             "steps": self.state.step,
             "train_loss": self.last_metrics["train_loss"],
@@ -409,7 +418,7 @@ class Trainer:
 
 def _explain_nonfinite(transformer: DiT, first: int, done: int, checkpoints: Checkpoints) -> str:
     """Word why a training ends whose steps are all skipped, from the gradients of the first of them."""
-    names = [n for n, p in transformer.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    names = [n for n, p in transformer.named_parameters() if p.grad is not None and not torch.isfinite(whole(p.grad)).all()]
     where = f"the first parameter with such a gradient is {names[0]}" if names else "its gradients are finite by now"
     return (
         f"the {done - first} steps after step {first} were skipped (train.max_nonfinite_steps): loss or gradients not finite; "

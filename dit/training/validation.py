@@ -100,14 +100,24 @@ def _by_bucket(rows: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
 
 
 def validation_loss(
-    model: DiT, cache: LatentCache, objective: Objective, batch_size: int, limit: int, accelerator: Accelerator
+    model: DiT,
+    cache: LatentCache,
+    objective: Objective,
+    batch_size: int,
+    limit: int,
+    accelerator: Accelerator,
+    sharded: bool = False,
 ) -> float:
-    """Return the mean of `validation_losses` in one pass; all processes share the images and return the same number."""
+    """Return the mean of `validation_losses` in one pass; all processes share the images and return the same number.
+
+    Where the weights are divided, each process measures all images: to gather weights takes all of them, in equally many batches.
+    """
     count = sum(map(len, cache.first_val(limit)))
-    rows = np.array_split(np.arange(count), accelerator.num_processes)[accelerator.process_index]
+    shares, own = (1, 0) if sharded else (accelerator.num_processes, accelerator.process_index)
+    rows = np.array_split(np.arange(count), shares)[own]
     losses = validation_losses(model, cache, objective, batch_size, limit=limit, rows=rows, autocast=accelerator.autocast)
     total = torch.tensor(losses.sum(), dtype=torch.float64, device=accelerator.device)
-    return accelerator.reduce(total).item() / count
+    return (total if sharded else accelerator.reduce(total)).item() / count
 
 
 @torch.no_grad()

@@ -46,6 +46,7 @@ RUNTIME = Runtime(
     num_workers=0,
     prefetch_factor=2,
     num_processes=1,
+    sharding="none",
     checkpoint_every=4,
     keep_checkpoints=2,
     sample_every=4,

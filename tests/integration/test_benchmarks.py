@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 from dit.benchmark.busy import WAYS, busy_process
-from dit.benchmark.sampling import foreground_iou
+from dit.benchmark.editing import foreground_iou
 from helpers import REPO
 
 DOCUMENTED = (REPO / "docs" / "performance.md").read_text(encoding="utf-8")
@@ -55,6 +56,30 @@ def test_busy_prints_a_documented_table(clone):
     results = clone.json("../busy.json")["rows"]
     assert [row["threads"] for row in results] == list(WAYS) == [row.split("|")[1].strip() for row in rows]
     assert all(row["quiet"] > 0 and row["busy"] > 0 for row in results)
+
+
+@pytest.mark.slow
+def test_gpu_in_a_rehearsal_prints_documented_tables(tmp_path):
+    printed, results = benchmark("gpu", "--rehearse", "--steps", 1, output=tmp_path / "gpu.json")
+    assert "| what | measured |" in printed and "| killed and resumed: the same bits | yes |" in printed
+    assert results["same_bits_after_kill"] is True
+    assert set(results["loading"]) == {"cache on the device", "workers"} and min(results["loading"].values()) > 0
+    assert {row["name"] for row in results["training"]["rows"]} >= {"this model", "PixArtTransformer2DModel"}
+    assert results["sampling_seconds_per_step"] > 0 and results["decoding_seconds_per_image"] > 0
+    assert ("skipped" in results["tests"]) != torch.cuda.is_available()
+
+
+def test_gpu_says_that_there_is_none(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    shutil.copy(REPO / "params.yaml", tmp_path)
+    done = subprocess.run([sys.executable, "-m", "dit.cli", "benchmark", "gpu"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "dit benchmark gpu --rehearse" in done.stderr
+
+
+def test_gpu_needs_neither_dvc_nor_mlflow():
+    loaded = "import sys, dit.benchmark.gpu; print(*sorted({'dvc', 'mlflow', 'pandas', 'datasets'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", loaded], cwd=REPO, capture_output=True, text=True).stdout.strip() == ""
 
 
 def test_busy_process_is_busy_until_the_end():

@@ -184,3 +184,14 @@ WRITTEN = [(0.978, ".3f", "0.978"), (4030, ",d", "4,030"), (59.6, "duration", "1
 @pytest.mark.parametrize(("value", "spec", "written"), WRITTEN)
 def test_values_are_written_as_asked(value, spec, written):
     assert write_value(value, spec) == written
+
+
+def test_every_place_that_asks_for_a_gpu_is_listed():
+    listed = set(
+        re.findall(r"`((?:dit|stages)/[\w/.]+)`", TEXTS["docs/performance.md"].split("## What an RTX 4090")[1].split("\n## ")[0])
+    )
+    for folder in ("dit", "stages"):
+        for path in (REPO / folder).rglob("*.py"):
+            if re.search(r"torch\.cuda\.|\bis_cuda\b|== \"cuda\"", path.read_text(encoding="utf-8")):
+                name = path.relative_to(REPO).as_posix()
+                assert name in listed or f"{Path(name).parent.as_posix()}/" in listed, name

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from dit.benchmark.memory import CUDA_BYTES, RTX_4090, LiveBytes, StageMemory, counting
 from dit.commands.check import describe_memory
+from dit.latents.cache import Batch
+from dit.model.objectives import make_objective
+from dit.model.transformer import DiT
+from dit.training.data import StepNoise
+from dit.training.trainer import Trainer
 from dit.utils.autoencoder import decode_latents
 from helpers.gpu import CLIP, VAE, memory, params
 
@@ -50,9 +59,13 @@ def test_meta_tensors_count_as_real_ones_do():
     "recipe", ["shapes", "coco", *(pytest.param(name, marks=pytest.mark.slow) for name in ("folder", "hub", "webdataset"))]
 )
 def test_every_stage_fits_an_rtx_4090(recipe):
-    stages = memory(recipe).count()
+    counted = memory(recipe)
+    stages = counted.count()
     assert list(stages) == ["encode", "train", "validate", "preview", "sample", "evaluate"]
-    assert min(stages.values()) > 0 and max(stages.values()) + CUDA_BYTES < RTX_4090
+    assert min(stages.values()) > 0 and stages["train"] + CUDA_BYTES < RTX_4090
+    # Sampling in float32, as on a card without bf16; 125 images of 256 x 256 in one piece took 25 GB in the decoder alone.
+    others = (stages[name] for name in ("encode", "validate", "preview", "evaluate"))
+    assert max(*others, counted.sample(torch.float32)) < RTX_4090 / 2
 
 
 def test_training_is_what_it_is_known_to_be():
@@ -64,9 +77,58 @@ def test_training_is_what_it_is_known_to_be():
     assert memory(batch_size=48).train() < full - 7e9
 
 
-def test_adapters_need_neither_moments_nor_ema_of_the_weights():
+def test_a_step_on_a_gpu_that_is_not_there():
+    """Nothing waits for the device, which a meta tensor cannot do, and matrix products are in bf16, layer norms, too."""
+
+    class Dtypes(TorchDispatchMode):
+        found: ClassVar[dict[str, set[torch.dtype]]] = {}
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            floats = {value.dtype for value in tree_iter(args) if isinstance(value, torch.Tensor) and value.is_floating_point()}
+            self.found.setdefault(name, set()).update(floats)
+            return func(*args, **(kwargs or {}))
+
+    with torch.device("meta"):
+        batch = Batch(
+            torch.empty(6, 8, 32, 32).half(), torch.empty(6, 20, 768).half(), torch.ones(6, 20).bool(), torch.empty(6, 768)
+        )
+        empty = Batch(batch.moments[:1], batch.tokens[:1], batch.mask[:1], batch.pooled[:1])
+        noise = StepNoise(torch.empty(6, 4, 32, 32), torch.empty(6, 4, 32, 32), torch.empty(6), torch.ones(6).bool())
+        network = DiT(num_layers=2)
+    trainer = SimpleNamespace(
+        empty=empty,
+        scaling_and_shift=(0.18, 0.0),
+        network=network,
+        objective=make_objective("flow", "v_prediction"),
+        accelerator=SimpleNamespace(num_processes=1, backward=lambda loss: None),
+        batch_size=6,
+    )
+    with counting(torch.bfloat16), Dtypes():
+        losses = Trainer.forward_backward(trainer, batch, noise)
+    assert losses.shape == (6,)
+    for name in ("mm", "addmm", "convolution", "native_layer_norm"):
+        assert Dtypes.found[name] <= {torch.bfloat16}, name
+    assert Dtypes.found["mm"] and Dtypes.found["addmm"] and "_local_scalar_dense" not in Dtypes.found
+
+
+def test_adapters_need_neither_gradients_nor_moments_nor_ema_of_the_weights():
     full, adapters = (memory(method=method, init_from="models/dit", batch_size=1).train() for method in ("full", "lora"))
-    assert full - 3.2 * GRADIENTS < adapters < full - 2.5 * GRADIENTS
+    assert full - 4.2 * GRADIENTS < adapters < full - 3.5 * GRADIENTS
+
+
+def test_cards_share_what_is_divided():
+    """With adapters or without: a quarter of all that stays, and of the batch; and two whole blocks."""
+    settings = params(batch_size=96)
+
+    def of(cards: int, sharding: str) -> int:
+        runtime = replace(settings.runtime, num_processes=cards, sharding=sharding)
+        return StageMemory(replace(settings, runtime=runtime), VAE, CLIP, 0).train()
+
+    state = 4 * GRADIENTS
+    assert of(1, "none") > 19e9 and of(4, "none") < state + 6e9
+    blocks = 2 * GRADIENTS / 16
+    assert of(4, "full") == pytest.approx(of(4, "none") - 0.75 * state + blocks, rel=0.02)
 
 
 def test_small_caches_are_kept_on_the_device():

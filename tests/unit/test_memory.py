@@ -1,144 +1,19 @@
-"""Memory: counted for every recipe, errors for want of it, and batches in shared memory."""
+"""Memory: decoding in parts, errors for want of it, and batches in shared memory. What a GPU needs: test_gpu_memory.py."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from contextlib import nullcontext
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import CLIPConfig, CLIPModel
 
-from dit.config import RECIPES, load_config
-from dit.encoders.loading import BUILTIN
 from dit.errors import UserError, is_out_of_memory, memory_errors, one_line, out_of_memory
-from dit.evaluation import clip as clip_features
-from dit.evaluation import losses
-from dit.model.transformer import DiT
-from dit.training.trainer import PREVIEW_IMAGES
-from dit.utils.autoencoder import decode_latents, encode_image, reconstruct
+from dit.utils.autoencoder import decode_latents, encode_image
 from dit.utils.hardware import IN_USE, limit_workers
 from helpers import REPO
-from helpers.memory import PeakMemory, weights
-
-CARD = 24e9  # bytes of an RTX 4090
-TOKENS = 77  # of the longest caption
-SD_VAE = {  # of stabilityai/sd-vae-ft-mse
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
-CLIP_L = {  # of openai/clip-vit-large-patch14
-    "projection_dim": 768,
-    "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12},
-    "vision_config": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 24,
-        "patch_size": 14,
-        "image_size": 224,
-    },
-}
-
-
-def on_meta(recipe: str) -> tuple[DiT, AutoencoderKL, CLIPModel, int]:
-    """The networks of `recipe`, of shapes alone, and the side of its latents."""
-    params = load_config(REPO / "params.yaml")
-    blocks = getattr(params, recipe)
-    builtin = blocks.encode.vae == "builtin"
-    vae_config = json.loads((BUILTIN / "vae" / "config.json").read_text()) if builtin else SD_VAE
-    clip_config = json.loads((BUILTIN / "clip" / "config.json").read_text()) if builtin else CLIP_L
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(vae_config).eval()
-        clip = CLIPModel(CLIPConfig(**clip_config)).eval()
-        transformer = DiT(
-            in_channels=vae.config.latent_channels,
-            cross_attention_dim=clip.config.text_config.hidden_size,
-            pooled_projection_dim=clip.config.projection_dim,
-            **vars(blocks.model),
-        ).eval()
-    return transformer, vae, clip, blocks.encode.image_size // 8
-
-
-@pytest.fixture(autouse=True)
-def no_autocast(monkeypatch):
-    """torch knows no autocast on the meta device, where there are no numbers to round."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-
-
-def predict(transformer: DiT, latents: torch.Tensor, guided: bool) -> torch.Tensor:
-    """One step of sampling."""
-    count = len(latents) * (2 if guided else 1)
-    config = transformer.config
-    keys_values = transformer.text_keys_values(torch.empty(count, TOKENS, config.cross_attention_dim, device="meta"))
-    mask = torch.empty(count, TOKENS, dtype=torch.bool, device="meta")
-    pooled = torch.empty(count, config.pooled_projection_dim, device="meta")
-    inputs = latents.repeat(2, 1, 1, 1) if guided else latents
-    return transformer(inputs, torch.empty(count, device="meta"), None, mask, pooled, keys_values)
-
-
-def latents_of(transformer: DiT, count: int, side: int) -> torch.Tensor:
-    return torch.empty(count, transformer.config.in_channels, side, side, device="meta")
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-@torch.no_grad()
-def test_memory_of_sampling_fits_24_gb(recipe):
-    """In fp32, as on a card without bf16; 125 images of 256 x 256 in one piece took 25 GB in the decoder alone."""
-    transformer, vae, clip, side = on_meta(recipe)
-    batch_size = load_config(REPO / "params.yaml").sample.batch_size
-    with PeakMemory() as memory:
-        decode_latents(vae, predict(transformer, latents_of(transformer, batch_size, side), True))
-    assert memory.peak + weights(transformer, vae, clip.text_model) < CARD / 2
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-@torch.no_grad()
-def test_memory_of_previews_and_validation_fits_24_gb(recipe):
-    transformer, vae, _, side = on_meta(recipe)
-    with PeakMemory() as memory:
-        decode_latents(vae, predict(transformer, latents_of(transformer, PREVIEW_IMAGES, side), True))
-        predict(transformer, latents_of(transformer, load_config(REPO / "params.yaml").train.batch_size, side), False)
-    assert memory.peak + 5 * weights(transformer) + weights(vae) < CARD / 2  # gradients, EMA and AdamW's two moments
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-@torch.no_grad()
-def test_memory_of_evaluation_fits_24_gb(recipe):
-    transformer, _, clip, side = on_meta(recipe)
-    size = clip.config.vision_config.image_size
-    with PeakMemory() as memory:
-        clip.get_image_features(pixel_values=torch.empty(clip_features.BATCH_SIZE, 3, size, size, device="meta"))
-        predict(transformer, latents_of(transformer, losses.BATCH_SIZE, side), False)
-    assert memory.peak + weights(transformer, clip) < CARD / 2
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-@torch.no_grad()
-def test_memory_of_reconstructions_fits_24_gb(recipe):
-    _, vae, _, side = on_meta(recipe)
-    batch_size = getattr(load_config(REPO / "params.yaml"), recipe).encode.batch_size
-    with PeakMemory() as memory:
-        reconstruct(vae, torch.empty(batch_size, 3, 8 * side, 8 * side, device="meta"))
-    assert memory.peak + weights(vae) < CARD / 2
-
-
-def test_peak_memory_counts_what_lives():
-    x = torch.empty(1000, device="meta")
-    with PeakMemory() as memory:
-        y = x + 1
-        z = (y * 2).view(10, 100)
-        del y
-        z = z[:5] - z[5:]
-    assert memory.peak == 8000 and memory.live == 2000 == z.nbytes
 
 
 @torch.no_grad()
