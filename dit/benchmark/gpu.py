@@ -34,6 +34,7 @@ from dit.utils.hardware import has_fast_bf16, synchronize
 
 TESTS = Path("tests/integration/test_gpu.py")
 KILLED_STEPS, KILLED_EVERY, KILLED_BATCH = 60, 10, 8  # of the training that is killed: steps, between checkpoints, images
+DIGEST = "weights.sha256"
 DECODED = 8  # images
 ROUNDS = 3
 
@@ -102,31 +103,32 @@ def same_bits_after_kill(params: Params, model: Model, precision: str) -> bool:
     """
     settings = replace(params, runtime=replace(params.runtime, deterministic=True, checkpoint_every=KILLED_EVERY))
     spawn = get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        cache, digests = Path(folder) / "cache", spawn.SimpleQueue()
-        write_cache(cache, KILLED_BATCH, KILLED_STEPS, CLIP_TOKENS)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_cache(folder / "cache", KILLED_BATCH, KILLED_STEPS, CLIP_TOKENS)
 
-        def start(name: str) -> Any:
-            arguments = (settings, model, precision, cache, Path(folder) / name, digests)
-            process = spawn.Process(target=_train_small, args=arguments)
+        def start(state: str) -> Any:
+            process = spawn.Process(target=_train_small, args=(settings, model, precision, folder / "cache", folder / state))
             process.start()
             return process
 
-        straight = start("straight")
-        straight.join()
-        killed = start("killed")
-        while killed.is_alive() and not list((Path(folder) / "killed").glob("step-*.json")):
+        def digest(state: str) -> str:
+            process = start(state)
+            process.join()
+            if process.exitcode:
+                raise RuntimeError(f"a training ended with {process.exitcode}, see above")
+            return (folder / state / DIGEST).read_text()
+
+        straight, killed = digest("straight"), start("killed")
+        while killed.is_alive() and not list((folder / "killed").glob("step-*.json")):
             time.sleep(0.02)
         killed.kill()
         killed.join()
-        if killed.exitcode == 0:
-            digests.get()  # it was done before it could be killed
-        start("killed").join()
-        return digests.get() == digests.get()
+        return straight == digest("killed")
 
 
-def _train_small(params: Params, model: Model, precision: str, cache: Path, folder: Path, digests: Any) -> None:
-    """Train from the newest checkpoint in `folder`, and put a hash of the weights into `digests`."""
+def _train_small(params: Params, model: Model, precision: str, cache: Path, folder: Path) -> None:
+    """Train from the newest checkpoint in `folder`, and write a hash of the weights into it."""
     checkpoints, logger = Checkpoints(folder, 2), CurveLogger()
     resume = checkpoints.newest(print)
     batch = KILLED_BATCH
@@ -135,7 +137,7 @@ def _train_small(params: Params, model: Model, precision: str, cache: Path, fold
     digest = hashlib.sha256()
     for parameter in network.parameters():
         digest.update(parameter.detach().cpu().numpy().tobytes())
-    digests.put(digest.hexdigest())
+    (folder / DIGEST).write_text(digest.hexdigest())
 
 
 def out_of_memory_advice(params: Params, model: Model, batch: int, tokens: int, precision: str, memory: dict[str, float]) -> str:
