@@ -351,7 +351,7 @@ def parse_config(values: dict[str, Any], name: str = "params.yaml") -> Params:
     try:
         params = TypeAdapter(Params).validate_python(values)
     except ValidationError as error:
-        raise UserError(f"{name}: {_explain(_most_telling(error.errors()))}") from None
+        raise UserError(f"{name}: {_explain(_most_telling(error.errors()), error.errors())}") from None
     if params.train.objective == "flow" and params.sample.scheduler == "ddim":
         raise UserError(f"{name}: sample.scheduler: ddim is for train.objective ddpm; for a flow the same thing is called euler")
     if (params.train.method == "scratch") != (params.train.init_from is None):
@@ -444,8 +444,8 @@ def _most_telling(errors: list[ErrorDetails]) -> ErrorDetails:
     return next((error for error in errors if error["loc"] and error["loc"][-1] in RENAMED), errors[0])
 
 
-def _explain(error: ErrorDetails) -> str:
-    """Word one of pydantic's errors as `key: value is wrong; this would be right`."""
+def _explain(error: ErrorDetails, errors: list[ErrorDetails]) -> str:
+    """Word one of pydantic's `errors` as `key: value is wrong; this would be right`."""
     location = [str(part) for part in error["loc"]]
     if not location:  # of a key that is no text
         return _remedy(error, "")
@@ -461,7 +461,13 @@ def _explain(error: ErrorDetails) -> str:
         return f"{key}: unknown key; " + (f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}")
     if error["type"] == "missing":
         return f"{key}: missing; add it, or take the line from the params.yaml in git"
-    return f"{key}: {SHORTENED.repr(error['input'])}: {_remedy(error, key)}"
+    words = (
+        other["ctx"]["expected"]
+        for other in errors
+        if other["type"] == "literal_error" and other["loc"][:-1] == error["loc"][:-1]
+    )
+    alternative = "".join(f", or {expected}".replace("'", "") for expected in words if len(error["loc"]) > len(location))
+    return f"{key}: {SHORTENED.repr(error['input'])}: {_remedy(error, key)}{alternative}"
 
 
 def _remedy(error: ErrorDetails, key: str) -> str:

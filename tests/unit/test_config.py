@@ -73,6 +73,8 @@ def test_config_is_frozen():
         ("train.batch_size", "many", "train.batch_size: 'many': must be a valid integer"),
         ("train.batch_size", 0, "train.batch_size: 0: must be greater than or equal to 1"),
         ("train.batch_size", True, "train.batch_size: True: must be a valid integer"),
+        ("runtime.num_processes", "many", "runtime.num_processes: 'many': must be a valid integer, or auto"),
+        ("runtime.sharding", "some", "runtime.sharding: 'some': must be none or full"),
         ("train.caption_dropout", 1.0, "train.caption_dropout: 1.0: must be less than 1"),
         ("train.max_grad_norm", True, "train.max_grad_norm: True: must be a valid number"),
         ("train.max_grad_norm", float("inf"), "train.max_grad_norm: inf: must be a finite number"),
