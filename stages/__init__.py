@@ -38,6 +38,8 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], par
         if os.environ.get("RANK", "0") == "0":
             unlink_outs(name)
         count = 1 if is_worker or not parallel else _process_count(name, params)
+        if name == "train" and params.runtime.sharding == "full" and count == 1 and not is_worker:
+            print("train: runtime.sharding: full divides nothing in one process; runtime.num_processes sets how many", flush=True)
         if count > 1:
             from stages.processes import run_processes
 

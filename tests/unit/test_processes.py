@@ -55,3 +55,14 @@ def test_processes_are_one_with_a_gpu_and_with_threads_of_ones_own(monkeypatch):
 def test_stages_run_in_as_many_processes_as_are_asked_for(asked, expected):
     params = replace(PARAMS, runtime=replace(PARAMS.runtime, num_processes=asked))
     assert {name: stages._process_count(name, params) for name in expected} == expected
+
+
+@pytest.mark.parametrize(("asked", "warned"), [(1, True), (2, False)])
+def test_one_process_that_should_divide_its_model_is_told_so(monkeypatch, tmp_path, capsys, asked, warned):
+    params = replace(PARAMS, runtime=replace(PARAMS.runtime, num_processes=asked, sharding="full"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stages, "load_config", lambda: params)
+    monkeypatch.setattr(stages, "unlink_outs", lambda name: None)
+    monkeypatch.setattr("stages.processes.run_processes", lambda command, count: None)
+    stages.run_stage("train", lambda params: None, [], parallel=True)
+    assert ("runtime.sharding: full divides nothing" in capsys.readouterr().out) == warned
