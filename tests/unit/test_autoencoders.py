@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dit.commands.check import describe_cost
+from dit.commands.check import describe_cost, describe_memory
 from dit.config import Model, load_config
 from dit.encoders.loading import EncoderSource, check_sides, load_vae
 from dit.errors import UserError
@@ -216,8 +216,10 @@ def test_sides_are_checked_at_once_where_the_name_is_no_folder(tmp_path, name):
 def test_cost_of_a_choice(encoded):
     name, folder, cache = encoded
     params = load_config(REPO / "params.yaml")
-    line = describe_cost(replace(params, recipe="folder", folder=recipe(folder, 64, 1)))
+    chosen = replace(params, recipe="folder", folder=recipe(folder, 64, 1))
+    line = describe_cost(chosen)
     _, factor, channels = SMALL[name]
     side, stored = 64 // factor, np.prod(cache.grid_shapes[0])
     assert line.startswith(f"an image of 64 x 64 pixels is {side**2} tokens, from latents of {channels} x {side} x {side}: ")
     assert f"{4 * stored:,} bytes in the cache" in line and line.endswith(" TFLOP")
+    assert describe_memory(chosen).startswith("memory of a GPU, counted, not compiled: encode 0.")
