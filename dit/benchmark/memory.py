@@ -175,7 +175,7 @@ class StageMemory:
         text = clip.get("text_config", clip)
         self.text_size = text.get("hidden_size", 512)
         self.pooled_size = clip.get("projection_dim", text.get("projection_dim", 512))
-        self.autocast = DTYPES[params.train.mixed_precision]
+        self.autocast = None if params.train.mixed_precision == "no" else DTYPES[params.train.mixed_precision]
         count = params.runtime.num_processes
         self.processes = 1 if count == "auto" else count
 
@@ -215,14 +215,14 @@ class StageMemory:
         whole = self.training_memory(self.recipe.model.num_layers, checkpointing)
         two, one = self.training_memory(2), self.training_memory(1)
         block, gradients, stays = two.forward - one.forward, whole.gradients, whole.stays
-        if self.params.runtime.sharding == "full":
+        if self.params.runtime.sharding == "full" and self.processes > 1:
             stays -= whole.divisible - whole.divisible // self.processes - 2 * (two.weights - one.weights)
             gradients //= self.processes
         return stays + (whole.forward + gradients + block if checkpointing else max(whole.forward, gradients + block))
 
     def validate(self) -> int:
         """Count what stays of a training, and a batch without gradients."""
-        with counting(self._autocast_dtype()) as live:
+        with counting(self.autocast) as live:
             network, _kept = self._training_state(self.recipe.model.num_layers)
             with torch.no_grad():
                 self._loss(network, self.params.train.batch_size)
@@ -230,7 +230,7 @@ class StageMemory:
 
     def preview(self) -> int:
         """Count what stays of a training, and a sheet of images with and without their captions."""
-        with counting(self._autocast_dtype()) as live, torch.no_grad():
+        with counting(self.autocast) as live, torch.no_grad():
             network, kept = self._training_state(self.recipe.model.num_layers)
             self._predict(network, 2 * PREVIEW_IMAGES)
             self._decode(kept["vae"], PREVIEW_IMAGES)
@@ -260,7 +260,7 @@ class StageMemory:
 
     def training_memory(self, layers: int, checkpointing: bool = False) -> TrainingMemory:
         """Count the parts of a training of so many layers, in one process, not sharded."""
-        with counting(self._autocast_dtype()) as live:
+        with counting(self.autocast) as live:
             network, _kept = self._training_state(layers)
             if checkpointing:
                 network.enable_gradient_checkpointing()
@@ -324,6 +324,3 @@ class StageMemory:
     def _conditions(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         text = torch.empty(count, CLIP_TOKENS, self.text_size)
         return text, torch.ones(count, CLIP_TOKENS, dtype=torch.bool), torch.empty(count, self.pooled_size)
-
-    def _autocast_dtype(self) -> torch.dtype | None:
-        return None if self.autocast == torch.float32 else self.autocast

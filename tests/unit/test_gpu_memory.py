@@ -129,6 +129,7 @@ def test_cards_share_what_is_divided():
     assert of(1, "none") > 19e9 and of(4, "none") < state + 6e9
     blocks = 2 * GRADIENTS / 16
     assert of(4, "full") == pytest.approx(of(4, "none") - 0.75 * state + blocks, rel=0.02)
+    assert of(1, "full") == of(1, "none")
 
 
 def test_small_caches_are_kept_on_the_device():
