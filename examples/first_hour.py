@@ -1,9 +1,9 @@
-"""The first hour, from a clean clone to compared experiments: each command is printed with what it is for, and run.
+"""The first hour, from a clean clone to experiments and a new colour: each command is printed with what it is for, and run.
 
     python examples/first_hour.py           in the project's folder, in its environment; a quarter of an hour for each training
 
-It changes no setting: experiments run in copies (`dvc exp run --temp`), images go into first_hour/. What is done already is not
-done again, so it can be stopped at any time and started again.
+It changes no setting: experiments run in copies (`dvc exp run --temp`), images go into first_hour/ and new_colour/. What is done
+already is not done again, so it can be stopped at any time and started again.
 """
 
 from __future__ import annotations
@@ -40,6 +40,25 @@ STEPS = [
         "another seed: how much of a difference is luck? It trains again, beside your own workspace",
         ["dvc", "exp", "run", "--temp", "-n", "seed-1", "-S", "train.seed=1"],
     ),
+    (
+        "Teach it a colour",
+        "lavender, which it has never seen, by adapters (LoRA); the detector counts what it knows before and after",
+        [sys.executable, "examples/new_colour.py"],
+    ),
+    (
+        "Draw in it",
+        "the same model, with the adapters",
+        [
+            "dit",
+            "generate",
+            "--prompt",
+            "a large lavender circle",
+            "--lora",
+            "new_colour/lora",
+            "--output",
+            f"{FOLDER}/lavender.png",
+        ],
+    ),
     ("Compare the numbers", "one row for each: accuracy, loss, time, what differs", [sys.executable, "tools/experiments.py"]),
     ("Compare the images", "a row of samples for each training", ["dit", "compare", "--output", f"{FOLDER}/compared.png"]),
 ]
@@ -56,6 +75,9 @@ def main() -> int:
         print(f"\n{number}. {title}: {why}\n   $ {shlex.join(command)}\n", flush=True)
         if command[:2] == ["dvc", "exp"] and command[5] in experiments():
             print(f"   {command[5]} is there already")
+            continue
+        if command[1:] == ["examples/new_colour.py"] and Path("new_colour/report.json").is_file():
+            print("   new_colour/ is there already")
             continue
         if subprocess.run(command).returncode:
             print("\nfirst_hour: stopped here; the same command goes on from this step", file=sys.stderr)

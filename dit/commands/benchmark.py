@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dit.commands._args import add_flag, make_folder_of
-from dit.config import load_config
+from dit.config import DEFAULTS, load_config
 from dit.errors import UserError
 
 LATENTS, RAW = Path("data/latents"), Path("data/raw")
@@ -30,6 +30,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     _add_recipe(kinds)
     _add_busy(kinds)
     _add_gpu(kinds)
+    _add_objects(kinds)
 
 
 def _add_kind(
@@ -336,3 +337,55 @@ def _require_positive(arguments: argparse.Namespace, *names: str) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}: {value} is not a positive number")
+
+
+def _add_objects(kinds: argparse._SubParsersAction) -> None:
+    parser = _add_kind(
+        kinds,
+        "objects",
+        run_objects,
+        "measure what share of a model's images show the objects that their prompts name, by an open-vocabulary detector",
+        "  dit benchmark objects evaluation_metadata.jsonl             GenEval's prompts, for a model of photographs\n"
+        "  dit benchmark objects mine.jsonl --detector weights/owlv2   your own prompts; docs/evaluation.md has the format",
+    )
+    parser.add_argument("prompts", type=Path, metavar="FILE", help="a JSON object a line: tag, prompt, include, exclude")
+    detector, clip = "google/owlv2-base-patch16-ensemble", "openai/clip-vit-large-patch14"
+    add_flag(parser, "detector", default=detector, metavar="NAME", help="an OWLv2, a Hub id or a folder; default: %(default)s")
+    add_flag(parser, "clip", default=clip, metavar="NAME", help="names the colours of objects; default: %(default)s")
+    add_flag(parser, "checkpoint", type=Path, default=Path("models/dit"), metavar="FOLDER", help="default: %(default)s")
+    add_flag(parser, "images", type=int, default=4, help="of each prompt; default: %(default)s")
+    add_flag(parser, "threshold", type=float, default=0.1, help="score from which on a box is an object; default: %(default)s")
+    add_flag(parser, "num_inference_steps", type=int, default=DEFAULTS.num_inference_steps, help="default: %(default)s")
+    add_flag(parser, "guidance_scale", type=float, default=DEFAULTS.guidance_scale, help="default: %(default)s")
+    add_flag(parser, "picture", type=Path, metavar="FILE", help="of the first images, with boxes; default: benchmark-objects.png")
+
+
+def run_objects(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Generate, detect, and print the table."""
+    _require_positive(arguments, "images", "num_inference_steps")
+    if not 0 < arguments.threshold < 1:
+        raise UserError(f"--threshold: {arguments.threshold} is not between 0 and 1")
+
+    from dit.benchmark.object_scoring import read_object_prompts
+    from dit.pipeline.model_folder import read_index
+
+    prompts = read_object_prompts(arguments.prompts)
+    read_index(arguments.checkpoint)
+    picture = arguments.picture or Path("benchmark-objects.png")
+    make_folder_of(picture)
+
+    from dit.benchmark.objects import ObjectDetector, benchmark_objects, objects_sheet, objects_table, summarise
+    from dit.benchmark.results import default_device
+    from dit.encoders.loading import EncoderSource
+
+    detector = ObjectDetector(EncoderSource(arguments.detector), arguments.threshold, default_device())
+    how = {name: getattr(arguments, name) for name in ("num_inference_steps", "guidance_scale")}
+    clip, shown, results = EncoderSource(arguments.clip), [], []
+    for result, image in benchmark_objects(arguments.checkpoint, prompts, detector, clip, arguments.images, **how):
+        results.append(result)
+        shown += [(result, image)] if result.seed == 0 else []
+    rows = summarise(results)
+    objects_sheet(shown).save(picture)
+    print(f"{objects_table(rows)}\n\n{picture}")
+    settings = {name: getattr(arguments, name) for name in ("detector", "clip", "threshold")} | how
+    return {"settings": settings, "groups": rows, "images": [asdict(result) for result in results]}

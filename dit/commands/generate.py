@@ -31,6 +31,7 @@ from dit.utils.files import sha256_file
 if TYPE_CHECKING:
     from dit.pipeline.pipeline import DiTTextToImagePipeline
 
+Loras = Sequence[tuple[Path, float]]  # files of adapters, and how strongly each is applied
 EXAMPLES = """\
 examples:
   dit generate --prompt "a large red circle above a small blue star"
@@ -184,8 +185,7 @@ def generate(arguments: argparse.Namespace) -> None:
         progress=True,
         **call_settings(arguments, image, mask),
     )
-    shared = png_facts(pipeline, weights, arguments, image, mask)
-    shared |= {"lora": " ".join(f"sha256:{sha256_file(path)}:{scale:g}" for path, scale in loras)} if loras else {}
+    shared = png_facts(pipeline, weights, arguments, image, mask, loras)
     output: Path = arguments.output
     if arguments.grid:
         generated = list(images)
@@ -286,13 +286,14 @@ def png_facts(
     arguments: argparse.Namespace,
     image: InputImage | None,
     mask: InputImage | None,
+    loras: Loras,
 ) -> dict[str, str]:
     """Return the settings of an image, for its PNG: all but its prompt and seed; no path, no machine, no time.
 
     Args:
         pipeline: what generates, with its scheduler.
         weights: the hash of its weights.
-        arguments, image, mask: what was asked for.
+        arguments, image, mask, loras: what was asked for.
     """
     from dit.pipeline.schedulers import scheduler_name
 
@@ -311,5 +312,6 @@ def png_facts(
         "mask": mask and f"sha256:{mask.sha256}",
         "strength": image and strength,
         "software": f"latent-dit {__version__}",
+        "lora": " ".join(f"sha256:{sha256_file(path)}:{scale:g}" for path, scale in loras) or None,
     }
     return {name: str(value) for name, value in facts.items() if value is not None}

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,6 +50,16 @@ SHARD_BYTES = 256 * 2**20
 MIN_PSNR = 30  # dB; below, the VAE's error is clearly visible
 
 
+class Part(NamedTuple):
+    """Part `number`, from 1 on, of `of` equal parts of the shards."""
+
+    number: int
+    of: int
+
+
+WHOLE = Part(1, 1)
+
+
 @dataclass(frozen=True)
 class Plan:
     """The content of shard `number`: the size of its images, the captions of each, and the number of tokens of every caption."""
@@ -66,11 +76,14 @@ class Plan:
 
 
 def encode_dataset(
-    raw: Path, folder: Path, settings: Encode, runtime: Runtime, reconstructions: Path
+    raw: Path, folder: Path, settings: Encode, runtime: Runtime, reconstructions: Path, part: Part = WHOLE
 ) -> dict[str, float | int] | None:
     """Encode the data set in `raw` into a cache in `folder`.
 
     Under `accelerate launch` the processes share the shards; the first one assembles the cache.
+
+    Machines that do not know of each other share them by `part`: each writes the shards of its own, and the one on which all of
+    them are together in the folder of unfinished shards assembles the cache, since it finds nothing left to encode.
 
     Args:
         raw: the data set, as a source wrote it: `metadata.json` and the images.
@@ -78,11 +91,12 @@ def encode_dataset(
         settings: which encoders, image size, batch size and precision.
         runtime: how many workers decode images.
         reconstructions: an image file to write, originals in the upper rows and their reconstructions in the lower ones.
+        part: which shards are written; all of them, unless several machines share the work.
 
     Returns:
         `reconstruction_psnr` in dB over a sample of the set; the numbers of `images` and `captions`, of `enlarged_images`, of
         `truncated_captions` and of `captions_with_unknown_words`; `cut_area`, the share of an image's area that is cut off on
-        average, in [0, 1). None in all processes but the first.
+        average, in [0, 1). None in all processes but the first, and for a part.
     """
     # Where workers are forked, the tokenizer was used before and warns, although they use none: this keeps it quiet.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -130,8 +144,9 @@ def encode_dataset(
     plans = list(plan_shards(groups, encoder))
     parts = unfinished_folder(about["fingerprint"], settings.batch_size, state.device)
 
+    own = [plan for plan in plans if plan.number % part.of == part.number - 1]
     quality = float("nan")
-    if state.is_main_process:
+    if state.is_main_process and part == WHOLE:
         if "sizes" in about:
             counts_of_sizes = ", ".join(f"{width} x {height} ({len(of)} images)" for (width, height), of in groups.items())
             print(f"encode: width and height are {counts_of_sizes}", flush=True)
@@ -144,9 +159,12 @@ def encode_dataset(
                 flush=True,
             )
         warn_stale_state("encode", parts)
-    encoder.write([plan for plan in plans if plan.number % state.num_processes == state.process_index], parts)
+    encoder.write(own[state.process_index :: state.num_processes], parts)
     state.wait_for_everyone()
     if not state.is_main_process:
+        return None
+    if part != WHOLE:
+        print(f"encode: part {part.number} of {part.of}, {len(own)} of {len(plans)} shards, is in {parts}", flush=True)
         return None
     (empty,), pooled = text.encode([""])
     records = [record for plan in plans if (record := read_record(parts, plan.number))]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dit.config import Encode, load_config
 from dit.dataset.reader import read_metadata
-from dit.encode.encode import encode_dataset
+from dit.encode.encode import WHOLE, Part, encode_dataset
 from dit.sources.writer import DatasetWriter, FetchResult
 from helpers import REPO
 from helpers.sources import folder_data, noise_file
@@ -45,9 +45,9 @@ def image_names(raw: Path) -> list[str]:
     return list(dict.fromkeys(entry.image for entry in read_metadata(raw)))
 
 
-def encode(raw: Path, folder: Path, runtime=RUNTIME, **changes) -> dict:
+def encode(raw: Path, folder: Path, runtime=RUNTIME, part: Part = WHOLE, **changes) -> dict | None:
     """Encode `raw` into `folder` with `changes` of `SETTINGS`."""
-    return encode_dataset(raw, folder, replace(SETTINGS, **changes), runtime, folder.parent / "reconstructions.png")
+    return encode_dataset(raw, folder, replace(SETTINGS, **changes), runtime, folder.parent / "reconstructions.png", part)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -27,6 +27,7 @@ from dit.commands.png import read_facts
 from helpers import REPO
 from helpers.browser import chromium
 from helpers.remotes import free_port
+from helpers.small_models import save_lora
 
 PATIENCE = 60_000  # ms
 UPLOAD = "input[data-testid$=upload-button]"
@@ -59,6 +60,7 @@ class Demo:
         self.folder, self.output, port = folder, folder / "drawings", free_port()
         for name in ("project", "tmp"):
             (folder / name).mkdir()
+        save_lora(folder / "project" / "colour" / "lora", seed=3)
         self.address = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "dit.cli", "demo", "--port", str(port), "--no-browser", "--output", str(self.output)]
         for model in models:
@@ -320,6 +322,24 @@ def test_another_model_brings_its_size(page, demo):
     (path,) = draw(page, demo, "a star", seed=1)
     assert pixels(path).shape == (128, 128, 3)
     assert page.locator("[data-testid=toast-body]").count() == 0  # it was trained on this size
+
+
+def test_adapters_are_in_a_picture_as_strongly_as_asked_and_not_in_the_next(page, demo, model):
+    (plain,) = draw(page, demo, "a star", seed=2)
+    page.click("#draw-settings button")
+    page.locator("#draw-lora input").click()
+    page.get_by_role("option", name="colour/lora").click()
+    fill(page, "draw-lora_scale", 0.5)
+    (changed,) = draw(page, demo, "a star", seed=2)
+    by_hand = generated(demo, model, "--prompt", "a star", "--seed", "2", "--lora", "project/colour/lora:0.5")
+    assert read_facts(changed) == read_facts(by_hand) and read_facts(changed)["lora"].endswith(":0.5")
+    assert (pixels(changed) == pixels(by_hand)).all() and (pixels(changed) != pixels(plain)).any()
+    page.locator("#gallery button img").nth(1).click()
+    before = demo.pictures()
+    page.click("#again")  # the one without
+    expect(page.locator("#gallery button img")).to_have_count(3, timeout=PATIENCE)
+    (again,) = demo.pictures() - before
+    assert (pixels(again) == pixels(plain)).all() and read_facts(again) == read_facts(plain)
 
 
 @pytest.mark.slow

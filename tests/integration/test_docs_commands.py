@@ -37,6 +37,7 @@ ELSEWHERE = {
     r"dvc (remote|push|pull|get|import|exp push|exp list|exp pull)|Storage": "a storage: tests/integration/test_sharing.py",
     r"allow-missing|exp apply wide": "several machines: tests/integration/test_sweep.py",
     r"accelerate launch|num_processes=4|dvc commit -f train|^ln ": "several processes: test_kill_training.py, test_hosts.py",
+    r"stages.encode --part": "several machines: test_encode_processes.py",
     r"--checkpoint latest": "a training that still runs: tests/integration/test_generate.py",
     r"stages.train --resume": "tests/integration/test_project.py",
 }
@@ -87,8 +88,9 @@ def test_the_first_hour_runs_and_is_not_repeated(clone):
     before = (clone.root / "params.yaml").read_text(), clone.run("git", "status", "--porcelain", "-uno").stdout
     done = clone.run("python", "examples/first_hour.py")
     assert "seed-1" in done.stdout
-    for name in ("drawn", "changed", "compared"):
+    for name in ("drawn", "changed", "lavender", "compared"):
         assert (clone.root / "first_hour" / f"{name}.png").is_file()
     again = clone.run("python", "examples/first_hour.py")
-    assert "guided is there already" in again.stdout and "Running stage 'train'" not in again.stdout
+    assert "guided is there already" in again.stdout and "new_colour/ is there already" in again.stdout
+    assert "Running stage 'train'" not in again.stdout
     assert ((clone.root / "params.yaml").read_text(), clone.run("git", "status", "--porcelain", "-uno").stdout) == before

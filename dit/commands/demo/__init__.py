@@ -20,6 +20,7 @@ EXAMPLES = """\
 examples:
   dit demo                                             the trained model, and all others that are found, at http://127.0.0.1:7860
   dit demo --checkpoint my-export --checkpoint other   these models first
+  dit demo --lora new_colour/lora                      with these adapters in the list
   dit demo --output drawings --port 8000 --no-browser
 """
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -45,6 +46,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         default=[],
         metavar="FOLDER",
         help="a model to offer first; default: models/dit, model folders in the project and registered models",
+    )
+    add_flag(
+        parser,
+        "lora",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="adapters to offer first, a file or its folder; default: all that are found in the project",
     )
     add_flag(
         parser,
@@ -77,11 +87,11 @@ def demo(arguments: argparse.Namespace) -> None:
     for name in ("no_proxy", "NO_PROXY"):
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), arguments.host, *LOOPBACK]))
 
-    from dit.commands.demo.models import Models, find_models
+    from dit.commands.demo.models import Models, find_loras, find_models
     from dit.commands.demo.nearest import NearestTrainingImages
     from dit.commands.demo.page import Page, launch
 
-    models = find_models(Path(), arguments.checkpoint)
+    models, loras = find_models(Path(), arguments.checkpoint), find_loras(Path(), arguments.lora)
     print(f"models: {', '.join(models)}\nimages are saved in {output}", file=sys.stderr)
     nearest = None
     if arguments.host in LOOPBACK:
@@ -93,7 +103,7 @@ def demo(arguments: argparse.Namespace) -> None:
     # It ends it as Ctrl-C does, also where that is ignored, as in the background of a script.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        launch(Page(Models(models), output, cache, nearest), arguments.host, arguments.port, arguments.browser)
+        launch(Page(Models(models, loras), output, cache, nearest), arguments.host, arguments.port, arguments.browser)
     finally:
         shutil.rmtree(cache, ignore_errors=True)
 

@@ -12,12 +12,13 @@ from dit.config import Scheduler
 from dit.errors import UserError
 from dit.model.objectives import PredictionType
 from dit.pipeline.generate import load_pipeline
-from dit.pipeline.model_folder import read_index, weights_hash
+from dit.pipeline.model_folder import LORA, find_lora, read_index, weights_hash
 from dit.pipeline.pipeline import DiTTextToImagePipeline
 from dit.pipeline.schedulers import make_scheduler
 from dit.tracking.registry import registered_folder, registered_models
 
 TRAINED = Path("models/dit")
+NO_LORA = "–"  # in the list of adapters
 KEPT = 2  # models in memory, so that two are compared without loading each time
 
 
@@ -77,6 +78,20 @@ def find_models(root: Path, named: list[Path]) -> dict[str, Path | None]:
     return models
 
 
+def find_loras(root: Path, named: list[Path]) -> dict[str, Path]:
+    """Return what the list of adapters shows, and the file behind each: those that were named, then those in the project.
+
+    Raises:
+        UserError: a named one is none.
+    """
+    loras = {str(path): find_lora(path) for path in named}
+    for folder in (root, *sorted(root.glob("*/")), *sorted((root / TRAINED.parent).glob("*/"))):
+        for file in (folder / LORA, folder / "lora" / LORA):
+            if file.is_file():
+                loras[file.parent.relative_to(root).as_posix()] = file
+    return loras
+
+
 def _is_model(folder: Path) -> bool:
     try:
         read_index(folder)
@@ -89,11 +104,13 @@ class Models:
     """Loads models when they are asked for, and keeps the `KEPT` used last.
 
     Attributes:
+        folders: of the models, by the names that the page shows.
+        loras: files of adapters, by the names that the page shows.
         lock: held by whoever loads or draws: a pipeline serves one drawing at a time, and is not dropped meanwhile.
     """
 
-    def __init__(self, folders: dict[str, Path | None]):
-        self.folders = folders
+    def __init__(self, folders: dict[str, Path | None], loras: dict[str, Path] | None = None):
+        self.folders, self.loras = folders, loras or {}
         self.loaded: OrderedDict[str, Loaded] = OrderedDict()
         self.lock = threading.Lock()
 

@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 from dit.commands.demo.models import Loaded, Models
-from dit.commands.generate import call_settings, generation_warnings, png_facts
+from dit.commands.generate import Loras, call_settings, generation_warnings, png_facts
 from dit.commands.inputs import InputImage
 from dit.commands.png import write_png
 from dit.pipeline.generate import generate_images
+from dit.pipeline.lora import apply_loras
 from dit.pipeline.pipeline import Callback, DiTTextToImagePipeline
 from dit.pipeline.schedulers import make_scheduler
 from dit.utils.autoencoder import decode_latents
@@ -36,12 +37,14 @@ class Order:
         model: one of the names in the list of models.
         settings: named as the flags of `dit generate` are, with `prompt`, `scheduler` and `num_images_per_prompt`.
         image, mask: what to change, and where.
+        lora: one of the names in the list of adapters, and their scale.
     """
 
     model: str
     settings: Namespace
     image: InputImage | None = None
     mask: InputImage | None = None
+    lora: tuple[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,14 @@ def generate(models: Models, order: Order) -> Iterator[str | Preview | list[Gene
             with models.lock:
                 if not stop.is_set():
                     loaded = models.load(order.model)
+                    loras = [(models.loras[order.lora[0]], order.lora[1])] if order.lora else []
+                    loaded.pipeline.unload_lora_weights()
+                    apply_loras(loaded.pipeline, loras)
                     for line in generation_warnings(
                         loaded.pipeline, order.settings, [order.settings.prompt], order.image, order.mask
                     ):
                         updates.put(line)
-                    updates.put(_generate(loaded, order, _report(updates, stop)))
+                    updates.put(_generate(loaded, order, loras, _report(updates, stop)))
         except _Stopped:
             pass
         except BaseException as error:  # it is raised where the images are waited for
@@ -121,7 +127,7 @@ def _report(updates: queue.SimpleQueue, stop: threading.Event) -> Callback:
     return on_step_end
 
 
-def _generate(loaded: Loaded, order: Order, on_step_end: Callback) -> list[Generated]:
+def _generate(loaded: Loaded, order: Order, loras: Loras, on_step_end: Callback) -> list[Generated]:
     pipeline, settings, image, mask = loaded.pipeline, order.settings, order.image, order.mask
     pipeline.scheduler = make_scheduler(settings.scheduler, pipeline.config.prediction_type)
     count = settings.num_images_per_prompt
@@ -133,7 +139,7 @@ def _generate(loaded: Loaded, order: Order, on_step_end: Callback) -> list[Gener
         **call_settings(settings, image, mask),
         callback_on_step_end=on_step_end,
     )
-    facts = png_facts(pipeline, loaded.weights, settings, image, mask)
+    facts = png_facts(pipeline, loaded.weights, settings, image, mask, loras)
     return [Generated(one, {"prompt": settings.prompt, "seed": str(settings.seed + k)} | facts) for k, one in enumerate(images)]
 
 

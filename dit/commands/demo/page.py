@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import html
 import logging
-import random
 import secrets
 import shutil
 import time
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,25 +16,21 @@ from typing import Any, cast
 import gradio as gr
 from PIL import Image
 
+from dit.commands.demo.controls import AT_ONCE, LARGEST, SETTINGS, make_order, roll, settings_controls, what_controls
 from dit.commands.demo.editor import BRUSH, editor_value, read_editor
 from dit.commands.demo.elements import CSS, THEME, buttons, shown_gallery, shown_image
-from dit.commands.demo.models import Models
+from dit.commands.demo.models import NO_LORA, Models
 from dit.commands.demo.nearest import NearestTrainingImages
-from dit.commands.demo.orders import MOST, Generated, Order, Preview, generate, save, tile
+from dit.commands.demo.orders import Generated, Order, Preview, generate, save, tile
 from dit.commands.demo.words import answer, labels, text
-from dit.commands.inputs import InputImage, check_numbers
 from dit.config import DEFAULTS, STRENGTH
 from dit.dataset.decode import open_named
 from dit.errors import UserError
 
 logger = logging.getLogger(__name__)
 UPLOAD = "50mb"
-LARGEST = 4  # times the size of training: of what is generated, and of what an upload is reduced to
 WAITING = 8  # orders that may wait in the queue
 KEPT = 100  # images in the gallery of a session; older ones are in the output folder alone
-# The controls that say how to generate, in their order on the page.
-SETTINGS = ("model", "scheduler", "num_inference_steps", "guidance_scale", "width", "height")
-AT_ONCE: dict[str, Any] = {"show_progress": "hidden", "queue": False}  # of handlers that take no time
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,7 @@ class Page:
     def _build_generate(self) -> None:
         with gr.Row():
             with gr.Column():
-                prompt, negative, seed, new_seed, count = self._what("draw")
+                prompt, negative, seed, new_seed, count = what_controls("draw")
                 settings = self._settings("draw", "settings")
                 with gr.Accordion(text("change"), open=False, elem_id="change") as change:
                     gr.Markdown(text("change_info"))
@@ -122,11 +116,11 @@ class Page:
         ]
         cancel.click(self.cancelled, None, status, cancels=events, **AT_ONCE)
         self.gallery.select(self.choose, self.history, [self.chosen, self.facts, neighbours], **AT_ONCE)
-        edit.click(self.put_into_editor, self.chosen, [editor, change, prompt, *settings[-2:]], **AT_ONCE)
+        edit.click(self.put_into_editor, self.chosen, [editor, change, prompt, *settings[4:6]], **AT_ONCE)
         upload.upload(self.take_upload, [upload, settings[0]], editor, show_progress="minimal")
 
     def _build_compare(self) -> None:
-        prompt, negative, seed, new_seed, count = self._what("compare")
+        prompt, negative, seed, new_seed, count = what_controls("compare")
         sides, images = [], []
         with gr.Row():
             for side in ("a", "b"):
@@ -143,55 +137,11 @@ class Page:
         event = start_event(gr.on([start.click, prompt.submit], **roll(seed, new_seed)).then, status, run)
         cancel.click(self.cancelled, None, status, cancels=event, **AT_ONCE)
 
-    def _what(self, place: str) -> tuple[gr.Textbox, gr.Textbox, gr.Number, gr.Checkbox, gr.Slider]:
-        """Make the controls that say what to generate; their elements are called after `place`."""
-        prompt = gr.Textbox(
-            label=text("prompt"),
-            info=text("prompt_info"),
-            autofocus=True,
-            max_lines=4,
-            max_length=2000,
-            elem_id=f"{place}-prompt",
-        )
-        negative = gr.Textbox(
-            label=text("negative_prompt"),
-            info=text("negative_prompt_info"),
-            max_lines=4,
-            max_length=2000,
-            elem_id=f"{place}-negative_prompt",
-        )
-        with gr.Row():
-            seed = gr.Number(0, label=text("seed"), precision=0, minimum=0, maximum=2**31 - 1, elem_id=f"{place}-seed")
-            new_seed = gr.Checkbox(True, label=text("new_seed"), elem_id=f"{place}-new_seed")
-        count = gr.Slider(1, MOST, 1, step=1, label=text("count"), elem_id=f"{place}-count")
-        return prompt, negative, seed, new_seed, count
-
     def _settings(self, place: str, label: str, is_open: bool = False) -> list[Any]:
-        """Make the controls that say how to generate, in the order of `SETTINGS`."""
-        names = list(self.models.folders)
-        with gr.Accordion(text(label), open=is_open, elem_id=f"{place}-settings"):
-            with gr.Row():
-                model = gr.Dropdown(names, value=names[0], label=text("model"), elem_id=f"{place}-model")
-                scheduler = gr.Dropdown(
-                    self.first.schedulers, value=DEFAULTS.scheduler, label=text("scheduler"), elem_id=f"{place}-scheduler"
-                )
-            steps = gr.Slider(1, 100, DEFAULTS.num_inference_steps, step=1, label=text("steps"), elem_id=f"{place}-steps")
-            guidance = gr.Slider(
-                1,
-                10,
-                DEFAULTS.guidance_scale,
-                step=0.1,
-                label=text("guidance"),
-                info=text("guidance_info"),
-                elem_id=f"{place}-guidance",
-            )
-            size, cell = self.first.size, self.first.cell
-            sides = [
-                gr.Slider(cell, LARGEST * size, pixels, step=cell, label=text(side), elem_id=f"{place}-{side}")
-                for side, pixels in zip(("width", "height"), self.first.default_size, strict=True)
-            ]
-        model.input(self.fit_model, [model, scheduler], [scheduler, *sides], show_progress="minimal")
-        return [model, scheduler, steps, guidance, *sides]
+        controls = settings_controls(self.models, self.first, place, label, is_open)
+        model, scheduler, _, _, width, height, *_ = controls
+        model.input(self.fit_model, [model, scheduler], [scheduler, width, height], show_progress="minimal")
+        return controls
 
     def fit_model(self, request: gr.Request, model: str, scheduler: str) -> list[Any]:
         """Offer the sizes and schedulers of the chosen model, which is loaded."""
@@ -276,7 +226,14 @@ class Page:
             order = require(request, chosen).order
         how = order.settings
         numbers = [int(require(request, chosen).facts["seed"]), False, 1]
-        settings = [how.scheduler, how.num_inference_steps, how.guidance_scale, how.width, how.height]
+        settings = [
+            how.scheduler,
+            how.num_inference_steps,
+            how.guidance_scale,
+            how.width,
+            how.height,
+            *(order.lora or (NO_LORA, 1)),
+        ]
         strength = how.strength if how.strength is not None else gr.skip()
         return [how.prompt, how.negative_prompt, *numbers, order.model, *settings, editor_value(order), strength]
 
@@ -319,53 +276,6 @@ def start_event(trigger: Any, status: gr.HTML, run: dict[str, Any]) -> Any:
 def emptied(status: int, count: int) -> list[Any]:
     """Return an update of `count` outputs that empties the status, number `status`: no progress stands after an error."""
     return ["" if k == status else gr.skip() for k in range(count)]
-
-
-def roll(seed: gr.Number, new_seed: gr.Checkbox) -> dict[str, Any]:
-    """Return the first step of an event: a new seed, if one is wanted."""
-    return {"fn": roll_seed, "inputs": [seed, new_seed], "outputs": seed, **AT_ONCE}
-
-
-def roll_seed(seed: int | None, new: bool) -> int:
-    """Return a new seed, or the given one."""
-    return random.randrange(2**31) if new else int(seed or 0)
-
-
-def make_order(
-    request: gr.Request,
-    prompt: str,
-    negative: str,
-    seed: float,
-    count: float,
-    settings: tuple,
-    image: InputImage | None = None,
-    mask: InputImage | None = None,
-    strength: float | None = None,
-) -> Order:
-    """Collect what the controls say; what is painted is generated anew, whatever the strength.
-
-    Raises:
-        UserError: there is no prompt, or a number is impossible.
-    """
-    if not (prompt or "").strip():
-        raise UserError(answer(request, "no_prompt"))
-    model, scheduler, steps, guidance, width, height = settings
-    how = Namespace(
-        prompt=prompt.strip(),
-        negative_prompt=(negative or "").strip(),
-        seed=int(seed or 0),
-        num_images_per_prompt=int(count),
-        batch_size=int(count),
-        guidance_interval=(0.0, 1.0),
-        strength=strength if image and not mask else None,
-        scheduler=scheduler,
-        num_inference_steps=int(steps),
-        guidance_scale=float(guidance),
-        width=int(width),
-        height=int(height),
-    )
-    check_numbers(how)
-    return Order(model, how, image, mask)
 
 
 def require(request: gr.Request, chosen: Entry | None) -> Entry:

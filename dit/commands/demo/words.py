@@ -33,6 +33,13 @@ LABELS = {
     "guidance_info": ("How strictly to follow the prompt; 1 is without guidance.", "越大越贴合提示词；1 表示不使用引导。"),
     "width": ("Width", "宽度"),
     "height": ("Height", "高度"),
+    "lora": ("LoRA adapters", "LoRA 适配器"),
+    "lora_info": (
+        "What a training with train.method lora has learned beside the model.",
+        "以 train.method: lora 训练得到的增量权重。",
+    ),
+    "lora_scale": ("Scale of the adapters", "适配器强度"),
+    "lora_scale_info": ("0 is without them, 1 as they were trained.", "0 表示不使用，1 为训练时的强度。"),
     "change": ("Change an image", "修改图片"),
     "change_info": (
         "An image is changed as the prompt says. Paint over a part of it, and only that part changes.",
