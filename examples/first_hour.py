@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path("first_hour")
-PROMPT, EDITED = "a large red circle above a small blue star", "a large green circle above a small yellow star"
+PROMPT, EDITED = "a large red circle above a small blue cross", "a large green circle above a small yellow cross"
 STEPS = [
     ("Is everything there?", "before anything is computed: settings, disk space, data, weights", ["dit", "check"]),
     ("Train a model", "render, encode, train, sample, evaluate, report: the whole pipeline", ["dvc", "repro"]),

@@ -1,8 +1,10 @@
-"""Make the moving picture and the screenshot of README's first screen, with the model in models/dit.
+"""Make the pictures of README and docs that show what the model in models/dit draws.
 
-    python tools/readme_pictures.py     docs/images/denoising.webp and demo.png; needs the extras demo and test, and Chromium
+    python tools/readme_pictures.py     docs/images/denoising.webp, generate.png, sweep.png and demo.png; needs the extras demo
+                                        and test, and Chromium
 
-The moving picture shows the latents after each step, as the VAE decodes them; the screenshot a `dit demo` that has drawn.
+The moving picture shows the latents after each step, as the VAE decodes them; generate.png what the commands of
+docs/generation.md give; sweep.png what `dit sweep` draws; the screenshot a `dit demo` that has drawn.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from playwright.sync_api import sync_playwright
 
 from dit.pipeline.generate import load_pipeline
 from dit.utils.autoencoder import decode_latents
-from dit.utils.images import grid, to_images
+from dit.utils.images import grid, labelled_grid, to_images
 
 ROOT = Path(__file__).parent.parent
 IMAGES, MODEL = ROOT / "docs" / "images", ROOT / "models" / "dit"
@@ -65,6 +67,36 @@ def denoising(path: Path) -> None:
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=50, method=6)
 
 
+def editing(path: Path) -> None:
+    """Write an image, the same with other colours, a mask, and the image with the masked part generated again, side by side."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        files = [folder / f"{part}.png" for part in ("generated", "changed", "mask", "mended")]
+        generated, changed, mask, mended = map(str, files)
+        Image.linear_gradient("L").resize((64, 64)).save(mask)
+        for arguments in (
+            ["a large red circle above a small blue cross", "--output", generated],
+            ["a large green circle above a small yellow cross", "--image", generated, "--strength", "0.6", "--output", changed],
+            ["a large red circle above a small green square", "--image", generated, "--mask", mask, "--output", mended],
+        ):
+            dit(["generate", "--checkpoint", str(MODEL), "--prompt", *arguments])
+        labels = ["generated.png", "changed.png: another prompt, strength 0.6", "mask.png", "mended.png: a green square"]
+        images = [Image.open(file).convert("RGB").resize((192, 192), Image.Resampling.NEAREST) for file in files]
+        path.write_bytes(_small(labelled_grid(images, labels, columns=4, cell=192)))
+
+
+def sweep(path: Path) -> None:
+    """Write which guidance scales and numbers of steps are worth their time."""
+    with tempfile.TemporaryDirectory() as folder:
+        dit(["sweep", "--checkpoint", str(MODEL), "--output", f"{folder}/sweep"])
+        path.write_bytes(_small(Image.open(f"{folder}/sweep.png")))
+
+
+def dit(arguments: list[str]) -> None:
+    """Run `dit` with these arguments."""
+    subprocess.run([sys.executable, "-m", "dit.cli", *arguments], cwd=ROOT, check=True)
+
+
 def screenshot(path: Path) -> None:
     """Write what `dit demo` shows after it has drawn four images."""
     with socket.socket() as free:
@@ -75,7 +107,7 @@ def screenshot(path: Path) -> None:
         process = subprocess.Popen([*command, "--checkpoint", str(MODEL), "--output", f"{folder}/drawings"], cwd=folder)
         try:
             _wait_for(f"http://127.0.0.1:{port}")
-            path.write_bytes(_small(_drawn_page(f"http://127.0.0.1:{port}")))
+            path.write_bytes(_small(Image.open(io.BytesIO(_drawn_page(f"http://127.0.0.1:{port}")))))
         finally:
             process.terminate()
             process.wait(30)
@@ -112,16 +144,18 @@ def _drawn_page(address: str) -> bytes:
     return shot
 
 
-def _small(png: bytes) -> bytes:
-    """Return a PNG of 256 colours: half the bytes."""
+def _small(image: Image.Image) -> bytes:
+    """Return `image` as a PNG of 256 colours: half the bytes."""
     small = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
+    image.convert("RGB").quantize(256).save(small, "PNG", optimize=True)
     return small.getvalue()
 
 
 def main() -> None:
-    """Make both."""
+    """Make all of them."""
     denoising(IMAGES / "denoising.webp")
+    editing(IMAGES / "generate.png")
+    sweep(IMAGES / "sweep.png")
     screenshot(IMAGES / "demo.png")
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Loras = Sequence[tuple[Path, float]]  # files of adapters, and how strongly each is applied
 EXAMPLES = """\
 examples:
-  dit generate --prompt "a large red circle above a small blue star"
+  dit generate --prompt "a large red circle above a small blue cross"
   dit generate --prompt "a red heart" --prompt "a green cross" --seed 7 --grid --output two.png
   dit generate --prompts-file prompts.txt --output images/image.png    images/image-0.png, image-1.png, ...
   dit generate --prompt "a green cross" --image generated.png --strength 0.8
