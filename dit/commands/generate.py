@@ -172,7 +172,7 @@ def generate(arguments: argparse.Namespace) -> None:
     with model_folder(arguments.checkpoint, checkpoints) as folder:
         pipeline, weights = load_pipeline(folder, arguments.scheduler), weights_hash(folder)
     apply_loras(pipeline, loras)
-    for line in generation_warnings(pipeline, arguments, prompts, image, mask):
+    for line in [*merged_already(arguments.checkpoint, loras), *generation_warnings(pipeline, arguments, prompts, image, mask)]:
         print(f"dit: {line}", file=sys.stderr)
 
     prompts = [prompt for prompt in prompts for _ in range(arguments.num_images_per_prompt)]
@@ -231,6 +231,13 @@ def model_folder(given: Path, checkpoints: Sequence[Path]) -> Iterator[Path]:
         else:
             raise problems[0]
         yield Path(folder)
+
+
+def merged_already(model: Path, loras: Loras) -> Iterator[str]:
+    """Yield a line for each of `loras` that lies in the folder `model`, as a training of adapters leaves it."""
+    for path, _ in loras:
+        if model.resolve() in path.resolve().parents:
+            yield f"{path.parent} is merged into {model} already and counts twice here; it is for the model that it began with"
 
 
 def call_settings(arguments: argparse.Namespace, image: InputImage | None, mask: InputImage | None) -> dict[str, Any]:

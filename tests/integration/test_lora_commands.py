@@ -81,3 +81,12 @@ def test_export_merges_adapters(folder, tmp_path, capsys):
         *ImageChops.difference(with_adapters.convert("RGB"), Image.open(alone).convert("RGB")).getextrema(), strict=True
     )
     assert max(high) <= 8  # of 255: bf16 rounds a sum and its parts otherwise
+
+
+def test_adapters_that_are_in_the_model_already_are_named(folder, tmp_path, capsys):
+    shutil.copytree(folder / "dit", tmp_path / "dit")
+    shutil.copytree(folder / "one", tmp_path / "dit" / "lora")  # as a training of adapters leaves both
+    generate(tmp_path, tmp_path / "twice.png", "--lora", str(tmp_path / "dit"))
+    assert "is merged into" in capsys.readouterr().err
+    generate(tmp_path, tmp_path / "once.png", "--lora", str(folder / "one"))
+    assert "is merged into" not in capsys.readouterr().err

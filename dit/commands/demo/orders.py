@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from dit.commands.demo.models import Loaded, Models
-from dit.commands.generate import Loras, call_settings, generation_warnings, png_facts
+from dit.commands.generate import Loras, call_settings, generation_warnings, merged_already, png_facts
 from dit.commands.inputs import InputImage
 from dit.commands.png import write_png
 from dit.pipeline.generate import generate_images
@@ -88,9 +88,10 @@ def generate(models: Models, order: Order) -> Iterator[str | Preview | list[Gene
                     loras = [(models.loras[order.lora[0]], order.lora[1])] if order.lora else []
                     loaded.pipeline.unload_lora_weights()
                     apply_loras(loaded.pipeline, loras)
-                    for line in generation_warnings(
-                        loaded.pipeline, order.settings, [order.settings.prompt], order.image, order.mask
-                    ):
+                    folder, prompts = models.folders[order.model], [order.settings.prompt]
+                    for line in merged_already(folder, loras) if folder else ():
+                        updates.put(line)
+                    for line in generation_warnings(loaded.pipeline, order.settings, prompts, order.image, order.mask):
                         updates.put(line)
                     updates.put(_generate(loaded, order, loras, _report(updates, stop)))
         except _Stopped:
