@@ -10,6 +10,7 @@ import dit
 from dit.commands import benchmark, check, compare, demo, export, generate, inspect, push, sweep, sync_runs, where
 from dit.commands._args import not_understood
 from dit.errors import UserError, is_out_of_memory, out_of_memory
+from dit.threads import sleep_while_waiting
 
 EXAMPLES = """\
 examples:
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments, rest = build_parser().parse_known_args(argv)
     if rest:
         arguments.parser.error(not_understood(arguments.parser, rest))
+    if arguments.parser.prog.split()[1:2] != ["benchmark"]:  # which measures torch as it comes
+        sleep_while_waiting()
     try:
         arguments.action(arguments)
     except UserError as error:

@@ -20,11 +20,13 @@ RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PMI_SIZE", "OM
 BATCHES = ("encode", "train", "sample")  # stages whose memory is that of a batch, which a setting of their block sizes
 
 
-def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], parallel: bool = False) -> None:
+def run_stage(
+    name: str, main: Callable[[Params], None], metrics: list[str], parallel: bool = False, writes_outs: bool = True
+) -> None:
     """Run `main` on params.yaml as stage `name`; print a `UserError` in one line and exit with 1.
 
     A `parallel` stage runs in `runtime.num_processes` processes, one per GPU or CPU core. The arguments behind its name on the
-    command line are passed on.
+    command line are passed on. What is run without `writes_outs` leaves the stage's outs as they are.
 
     DVC deletes a stage's outs before it starts it. `dvc checkout --force` brings back those that it caches; `metrics`, the files
     that live in git instead, are brought back here.
@@ -35,7 +37,7 @@ def run_stage(name: str, main: Callable[[Params], None], metrics: list[str], par
             os.environ.pop(variable, None)
     try:
         params = load_config()
-        if os.environ.get("RANK", "0") == "0":
+        if writes_outs and os.environ.get("RANK", "0") == "0":
             unlink_outs(name)
         count = 1 if is_worker or not parallel else _process_count(name, params)
         if name == "train" and params.runtime.sharding == "full" and count == 1 and not is_worker:

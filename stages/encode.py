@@ -1,14 +1,16 @@
 """Stage 2: images and captions become latents and text embeddings, once, so that training touches neither encoder.
 
 python -m stages.encode             as `dvc repro encode` does; goes on where a run was killed
-python -m stages.encode --part 2/4  the second quarter of the shards alone, into .state/encode: four machines share the work
+python -m stages.encode --part 2/4  every fourth shard from the second on, into .state/encode: four machines share the work
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
+import stages.sleeping_threads  # noqa: F401 (before torch is loaded)
 from dit.config import Params
 from dit.encode.encode import WHOLE, Part, encode_dataset
 from dit.encoders.loading import check_sides
@@ -18,11 +20,8 @@ from stages import run_stage
 METRICS = "metrics/encode.json"
 
 
-def main(params: Params) -> None:
-    """Encode data/raw into data/latents; several processes share the work."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", type=parse_part, default=WHOLE, metavar="K/N", help="write the K-th of N parts of the shards")
-    part = parser.parse_args().part
+def main(params: Params, part: Part = WHOLE) -> None:
+    """Encode data/raw into data/latents, or a part of it into .state/encode; several processes share the work."""
     check_sides(params.recipe, params.active)
     metrics = encode_dataset(
         raw=Path("data/raw"),
@@ -50,4 +49,7 @@ def parse_part(text: str) -> Part:
 
 
 if __name__ == "__main__":
-    run_stage("encode", main, metrics=[METRICS], parallel=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", type=parse_part, default=WHOLE, metavar="K/N", help="write the K-th of N parts of the shards")
+    chosen = parser.parse_args().part
+    run_stage("encode", partial(main, part=chosen), metrics=[METRICS], parallel=True, writes_outs=chosen == WHOLE)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
+import stages.sleeping_threads  # noqa: F401 (before torch is loaded)
 from dit.config import Params
 from dit.evaluation.metrics import evaluate_samples
 from dit.tracking.mlflow import flatten

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import stages.sleeping_threads  # noqa: F401 (before torch is loaded)
 from dit.config import Params
 from dit.pipeline.model_folder import read_index
 from dit.pipeline.sampling import choose_prompts, sample

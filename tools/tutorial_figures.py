@@ -1,4 +1,4 @@
-"""Draw the figures of the tutorial's chapter 5, of the images in data/raw and the model in models/dit.
+"""Draw the figures of the tutorial's chapter 5, of data/raw and the model in models/dit: rendered shapes, a flow.
 
 python tools/tutorial_figures.py     docs/images/patches.webp, autoencoder, text, cross_attention, gates, paths
 """
@@ -110,9 +110,8 @@ def text(pipeline: DiTTextToImagePipeline, path: Path) -> None:
 
 def tokens_of(pipeline: DiTTextToImagePipeline) -> tuple[torch.Tensor, list[str]]:
     """Return the vectors (L, E) of the tokens of `PROMPT` and what they stand for, without those of its begin and end."""
-    ids = pipeline.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    states = pipeline.text_encoder(ids).last_hidden_state[0].float()
-    return states[1:-1], [pipeline.tokenizer.decode([k]).strip() for k in ids[0, 1:-1].tolist()]
+    names = [pipeline.tokenizer.decode([k]).strip() for k in pipeline.tokenizer(PROMPT)["input_ids"][1:-1]]
+    return embeddings(pipeline, [PROMPT])[0][0, 1 : 1 + len(names)].float(), names
 
 
 def cross_attention(pipeline: DiTTextToImagePipeline, path: Path) -> None:
@@ -131,7 +130,7 @@ def cross_attention(pipeline: DiTTextToImagePipeline, path: Path) -> None:
     (image,) = pipeline(PROMPT, generator=torch.Generator().manual_seed(SEED), guidance_scale=1, num_inference_steps=20).images
     for hook in hooks:
         hook.remove()
-    weights = torch.stack([each[:, :64] for each in found]).mean(0)  # (T, L)
+    weights = torch.stack(found).mean(0)  # (T, L)
     _, names = tokens_of(pipeline)
     side = int(len(weights) ** 0.5)
     figure, axes = plt.subplots(1, 1 + len(WORDS), figsize=(9, 1.5))
@@ -151,7 +150,7 @@ def gates(pipeline: DiTTextToImagePipeline, path: Path) -> None:
     opened: dict[str, list[list[float]]] = {"self-attention": [], "cross-attention": [], "MLP": []}
     values: list[torch.Tensor] = []
     hooks = [block.adaLN_modulation.register_forward_hook(lambda _, __, out: values.append(out)) for block in transformer.blocks]
-    embeds, mask, pooled = embeddings(pipeline, len(times))
+    embeds, mask, pooled = embeddings(pipeline, [PROMPT] * len(times))
     side = pipeline.config.image_size // pipeline.vae_scale_factor
     transformer(torch.zeros(len(times), transformer.config.in_channels, side, side), times, embeds, mask, pooled)
     for hook in hooks:
@@ -172,13 +171,10 @@ def gates(pipeline: DiTTextToImagePipeline, path: Path) -> None:
     plt.close(figure)
 
 
-def embeddings(
-    pipeline: DiTTextToImagePipeline, count: int, prompts: list[str] | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return tokens (N, L, E), mask (N, L) and pooled vectors (N, P) of `prompts`, or of `PROMPT` `count` times."""
-    rows = pipeline.tokenizer(prompts or [PROMPT] * count, padding=True, return_tensors="pt")
-    output = pipeline.text_encoder(**rows)
-    return output.last_hidden_state.float(), rows["attention_mask"].bool(), output.text_embeds.float()
+def embeddings(pipeline: DiTTextToImagePipeline, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return tokens (N, L, E), mask (N, L) and pooled vectors (N, P) of `prompts`."""
+    encoded = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+    return encoded.prompt_embeds, encoded.prompt_attention_mask, encoded.pooled_prompt_embeds
 
 
 def paths(pipeline: DiTTextToImagePipeline, pairs: list[tuple[Image.Image, str]], path: Path) -> None:
@@ -189,7 +185,7 @@ def paths(pipeline: DiTTextToImagePipeline, pairs: list[tuple[Image.Image, str]]
     for one, caption in zip(latents, captions, strict=True):
         t = torch.tensor(TIMES)[:, None, None, None]
         noisy = (1 - t) * one + t * noise
-        embeds, mask, pooled = embeddings(pipeline, len(TIMES), [caption] * len(TIMES))
+        embeds, mask, pooled = embeddings(pipeline, [caption] * len(TIMES))
         guessed = noisy - t * pipeline.transformer(noisy, torch.tensor(TIMES), embeds, mask, pooled)
         rows += [to_images(decode_latents(pipeline.vae, noisy)), to_images(decode_latents(pipeline.vae, guessed))]
     figure, axes = plt.subplots(len(rows), len(TIMES), figsize=(7.5, 4))

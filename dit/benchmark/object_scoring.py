@@ -79,7 +79,7 @@ def read_object_prompts(path: Path) -> list[ObjectPrompt]:
         UserError: it cannot be read, has none, or a line is not as the head of this module says.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:

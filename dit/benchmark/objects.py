@@ -7,18 +7,24 @@ models by the same detector and threshold, and not with published tables.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError
 from tqdm import tqdm
+from transformers import CLIPTokenizer, Owlv2ForObjectDetection, Owlv2ImageProcessorPil, Owlv2Processor
 
 from dit.benchmark.object_scoring import COLOURS, Box, ObjectPrompt, find_problem, object_names, without_repeats
-from dit.benchmark.results import default_device, markdown_table
-from dit.encoders.loading import EncoderSource, load_object_detector
+from dit.benchmark.results import markdown_table
+from dit.encoders.loading import EncoderSource, find_encoder
+from dit.errors import UserError, one_line
 from dit.evaluation.clip import ClipFeatures
 from dit.evaluation.intervals import wilson
 from dit.pipeline.generate import generate_images, load_pipeline
@@ -28,21 +34,44 @@ HEADER = ("group", "prompts", "images", "right", "95 % interval")
 QUERY = "a photo of a {}"  # the words in which OWLv2 is asked
 COLOUR_QUERIES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 MOST_OVERLAP = 0.5  # of two objects of one class; boxes that share more are one object
-SHOWN, COLUMNS, CELL = 24, 6, 190  # images on the sheet, in a row, and pixels of each
+COLUMNS, CELL = 6, 190  # images in a row of the sheet, and pixels of each
+
+
+@contextmanager
+def _named(flag: str, setting: str) -> Iterator[None]:
+    """Let errors of an encoder speak of the flag of the command instead of the setting in params.yaml."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(f"{setting}:", f"{flag}:", 1).replace(", or to clip", "")) from None
 
 
 class ObjectDetector:
     """An OWLv2, in float32.
 
     Args:
-        source: a Hub id or a local folder.
+        name: a Hub id or a local folder.
         threshold: scores, in [0, 1], from which on a box is an object; 0.1 is what the model's own examples take.
         device: where it runs.
+
+    Raises:
+        UserError: there is none of that name, it is damaged, or of another class.
     """
 
-    def __init__(self, source: EncoderSource, threshold: float, device: str | torch.device = "cpu"):
-        self.model, self.processor = load_object_detector(source, device)
-        self.threshold = threshold
+    def __init__(self, name: str, threshold: float, device: str | torch.device = "cpu"):
+        with _named("--detector", "evaluate.features"):
+            folder, _ = find_encoder("features", EncoderSource(name))
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if kind != "owlv2":
+            raise UserError(f"--detector: {name!r} is of class {kind!r}, and owlv2 is needed; choose another")
+        try:
+            model, found = Owlv2ForObjectDetection.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+            if found["missing_keys"]:  # which would be initialised at random
+                raise ValueError(f"the weights lack {min(found['missing_keys'])}")
+            self.processor = Owlv2Processor(Owlv2ImageProcessorPil.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder))
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"--detector: {name!r} cannot be loaded ({one_line(error)}); download or save it again") from None
+        self.model, self.threshold = model.requires_grad_(False).eval().to(device), threshold
 
     @torch.inference_mode()
     def find(self, images: Sequence[Image.Image], names: Sequence[str]) -> list[dict[str, list[Box]]]:
@@ -67,10 +96,19 @@ class ObjectDetector:
 
 
 class ColourNames:
-    """Names the colour of an object, by a CLIP: the nearest of `COLOURS`, as sentences about this class."""
+    """Names the colour of an object, by a CLIP: the nearest of `COLOURS`, as sentences about this class.
 
-    def __init__(self, clip: ClipFeatures):
-        self.clip = clip
+    Args:
+        name: "builtin", a Hub id or a local folder.
+        device: where it runs.
+
+    Raises:
+        UserError: there is no CLIP of that name.
+    """
+
+    def __init__(self, name: str, device: str | torch.device = "cpu"):
+        with _named("--clip", "encode.clip"):
+            self.clip = ClipFeatures(EncoderSource(name), device)
         self.known: dict[str, torch.Tensor] = {}
 
     def name(self, image: Image.Image, kind: str, boxes: Sequence[Box]) -> list[str]:
@@ -79,7 +117,7 @@ class ColourNames:
             texts = [query.format(colour=colour, name=kind) for colour in COLOURS for query in COLOUR_QUERIES]
             features = self.clip.embed_texts(texts).unflatten(0, (len(COLOURS), len(COLOUR_QUERIES)))
             self.known[kind] = torch.nn.functional.normalize(features.mean(1), dim=-1)
-        pieces = [image.crop((int(box.left), int(box.top), -int(-box.right // 1), -int(-box.bottom // 1))) for box in boxes]
+        pieces = [image.crop((int(box.left), int(box.top), math.ceil(box.right), math.ceil(box.bottom))) for box in boxes]
         nearest = (self.clip.embed_images(pieces, len(pieces), "colours") @ self.known[kind].T).argmax(1)
         return [COLOURS[k] for k in nearest.tolist()]
 
@@ -95,7 +133,12 @@ class ObjectResult:
 
 
 def benchmark_objects(
-    model: Path, prompts: Sequence[ObjectPrompt], detector: ObjectDetector, clip: EncoderSource, images: int, **settings: Any
+    model: Path,
+    prompts: Sequence[ObjectPrompt],
+    detector: ObjectDetector,
+    colours: ColourNames | None,
+    images: int,
+    **settings: Any,
 ) -> Iterator[tuple[ObjectResult, Image.Image]]:
     """Generate `images` images of each prompt, with seeds from 0 on, and yield the verdict on each with the image.
 
@@ -103,15 +146,13 @@ def benchmark_objects(
         model: folder of the model.
         prompts: what to generate.
         detector: finds the objects.
-        clip: names their colours; loaded if a prompt wants one.
+        colours: names their colours; may be None where no prompt wants one.
         images: of each prompt, which are generated at once.
         settings: of the pipeline's call.
 
     Raises:
         UserError: a setting is impossible, or the memory does not hold a batch.
     """
-    needs_colours = any(wanted.color for prompt in prompts for wanted in prompt.include)
-    colours = ColourNames(ClipFeatures(clip, default_device())) if needs_colours else None
     pipeline = load_pipeline(model)
     for prompt in tqdm(prompts, desc="objects", unit="prompt"):
         generated = list(generate_images(pipeline, [prompt.prompt] * images, range(images), images, **settings))
@@ -164,8 +205,7 @@ def draw_boxes(image: Image.Image, boxes: dict[str, list[Box]]) -> Image.Image:
 
 
 def objects_sheet(results: Sequence[tuple[ObjectResult, Image.Image]]) -> Image.Image:
-    """Return up to `SHOWN` images with what was found in them, the prompt, and what is wrong."""
-    shown = results[:SHOWN]
-    labels = [f"{result.prompt.prompt}: {result.problem or 'right'}" for result, _ in shown]
-    drawn = [draw_boxes(image, result.boxes) for result, image in shown]
-    return labelled_grid(drawn, labels, columns=min(COLUMNS, len(shown)), cell=CELL)
+    """Return all the images, with what was found in them, the prompt, and what is wrong."""
+    labels = [f"{result.prompt.prompt}: {result.problem or 'right'}" for result, _ in results]
+    drawn = [draw_boxes(image, result.boxes) for result, image in results]
+    return labelled_grid(drawn, labels, columns=min(COLUMNS, len(results)), cell=CELL)

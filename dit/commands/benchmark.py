@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from dit.commands._args import add_flag, make_folder_of
-from dit.config import DEFAULTS, load_config
+from dit.commands._args import add_flag
+from dit.commands._benchmark import add_kind, require_positive
+from dit.commands.benchmark_objects import add_objects
+from dit.config import load_config
 from dit.errors import UserError
 
 LATENTS, RAW = Path("data/latents"), Path("data/raw")
@@ -30,35 +31,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     _add_recipe(kinds)
     _add_busy(kinds)
     _add_gpu(kinds)
-    _add_objects(kinds)
-
-
-def _add_kind(
-    kinds: argparse._SubParsersAction, name: str, action: Callable[[argparse.Namespace], dict[str, Any]], help: str, examples: str
-) -> argparse.ArgumentParser:
-    """Add a subcommand whose `action` prints tables and returns what `--output` receives as JSON."""
-    parser = kinds.add_parser(
-        name, help=help, description=help, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, metavar="FILE", help=f"results as JSON; default: benchmark-{name}.json")
-
-    def run(arguments: argparse.Namespace) -> None:
-        output = arguments.output or Path(f"benchmark-{name}.json")
-        make_folder_of(output)
-        results = action(arguments)
-
-        from dit.benchmark.results import default_device, device_name
-        from dit.utils.files import write_json
-
-        write_json(output, {"device": device_name(default_device())} | results)
-        print(f"\n{output}")
-
-    parser.set_defaults(action=run, parser=parser)
-    return parser
+    add_objects(kinds)
 
 
 def _add_training(kinds: argparse._SubParsersAction) -> None:
-    parser = _add_kind(
+    parser = add_kind(
         kinds,
         "training",
         run_training,
@@ -81,7 +58,7 @@ def _add_training(kinds: argparse._SubParsersAction) -> None:
 
 def run_training(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure training steps and print the table."""
-    _require_positive(arguments, "batch_size", "text_tokens", "steps", "hidden_size", "num_layers", "num_heads")
+    require_positive(arguments, "batch_size", "text_tokens", "steps", "hidden_size", "num_layers", "num_heads")
     if arguments.conv_channels < 0:
         raise UserError(f"--conv-channels: {arguments.conv_channels} is negative; 0 would be none")
     if arguments.hidden_size % (4 * arguments.num_heads):
@@ -109,7 +86,7 @@ def run_training(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_data(kinds: argparse._SubParsersAction) -> None:
-    parser = _add_kind(
+    parser = add_kind(
         kinds,
         "data",
         run_data,
@@ -127,7 +104,7 @@ def _add_data(kinds: argparse._SubParsersAction) -> None:
 
 def run_data(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure the parts of the way that data takes, and print a table for each."""
-    _require_positive(arguments, "images")
+    require_positive(arguments, "images")
     if min(arguments.entries) < 1:
         raise UserError(f"--entries: {min(arguments.entries)} is not a positive number")
 
@@ -155,7 +132,7 @@ def run_data(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_sampling(kinds: argparse._SubParsersAction) -> None:
-    parser = _add_kind(
+    parser = add_kind(
         kinds,
         "sampling",
         run_sampling,
@@ -170,7 +147,7 @@ def _add_sampling(kinds: argparse._SubParsersAction) -> None:
 
 def run_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure sampling or editing with a trained model, and print the table."""
-    _require_positive(arguments, "batch_size")
+    require_positive(arguments, "batch_size")
 
     from dit.pipeline.model_folder import read_index
 
@@ -190,7 +167,7 @@ def run_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_speedrun(kinds: argparse._SubParsersAction) -> None:
-    _add_kind(
+    add_kind(
         kinds,
         "speedrun",
         run_speedrun,
@@ -209,7 +186,7 @@ def run_speedrun(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_race(kinds: argparse._SubParsersAction) -> None:
-    parser = _add_kind(
+    parser = add_kind(
         kinds,
         "race",
         run_race,
@@ -223,7 +200,7 @@ def _add_race(kinds: argparse._SubParsersAction) -> None:
 
 def run_race(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train the networks, and print a row for each as soon as it is trained."""
-    _require_positive(arguments, "prompts")
+    require_positive(arguments, "prompts")
 
     from dit.benchmark.peers import PEERS
     from dit.benchmark.race import HEADER, race, race_row
@@ -242,7 +219,7 @@ def run_race(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_recipe(kinds: argparse._SubParsersAction) -> None:
-    parser = _add_kind(
+    parser = add_kind(
         kinds,
         "recipe",
         run_recipe,
@@ -272,7 +249,7 @@ def run_recipe(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_busy(kinds: argparse._SubParsersAction) -> None:
-    parser = _add_kind(
+    parser = add_kind(
         kinds,
         "busy",
         run_busy,
@@ -285,7 +262,7 @@ def _add_busy(kinds: argparse._SubParsersAction) -> None:
 
 def run_busy(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train for a while in each of the ways, and print the table."""
-    _require_positive(arguments, "steps")
+    require_positive(arguments, "steps")
 
     from dit.benchmark.busy import benchmark_busy, busy_table
 
@@ -295,7 +272,7 @@ def run_busy(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_gpu(kinds: argparse._SubParsersAction) -> None:
-    parser = _add_kind(
+    parser = add_kind(
         kinds,
         "gpu",
         run_gpu,
@@ -311,7 +288,7 @@ def _add_gpu(kinds: argparse._SubParsersAction) -> None:
 
 def run_gpu(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, and print the tables."""
-    _require_positive(arguments, "batch_size", "text_tokens", "steps")
+    require_positive(arguments, "batch_size", "text_tokens", "steps")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch is imported: its profiler logs its starts and stops
 
     import torch
@@ -329,63 +306,3 @@ def run_gpu(arguments: argparse.Namespace) -> dict[str, Any]:
     results = benchmark_gpu(params, model, batch, arguments.text_tokens, arguments.steps, compiled=gpu)
     print(gpu_table(results))
     return results
-
-
-def _require_positive(arguments: argparse.Namespace, *names: str) -> None:
-    """Raise a `UserError` for the first of the flags `names` that is given and not positive."""
-    for name in names:
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')}: {value} is not a positive number")
-
-
-def _add_objects(kinds: argparse._SubParsersAction) -> None:
-    parser = _add_kind(
-        kinds,
-        "objects",
-        run_objects,
-        "measure what share of a model's images show the objects that their prompts name, by an open-vocabulary detector",
-        "  dit benchmark objects evaluation_metadata.jsonl             GenEval's prompts, for a model of photographs\n"
-        "  dit benchmark objects mine.jsonl --detector weights/owlv2   your own prompts; docs/evaluation.md has the format",
-    )
-    parser.add_argument("prompts", type=Path, metavar="FILE", help="a JSON object a line: tag, prompt, include, exclude")
-    detector, clip = "google/owlv2-base-patch16-ensemble", "openai/clip-vit-large-patch14"
-    add_flag(parser, "detector", default=detector, metavar="NAME", help="an OWLv2, a Hub id or a folder; default: %(default)s")
-    add_flag(parser, "clip", default=clip, metavar="NAME", help="names the colours of objects; default: %(default)s")
-    add_flag(parser, "checkpoint", type=Path, default=Path("models/dit"), metavar="FOLDER", help="default: %(default)s")
-    add_flag(parser, "images", type=int, default=4, help="of each prompt; default: %(default)s")
-    add_flag(parser, "threshold", type=float, default=0.1, help="score from which on a box is an object; default: %(default)s")
-    add_flag(parser, "num_inference_steps", type=int, default=DEFAULTS.num_inference_steps, help="default: %(default)s")
-    add_flag(parser, "guidance_scale", type=float, default=DEFAULTS.guidance_scale, help="default: %(default)s")
-    add_flag(parser, "picture", type=Path, metavar="FILE", help="of the first images, with boxes; default: benchmark-objects.png")
-
-
-def run_objects(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Generate, detect, and print the table."""
-    _require_positive(arguments, "images", "num_inference_steps")
-    if not 0 < arguments.threshold < 1:
-        raise UserError(f"--threshold: {arguments.threshold} is not between 0 and 1")
-
-    from dit.benchmark.object_scoring import read_object_prompts
-    from dit.pipeline.model_folder import read_index
-
-    prompts = read_object_prompts(arguments.prompts)
-    read_index(arguments.checkpoint)
-    picture = arguments.picture or Path("benchmark-objects.png")
-    make_folder_of(picture)
-
-    from dit.benchmark.objects import ObjectDetector, benchmark_objects, objects_sheet, objects_table, summarise
-    from dit.benchmark.results import default_device
-    from dit.encoders.loading import EncoderSource
-
-    detector = ObjectDetector(EncoderSource(arguments.detector), arguments.threshold, default_device())
-    how = {name: getattr(arguments, name) for name in ("num_inference_steps", "guidance_scale")}
-    clip, shown, results = EncoderSource(arguments.clip), [], []
-    for result, image in benchmark_objects(arguments.checkpoint, prompts, detector, clip, arguments.images, **how):
-        results.append(result)
-        shown += [(result, image)] if result.seed == 0 else []
-    rows = summarise(results)
-    objects_sheet(shown).save(picture)
-    print(f"{objects_table(rows)}\n\n{picture}")
-    settings = {name: getattr(arguments, name) for name in ("detector", "clip", "threshold")} | how
-    return {"settings": settings, "groups": rows, "images": [asdict(result) for result in results]}

@@ -29,8 +29,6 @@ if TYPE_CHECKING:  # it takes seconds to import, which a look at a configuration
         CLIPProcessor,
         CLIPTextModelWithProjection,
         CLIPTokenizer,
-        Owlv2ForObjectDetection,
-        Owlv2Processor,
         PreTrainedModel,
     )
 
@@ -39,12 +37,9 @@ if TYPE_CHECKING:  # it takes seconds to import, which a look at a configuration
 BUILTIN = Path(__file__).parent / "builtin"
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Of each kind: what it is called in params.yaml, its weights (never a pickle), and what else it needs.
-SETTINGS = {"vae": "encode.vae", "clip": "encode.clip", "features": "evaluate.features", "detector": "--detector"}
-WEIGHTS = {"vae": "diffusion_pytorch_model*.safetensors"} | dict.fromkeys(("clip", "features", "detector"), "model*.safetensors")
-READS_TEXT = ["*.json", "merges.txt", "vocab.txt"]
-BESIDES = {"vae": ["config.json"], "clip": READS_TEXT, "features": ["*.json"], "detector": READS_TEXT}
-CLASSES = {"vae": list(HAS_POSTERIOR), "clip": ["clip", "clip_text_model"], "detector": ["owlv2"]}  # "features": any
-INSTEAD = {"vae": "builtin", "clip": "builtin", "features": "clip"}  # what needs no download
+SETTINGS = {"vae": "encode.vae", "clip": "encode.clip", "features": "evaluate.features"}
+WEIGHTS = {"vae": "diffusion_pytorch_model*.safetensors", "clip": "model*.safetensors", "features": "model*.safetensors"}
+BESIDES = {"vae": ["config.json"], "clip": ["*.json", "merges.txt", "vocab.txt"], "features": ["*.json"]}
 COPIES = "encoders"  # in a model folder: encoders that were folders elsewhere, for MLflow's registry
 
 
@@ -151,21 +146,11 @@ def load_image_model(source: EncoderSource, device: str | torch.device = "cpu") 
         raise _unusable("features", source.name, f"has no image processor ({one_line(error)}); choose an image model") from None
 
 
-def load_object_detector(
-    source: EncoderSource, device: str | torch.device = "cpu"
-) -> tuple[Owlv2ForObjectDetection, Owlv2Processor]:
-    """Load an OWLv2, which finds the objects that a text names, in float32, and its processor; return both."""
-    from transformers import CLIPTokenizer, Owlv2ForObjectDetection, Owlv2ImageProcessorPil, Owlv2Processor
-
-    model, _, folder = _load(Owlv2ForObjectDetection, "detector", source, torch.float32, device)
-    return model, Owlv2Processor(Owlv2ImageProcessorPil.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder))
-
-
 def find_encoder(kind: str, source: EncoderSource, weights: bool = True) -> tuple[Path, str | None]:
     """Return the folder of an encoder's files, downloaded if necessary, and their version: a commit or `sha256:…`.
 
     Args:
-        kind: "vae", "clip", "features" or "detector".
+        kind: "vae", "clip" or "features".
         source: as in params.yaml, or as a cache or a model recorded it: then exactly those weights.
         weights: whether the weights are needed, too; without them only the configuration is checked, and the version is None.
 
@@ -312,9 +297,14 @@ def _parts(kind: str, name: str) -> tuple[str, str]:
 def _check_class(kind: str, name: str, folder: Path) -> None:
     """Raise a `UserError` unless the configuration in `folder` is that of an encoder that can be used."""
     config = _read_config(kind, name, folder)
-    found = config.get("_class_name" if kind == "vae" else "model_type")
-    if kind in CLASSES and found not in CLASSES[kind]:  # of others, what loads it says more
-        raise _unusable(kind, name, f"is of class {found!r}, and {' or '.join(CLASSES[kind])} is needed; choose another")
+    if kind == "features":
+        return  # any; what loads it says more
+    if kind == "vae":
+        found, wanted = config.get("_class_name"), list(HAS_POSTERIOR)
+    else:
+        found, wanted = config.get("model_type"), ["clip", "clip_text_model"]
+    if found not in wanted:
+        raise _unusable(kind, name, f"is of class {found!r}, and {' or '.join(wanted)} is needed; choose another")
     if kind == "vae":
         try:
             vae_factor(config)
@@ -340,5 +330,4 @@ def _unusable(kind: str, name: str, problem: str) -> UserError:
 
 
 def _otherwise(kind: str) -> str:
-    instead = f", or to {INSTEAD[kind]}" if kind in INSTEAD else ""
-    return f"or set it to a local folder written by save_pretrained{instead}"
+    return f"or set it to a local folder written by save_pretrained, or to {'clip' if kind == 'features' else 'builtin'}"

@@ -56,13 +56,14 @@ class Prompt:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def choose_prompts(raw: Path, recipe: str, settings: Sample, sizes: list[Size] | None = None) -> list[Prompt]:
+def choose_prompts(raw: Path, recipe: str, settings: Sample, sizes: Sequence[Sequence[int]] | None = None) -> list[Prompt]:
     """Choose `num_samples` prompts, and some more in groups of their own.
 
     They are the first caption of each validation image and, of the recipe `shapes`, as many prompts again with unseen pairs. Then
     come some captions several times each, spread over the validation set, and `prompts`.
 
-    Where the model was trained on several `sizes`, a caption of the validation set gets the one that its image has.
+    Where the model was trained on several `sizes`, as its model_index.json lists them, a caption of the validation set gets the
+    one that its image has.
     """
     held_out: dict[str, Entry] = {}
     for entry in read_metadata(raw):
@@ -73,10 +74,10 @@ def choose_prompts(raw: Path, recipe: str, settings: Sample, sizes: list[Size] |
     if recipe == "shapes":
         source = read_source(raw)
         unseen = unseen_prompts(settings.num_samples // 2, settings.seed, Kind(source["layout"], source["level"]))
-    stored = StoredImages(raw)
+    stored, trained = StoredImages(raw), [(width, height) for width, height in sizes or ()]
 
     def known(entry: Entry, group: str) -> tuple[str, Size | None, str]:
-        return entry.text, _size_of(entry, stored, sizes), group
+        return entry.text, _size_of(entry, stored, trained), group
 
     spread = np.unique(np.linspace(0, len(entries) - 1, REPEATED).round().astype(int))
     texts = [known(entry, "val") for entry in entries[: settings.num_samples - len(unseen)]]
@@ -86,7 +87,7 @@ def choose_prompts(raw: Path, recipe: str, settings: Sample, sizes: list[Size] |
     return [Prompt(f"{k:05d}.png", text, settings.seed + k, group, size) for k, (text, size, group) in enumerate(texts)]
 
 
-def _size_of(entry: Entry, stored: StoredImages, sizes: list[Size] | None) -> Size | None:
+def _size_of(entry: Entry, stored: StoredImages, sizes: list[Size]) -> Size | None:
     if not sizes:
         return None
     found = read_named_size(stored.read(entry.stored), stored.folder / entry.stored)

@@ -233,24 +233,27 @@ def test_run_cache_restores_trained_model(clone):
 
 
 def test_run_cache_serves_switched_recipe(clone):
-    """With one's own images: some of the rendered ones, and the bundled encoders, so that no network is needed."""
+    """With one's own images: some of the rendered ones, stretched to three shapes; the bundled encoders need no network."""
     own_images = clone.root.parent / "custom data"
     own_images.mkdir()
-    for row in clone.json("data/raw/metadata.json")[:16]:
-        shutil.copy(clone.root / "data" / "raw" / row["image"], own_images)
+    for k, row in enumerate(clone.json("data/raw/metadata.json")[:16]):
+        image = Image.open(clone.root / "data" / "raw" / row["image"])
+        image.resize([(64, 64), (96, 64), (64, 96)][k % 3]).save(own_images / Path(row["image"]).name)
         (own_images / Path(row["image"]).name).with_suffix(".txt").write_text(row["text"])
     path = clone.root / "params.yaml"
     original = path.read_text()
     values = yaml.safe_load(original)
     values["recipe"], folder = "folder", values["folder"]
     folder["data"].update(paths=[str(own_images)], val_fraction=0.25)
-    folder["encode"] = values["shapes"]["encode"]
-    folder["model"], folder["optim"] = values["shapes"]["model"], values["shapes"]["optim"]
+    folder["encode"] = values["shapes"]["encode"] | {"aspect_ratios": "buckets", "image_size": 128}
+    folder["model"], folder["optim"] = values["shapes"]["model"] | {"patch_size": 1}, values["shapes"]["optim"]
     other = yaml.safe_dump(values, sort_keys=False)
 
     path.write_text(other)
     assert ran(clone.dvc("repro")) == list(STAGES)
     assert clone.json("metrics/download.json")["images"] == 16
+    sizes = {Image.open(path).size for path in (clone.root / "samples" / "images").glob("*.png")}
+    assert len(clone.json("models/dit/model_index.json")["encoders"]["sizes"]) == 3 and len(sizes) > 1
     runs, model = len(clone.parents()), (clone.root / "models/dit/transformer/diffusion_pytorch_model.safetensors").read_bytes()
     path.write_text(original)
     assert ran(clone.dvc("repro")) == []

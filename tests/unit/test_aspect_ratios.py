@@ -22,6 +22,7 @@ from dit.errors import UserError
 from dit.latents.cache import LatentCache
 from dit.latents.device_cache import DeviceLatentCache
 from dit.model.objectives import Flow
+from dit.pipeline.model_folder import read_index
 from dit.pipeline.pipeline import DiTTextToImagePipeline
 from dit.pipeline.sampling import choose_prompts, sample
 from dit.sources.writer import DatasetWriter, FetchResult
@@ -304,7 +305,7 @@ def test_sample_generates_captions_at_the_size_of_their_images(model, raw, tmp_p
     settings = replace(
         params.sample, num_samples=5, num_inference_steps=1, batch_size=4, prompts=("a blue star",), grid_steps=(1,)
     )
-    prompts = choose_prompts(raw, "folder", settings, [WIDE, HIGH, SQUARE])
+    prompts = choose_prompts(raw, "folder", settings, read_index(model)["encoders"]["sizes"])
     sample(model, prompts, settings, tmp_path / "images", tmp_path / "grids")
     known = {entry.text: Image.open(raw / entry.stored).size for entry in read_metadata(raw)}
     for prompt in prompts:

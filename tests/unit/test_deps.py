@@ -27,6 +27,7 @@ NEUTRAL = {
     "dit/config.py": "reads and checks the settings; those that a stage uses are its params",
     "dit/errors.py": "the class of errors",
     "dit/hub.py": "downloads from the Hub; which files, and of which commit, say those that call it",
+    "stages/sleeping_threads.py": "how threads wait for each other; they compute the same",
     "dit/tracking": "reports to MLflow",
 }
 # What a stage imports and does not use for its result, and why.

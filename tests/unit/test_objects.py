@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +32,11 @@ from dit.benchmark.objects import (
     summarise,
 )
 from dit.cli import main
-from dit.encoders.loading import BUILTIN, EncoderSource
+from dit.encoders.loading import BUILTIN
 from dit.errors import UserError
 from dit.shapes.placement import sample_scene
 from dit.shapes.render import render
 from dit.shapes.scene import Description, Object, Scene
-from helpers.scenes import clip
 
 KINDS = {"circle": "red", "cross": "blue"}  # with their colours: so small a model tells no shapes apart
 LEFT, RIGHT, BELOW = Box(0, 40, 20, 60, 0.9), Box(60, 40, 80, 60, 0.8), Box(2, 80, 20, 99, 0.7)
@@ -169,24 +169,26 @@ def save_detector(model: Owlv2ForObjectDetection, folder: Path) -> None:
     CLIPTokenizer.from_pretrained(BUILTIN / "clip").save_pretrained(folder)
 
 
-def test_boxes_lie_in_images_of_any_shape(tmp_path):
+def test_boxes_are_in_pixels_of_images_of_any_shape(tmp_path, monkeypatch):
+    """OWLv2 pads an image to a square, below or to the right: its box at 0.5, 0.25 is at 40, 20 of 80 x 48 and of 48 x 80."""
     random_detector(tmp_path)
-    images = [Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8))] * 2
-    found = ObjectDetector(EncoderSource(str(tmp_path)), threshold=0.01).find(images, ["circle", "cross"])
-    assert found[0] == found[1] and list(found[0]) == ["circle", "cross"] and any(found[0].values())
-    for box in [box for of_name in found[0].values() for box in of_name]:
-        assert 0 <= box.left < box.right <= 80 and 0 <= box.top < box.bottom <= 48 and 0.01 < box.score <= 1
-    scores = sorted(box.score for of_name in found[0].values() for box in of_name)
-    limit = scores[len(scores) // 2]
-    surer = ObjectDetector(EncoderSource(str(tmp_path)), threshold=limit).find(images, ["circle", "cross"])[0]
-    assert sorted(box.score for of_name in surer.values() for box in of_name) == [score for score in scores if score > limit]
+    detector = ObjectDetector(str(tmp_path), threshold=0.5)
+    logits = torch.tensor([[3.0, -9], [-9, 2], [-9, 1], [-2, -2]])  # of four boxes: a circle, two crosses, and nothing
+    places = torch.tensor([[0.5, 0.25, 0.2, 0.1], [0.1, 0.1, 0.4, 0.4], [0.12, 0.1, 0.4, 0.4], [0.5, 0.5, 1, 1]])
+    seen = Namespace(logits=logits.repeat(2, 1, 1), pred_boxes=places.repeat(2, 1, 1))
+    monkeypatch.setattr(type(detector.model), "forward", lambda *_, **__: seen)
+    for width, height in ((80, 48), (48, 80)):
+        for found in detector.find([Image.new("RGB", (width, height))] * 2, ["circle", "cross"]):
+            (circle,), (cross,) = found["circle"], found["cross"]  # the second cross is the first one again
+            assert circle == pytest.approx((32, 16, 48, 24, 0.953), abs=1e-3)
+            assert cross == pytest.approx((0, 0, 24, 24, 0.881), abs=1e-3)  # cut at the border
 
 
 def test_command_prints_a_row_for_each_group_and_writes_each_verdict(tmp_path, model, capsys):
     random_detector(tmp_path / "owlv2")
     lines = [line(wanted("circle", color="red"), tag="colors"), line(wanted("circle"), wanted("cross", count=9), tag="counting")]
     (tmp_path / "prompts.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
-    files = ["--output", str(tmp_path / "out" / "objects.json"), "--picture", str(tmp_path / "out" / "objects.png")]
+    files = ["--output", str(tmp_path / "out" / "objects.json")]
     models = ["--detector", str(tmp_path / "owlv2"), "--clip", "builtin", "--checkpoint", str(model)]
     few = ["--images", "2", "--num_inference_steps", "2", "--threshold", "0.5"]
     assert main(["benchmark", "objects", str(tmp_path / "prompts.jsonl"), *models, *few, *files]) == 0
@@ -210,11 +212,17 @@ def test_command_refuses(tmp_path, capsys, arguments, problem):
     assert problem in capsys.readouterr().err
 
 
+def test_clip_that_is_not_there_is_named_by_its_flag(tmp_path, model, capsys):
+    random_detector(tmp_path / "owlv2")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(line(wanted(color="red"))))
+    flags = ["--detector", str(tmp_path / "owlv2"), "--clip", "./nowhere", "--checkpoint", str(model)]
+    assert main(["benchmark", "objects", str(tmp_path / "prompts.jsonl"), *flags, "--output", str(tmp_path / "o.json")]) == 1
+    assert "dit: --clip: './nowhere' is no folder" in capsys.readouterr().err
+
+
 def test_detector_of_another_class_is_refused(tmp_path):
-    with pytest.raises(
-        UserError, match=r"--detector: .* is of class 'clip', and owlv2 is needed; choose another, or set it to a local"
-    ):
-        ObjectDetector(EncoderSource(str(BUILTIN / "clip")), threshold=0.1)
+    with pytest.raises(UserError, match=r"--detector: .* is of class 'clip', and owlv2 is needed; choose another"):
+        ObjectDetector(str(BUILTIN / "clip"), threshold=0.1)
 
 
 def scenes(seed: int, count: int) -> list[Scene]:
@@ -268,13 +276,13 @@ def detector(tmp_path_factory) -> ObjectDetector:
     model = random_detector(folder)
     fit(model, 300)
     save_detector(model.eval(), folder)
-    return ObjectDetector(EncoderSource(str(folder)), threshold=0.3)
+    return ObjectDetector(str(folder), threshold=0.3)
 
 
 @pytest.mark.slow
 def test_scenes_are_scored_as_they_were_made(detector):
     """An OWLv2 that was fitted on shapes finds what is there, and where, in fresh scenes; the bundled CLIP names its colour."""
-    colours, right, absent, overlaps = ColourNames(clip()), [], [], []
+    colours, right, absent, overlaps = ColourNames("builtin"), [], [], []
     for scene in scenes(1, 60):
         image, places = render(scene), boxes_of(scene)
         (boxes,) = detector.find([image], list(KINDS))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import psutil
@@ -10,7 +12,9 @@ import pytest
 import torch
 
 import stages
+from dit.cli import main
 from dit.config import load_config
+from dit.threads import OWN, sleep_while_waiting
 from helpers import REPO
 from stages.processes import choose_process_count, cores
 
@@ -66,3 +70,41 @@ def test_one_process_that_should_divide_its_model_is_told_so(monkeypatch, tmp_pa
     monkeypatch.setattr("stages.processes.run_processes", lambda command, count: None)
     stages.run_stage("train", lambda params: None, [], parallel=True)
     assert ("runtime.sharding: full divides nothing" in capsys.readouterr().out) == warned
+
+
+@pytest.fixture
+def waiting(monkeypatch):
+    """Nobody has said how threads wait; what is set here ends with the test."""
+    for name in OWN:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"), [("encode", ["passive"]), ("sample", ["passive"]), ("evaluate", ["passive"]), ("train", [])]
+)
+def test_threads_of_stages_with_large_operations_sleep(waiting, name, policy):
+    """And that is decided before torch is loaded."""
+    code = (
+        "import os, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch':\n"
+        "            sys.exit(print('torch', os.environ.get('OMP_WAIT_POLICY', '')))\n"
+        f"sys.meta_path.insert(0, Finder())\nimport stages.{name}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["torch", *policy]
+
+
+@pytest.mark.parametrize(("own", "value"), [("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "9")])
+def test_threads_wait_as_the_user_says(monkeypatch, waiting, own, value):
+    monkeypatch.setenv(own, value)
+    sleep_while_waiting()
+    assert {name: os.environ[name] for name in OWN if name in os.environ} == {own: value}
+
+
+@pytest.mark.parametrize(("command", "policy"), [(["where"], "passive"), (["benchmark"], None)])
+def test_threads_of_commands_sleep_unless_they_measure(waiting, capsys, command, policy):
+    main(command)
+    assert os.environ.get("OMP_WAIT_POLICY") == policy

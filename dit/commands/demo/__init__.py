@@ -98,7 +98,8 @@ def demo(arguments: argparse.Namespace) -> None:
         nearest = NearestTrainingImages(Path())
     else:
         print(
-            f"dit: everybody who reaches {arguments.host} can generate images here, and sees the models' names", file=sys.stderr
+            f"dit: everybody who reaches {arguments.host} can generate images here, and sees the names of models and adapters",
+            file=sys.stderr,
         )
     # It ends it as Ctrl-C does, also where that is ignored, as in the background of a script.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

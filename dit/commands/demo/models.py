@@ -85,9 +85,10 @@ def find_loras(root: Path, named: list[Path]) -> dict[str, Path]:
         UserError: a named one is none.
     """
     loras = {str(path): find_lora(path) for path in named}
-    for folder in (root, *sorted(root.glob("*/")), *sorted((root / TRAINED.parent).glob("*/"))):
+    known = {file.resolve() for file in loras.values()}
+    for folder in (*sorted(root.glob("*/")), *sorted((root / TRAINED.parent).glob("*/"))):
         for file in (folder / LORA, folder / "lora" / LORA):
-            if file.is_file():
+            if file.is_file() and file.resolve() not in known:
                 loras[file.parent.relative_to(root).as_posix()] = file
     return loras
 
