@@ -19,6 +19,7 @@ from PIL import Image
 from dit.commands.demo.controls import AT_ONCE, LARGEST, SETTINGS, make_order, roll, settings_controls, what_controls
 from dit.commands.demo.editor import BRUSH, editor_value, read_editor
 from dit.commands.demo.elements import CSS, THEME, buttons, shown_gallery, shown_image
+from dit.commands.demo.messages import on_page
 from dit.commands.demo.models import NO_LORA, Models
 from dit.commands.demo.nearest import NearestTrainingImages
 from dit.commands.demo.orders import Generated, Order, Preview, generate, save, tile
@@ -187,7 +188,7 @@ class Page:
         yield gr.skip(), note(answer(request, "starting")), []
         for update in generate(self.models, order):
             if isinstance(update, str):
-                gr.Warning(html.escape(update).replace("--", ""), title="dit")
+                gr.Warning(html.escape(on_page(request, update)), title="dit")
             elif isinstance(update, Preview):
                 yield update.image, progress(request, update), []
             else:
@@ -308,7 +309,7 @@ def in_words(request: gr.Request) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        words = str(error).replace("--", "")  # a flag of `dit generate` is a control here
+        words = on_page(request, str(error))
     except GeneratorExit:
         raise
     except Exception:
