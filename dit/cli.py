@@ -9,8 +9,8 @@ import sys
 import dit
 from dit.commands import benchmark, check, compare, demo, export, generate, inspect, push, sweep, sync_runs, where
 from dit.commands._args import not_understood
+from dit.commands._threads import sleep_while_waiting
 from dit.errors import UserError, is_out_of_memory, out_of_memory
-from dit.threads import sleep_while_waiting
 
 EXAMPLES = """\
 examples:
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dit", description=dit.__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.set_defaults(action=lambda _: parser.print_help(), parser=parser)  # without a command
+    parser.set_defaults(action=lambda _: parser.print_help(), parser=parser, threads_sleep=True)  # without a command
     commands = parser.add_subparsers(metavar="COMMAND")
     for module in COMMANDS:
         module.add_parser(commands)
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments, rest = build_parser().parse_known_args(argv)
     if rest:
         arguments.parser.error(not_understood(arguments.parser, rest))
-    if arguments.parser.prog.split()[1:2] != ["benchmark"]:  # which measures torch as it comes
+    if arguments.threads_sleep:
         sleep_while_waiting()
     try:
         arguments.action(arguments)

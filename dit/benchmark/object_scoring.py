@@ -12,7 +12,6 @@ entry of `include`, by its number. `exclude` has the same keys: so many of a cla
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -72,18 +71,12 @@ class Box(NamedTuple):
     score: float
 
 
-def read_object_prompts(path: Path) -> list[ObjectPrompt]:
-    """Read the prompts of `path`, one in each line that is not blank.
+def parse_object_prompts(lines: Sequence[str], shown: str) -> list[ObjectPrompt]:
+    """Read a prompt from each of `lines` that is not blank; errors call the file that they are of `shown`.
 
     Raises:
-        UserError: it cannot be read, has none, or a line is not as the head of this module says.
+        UserError: there is none, or a line is not as the head of this module says.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     adapter, prompts = TypeAdapter(ObjectPrompt), []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -93,13 +86,13 @@ def read_object_prompts(path: Path) -> list[ObjectPrompt]:
         except ValidationError as error:
             first = error.errors()[0]
             what = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
-            raise UserError(f"{path}, line {number}: {what}; docs/evaluation.md has the format") from None
+            raise UserError(f"{shown}, line {number}: {what}; docs/evaluation.md has the format") from None
         for k, wanted in enumerate(prompt.include):
             if wanted.position and wanted.position[1] >= k:
-                raise UserError(f"{path}, line {number}: include.{k}.position: {wanted.position[1]} is not an earlier entry")
+                raise UserError(f"{shown}, line {number}: include.{k}.position: {wanted.position[1]} is not an earlier entry")
         prompts.append(prompt)
     if not prompts:
-        raise UserError(f"{path}: there is no prompt in it; docs/evaluation.md has the format")
+        raise UserError(f"{shown}: there is no prompt in it; docs/evaluation.md has the format")
     return prompts
 
 

@@ -21,7 +21,7 @@ LATENTS, RAW = Path("data/latents"), Path("data/raw")
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add `benchmark` and its subcommands; without one, it prints its help."""
     parser = commands.add_parser("benchmark", help="measure how fast training, data and sampling are, and what settings buy")
-    parser.set_defaults(action=lambda _: parser.print_help())
+    parser.set_defaults(action=lambda _: parser.print_help(), threads_sleep=False)  # it measures torch as it comes
     kinds = parser.add_subparsers(metavar="KIND")
     _add_training(kinds)
     _add_data(kinds)

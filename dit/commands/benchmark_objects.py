@@ -10,6 +10,7 @@ from PIL import Image
 
 from dit.commands._args import add_flag, save_image
 from dit.commands._benchmark import add_kind, require_positive
+from dit.commands.inputs import read_lines
 from dit.config import DEFAULTS
 from dit.errors import UserError
 
@@ -46,10 +47,10 @@ def run_objects(arguments: argparse.Namespace) -> dict[str, Any]:
     if not 0 < arguments.threshold < 1:
         raise UserError(f"--threshold: {arguments.threshold} is not between 0 and 1")
 
-    from dit.benchmark.object_scoring import read_object_prompts
+    from dit.benchmark.object_scoring import parse_object_prompts
     from dit.pipeline.model_folder import read_index, weights_hash
 
-    prompts = read_object_prompts(arguments.prompts)
+    prompts = parse_object_prompts(read_lines(arguments.prompts, str(arguments.prompts)), str(arguments.prompts))
     read_index(arguments.checkpoint)
 
     from dit.benchmark.objects import ColourNames, ObjectDetector, benchmark_objects, objects_sheet, objects_table, summarise

@@ -54,6 +54,20 @@ def check_numbers(arguments: Namespace) -> None:
         raise UserError(f"--strength: {arguments.strength} is not between 0 and 1")
 
 
+def read_lines(file: Path, shown: str) -> list[str]:
+    """Return the lines of a text file, which errors call `shown`.
+
+    Raises:
+        UserError: it cannot be read, or is no UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"{shown}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{shown}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+
+
 def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     """`prompts`, and those of `file`: a prompt a line, blank lines skipped.
 
@@ -68,12 +82,7 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
         if not prompts:
             raise UserError('no prompt; for instance: dit generate --prompt "a red circle above a blue star"')
         return prompts
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"--prompts-file {file}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts-file {file}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    lines = read_lines(file, f"--prompts-file {file}")
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise UserError(f"--prompts-file {file}: there is no prompt in it; write one a line")

@@ -22,13 +22,13 @@ IMAGES = 60
 
 
 def coco_clone(root, url: str) -> Clone:
-    """A clone whose recipe is a small COCO from `url`, with shards of a few batches."""
+    """A clone whose recipe is a small COCO from `url`, with shards of a few batches of images that take a while to encode."""
     clone = Clone(root)
     path = root / "params.yaml"
     values = yaml.safe_load(path.read_text())
     values["recipe"] = "coco"
     values["coco"]["data"].update(base_url=url, split="val2017", num_samples=IMAGES, captions_per_image=2)
-    values["coco"]["encode"].update(vae="builtin", clip="builtin", image_size=64, batch_size=4, precision="fp32")
+    values["coco"]["encode"].update(vae="builtin", clip="builtin", image_size=256, batch_size=4, precision="fp32")
     values["runtime"].update(download_connections=4, num_workers=1)
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     code = root / "dit" / "encode" / "encode.py"

@@ -20,7 +20,7 @@ from dit.benchmark.object_scoring import (
     directions,
     find_problem,
     intersection_over_union,
-    read_object_prompts,
+    parse_object_prompts,
     without_repeats,
 )
 from dit.benchmark.objects import (
@@ -114,11 +114,9 @@ def test_without_repeats_keeps_the_surest_of_each_object():
         (json.dumps(line(wanted(size="large"))), r"line 1: include\.0\.size: Unexpected"),
     ],
 )
-def test_prompt_that_cannot_be_read(tmp_path, text, problem):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(text)
-    with pytest.raises(UserError, match=problem):
-        read_object_prompts(path)
+def test_prompt_that_cannot_be_read(text, problem):
+    with pytest.raises(UserError, match=f"prompts.jsonl.*{problem}"):
+        parse_object_prompts(text.split("\n"), "prompts.jsonl")
 
 
 def test_summarise_counts_prompts_in_intervals_and_groups_in_the_mean():

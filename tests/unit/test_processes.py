@@ -13,8 +13,8 @@ import torch
 
 import stages
 from dit.cli import main
+from dit.commands._threads import OWN, sleep_while_waiting
 from dit.config import load_config
-from dit.threads import OWN, sleep_while_waiting
 from helpers import REPO
 from stages.processes import choose_process_count, cores
 
